@@ -1,0 +1,59 @@
+"""Metadata and dependencies; each line of them says why it is here."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+REQUIRED = [
+  'jax>=0.10,<0.13',  # arrays, compilation, partitioning
+  'flax>=0.12.8,<0.13',  # linen modules, the parameters
+  'optax>=0.2.8,<0.3',  # optimizers and schedules, Muon among them
+  'orbax-checkpoint>=0.12.8,<0.13',  # asynchronous, sharded checkpoints
+  'grain>=0.2.18,<0.3',  # input pipeline whose position can be saved
+  'ml-collections>=1.1,<2',  # configs that flags override
+  'absl-py>=2.1',  # flags and logging of train.py
+  'numpy>=2',  # host arrays
+  'jaxtyping>=0.3.11',  # shapes in signatures, checked in tests
+  'tqdm>=4.66',  # progress bar on a terminal
+]
+
+EXTRAS = {
+  'tpu': ['jax[tpu]>=0.10,<0.13'],  # libtpu of the matching version
+  'cuda': ['jax[cuda13]>=0.10,<0.13'],  # CUDA plugin and cuDNN
+  'hf': [
+    'safetensors>=0.5',  # Hugging Face weights without torch
+    'tokenizers>=0.21',  # tokenizer.json files
+    'sentencepiece>=0.2',  # .model tokenizer files
+    'pyarrow>=18',  # Parquet text
+    'array-record>=0.8',  # ArrayRecord shards
+  ],
+  'plot': ['matplotlib>=3.9'],  # figures at the end of a run
+}
+EXTRAS['dev'] = [
+  *EXTRAS['hf'],
+  *EXTRAS['plot'],
+  'beartype>=0.20',  # checks jaxtyping's shapes at run time
+  'hypothesis>=6.100',  # property-based tests
+  'mypy>=1.15',  # static types
+  'pre-commit>=4',  # the checks before a commit
+  'pytest>=8',  # test runner
+  'pytest-timeout>=2.3',  # a hanging test names itself
+  'pytest-xdist>=3.6',  # both cores
+  'ruff>=0.9',  # format and lint
+]
+
+setuptools.setup(
+  name='gated_jax',
+  version='0.1.0',
+  description='Gated softmax attention in JAX: modules, kernels, trainer',
+  long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['gated_jax', 'gated_jax.*']),
+  package_data={'gated_jax': ['py.typed']},
+  install_requires=REQUIRED,
+  extras_require=EXTRAS,
+)
