@@ -1,6 +1,7 @@
 """Probes against what they stand for, counted with plain NumPy loops."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,10 +19,11 @@ SEGMENTS = np.array(
 
 
 def random(seed, *shape):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+  values = np.random.default_rng(seed).normal(size=shape)
+  return values.astype(np.float32)
 
 
-def probabilities(query, key, segments, scale, window):
+def probabilities(np.asarray(query), np.asarray(key), segments, scale, window):
   """All attention weights [B, N, T, S] in float64, one at a time."""
   b, t, n, _ = query.shape
   group = n // key.shape[2]
@@ -58,13 +60,13 @@ def test_first_token_attention_is_read_off_the_full_matrix(
 ):
   segments = SEGMENTS if packed else np.ones_like(SEGMENTS)
   b, t = segments.shape
-  query = 2 * random(0, b, t, heads, 8)
-  key = random(1, b, t, kv_heads, 8)
-  given = segments if packed else None
+  query = jnp.asarray(2 * random(0, b, t, heads, 8))
+  key = jnp.asarray(random(1, b, t, kv_heads, 8))
+  given = jnp.asarray(segments) if packed else None
   _, lse = gated_dot_product_attention(
     query,
     key,
-    random(2, b, t, kv_heads, 8),
+    jnp.asarray(random(2, b, t, kv_heads, 8)),
     masking=Masking(given, given),
     spec=AttentionSpec(window=window, scale=0.7, return_lse=True),
     implementation='xla',
@@ -72,7 +74,7 @@ def test_first_token_attention_is_read_off_the_full_matrix(
   found = jax.jit(
     probes.first_token_attention, static_argnames=('scale', 'window')
   )(query, key, lse, given, scale=0.7, window=window)
-  weights = probabilities(query, key, segments, 0.7, window)
+  weights = probabilities(np.asarray(query), np.asarray(key), segments, 0.7, window)
   total, count = np.zeros(heads), 0
   for row in range(b):
     first = 0
@@ -88,16 +90,16 @@ def test_first_token_attention_is_read_off_the_full_matrix(
 
 
 def test_without_queries_to_count_the_first_token_probe_is_zero_of_zero():
-  query = random(0, 1, 4, 2, 8)
-  lse = np.full((1, 2, 4), -np.inf, np.float32)
-  segments = np.zeros((1, 4), np.int32)
+  query = jnp.asarray(random(0, 1, 4, 2, 8))
+  lse = jnp.full((1, 2, 4), -jnp.inf)
+  segments = jnp.zeros((1, 4), jnp.int32)
   found = probes.first_token_attention(query, query, lse, segments, scale=1.0)
   assert found.number == 0
   np.testing.assert_array_equal(found.total, np.zeros(2))
 
 
 def test_document_starts_restart_where_the_number_changes():
-  starts = probes.document_starts(np.array([[5, 5, 1, 1, 1, 5, 0, 0]]))
+  starts = probes.document_starts(jnp.array([[5, 5, 1, 1, 1, 5, 0, 0]]))
   np.testing.assert_array_equal(starts, [[0, 0, 2, 2, 2, 5, 6, 6]])
 
 
@@ -108,7 +110,7 @@ def test_score_statistics_count_what_a_loop_counts(width):
   scores[0, 0] = 1.0  # of the last bin
   scores[0, 1] = 0.0  # of the first
   valid = SEGMENTS != 0
-  found = probes.score_statistics(scores, valid)
+  found = probes.score_statistics(jnp.asarray(scores), jnp.asarray(valid))
   kept = scores[valid]  # [tokens, N, H]
   assert found.number == kept.shape[0] * width
   np.testing.assert_allclose(found.total, kept.sum((0, 2)), rtol=1e-5)
@@ -127,7 +129,9 @@ def test_score_statistics_count_what_a_loop_counts(width):
 
 def test_scores_without_tokens_count_once_for_every_token():
   valid = SEGMENTS != 0
-  found = probes.score_statistics(np.full((1, 1, 2, 4), 0.5, np.float32), valid)
+  found = probes.score_statistics(
+    jnp.full((1, 1, 2, 4), 0.5), jnp.asarray(valid)
+  )
   np.testing.assert_allclose(found.total / found.number, [0.5, 0.5])
   assert found.number == valid.sum() * 4
 
@@ -136,13 +140,14 @@ def test_logit_norm_and_largest_activation_leave_padding_out():
   valid = SEGMENTS != 0
   x = random(4, 2, 12, 3, 4)
   x[~valid] = 1e6
-  norm = probes.logit_norm(x, valid)
+  norm = probes.logit_norm(jnp.asarray(x), jnp.asarray(valid))
   expected = np.sqrt((x[valid].astype(np.float64) ** 2).sum(-1)).sum(0)
   np.testing.assert_allclose(norm.total, expected, rtol=1e-5)
   assert norm.number == valid.sum()
   flat = x.reshape(2, 12, 12)
   flat[1, 3, 5] = -77.0
-  assert probes.largest_activation(flat, valid) == 77.0
+  largest = probes.largest_activation(jnp.asarray(flat), jnp.asarray(valid))
+  assert largest == 77.0
 
 
 def test_sparsity_counts_small_entries_of_valid_tokens():
@@ -151,6 +156,6 @@ def test_sparsity_counts_small_entries_of_valid_tokens():
   y[0, 1] = -1e-4
   y[0, 11] = 0.0  # padding
   valid = SEGMENTS != 0
-  found = probes.sparsity(y, valid)
+  found = probes.sparsity(jnp.asarray(y), jnp.asarray(valid))
   assert found.number == valid.sum() * 8
   np.testing.assert_array_equal(found.below, [(valid.sum() - 1) * 8, 8])

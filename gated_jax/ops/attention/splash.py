@@ -1,5 +1,240 @@
-"""To be written."""
+"""Attention by JAX's own TPU kernel (splash), the gate around it.
+
+Splash wants [N, T, H] and lengths that its blocks divide, so this file turns
+the axes, pads, and undoes both. The gate and its backward are `vjp.py`'s.
+Kernels that have the gate inside and read [B, T, N H] as it lies in memory
+are in `pallas_tpu.py`; splash stays as the fallback that JAX maintains.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask,
+)
+from jaxtyping import Array
+from jaxtyping import Float
+
+from gated_jax.ops.attention import vjp
+from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Masking
+from gated_jax.ops.attention.spec import Result
+from gated_jax.ops.attention.spec import refuse
+
+LANES = 128
+# Best of the compiler's schedules at T 4096 and head_dim 128 on v5e, v5p and
+# v6e; keys are taken in halves forward. 128, splash's default, costs 5 times.
+BLOCK = 1024
+BLOCK_COMPUTE = 512
+# The fused backward writes one dQ for each block of keys, and they are summed
+# afterwards. Above this many blocks two kernels need less memory.
+FUSED_BLOCKS = 8
+# No document has this number; padding does.
+PADDING = -(2**31)
 
 
-def attend(query, key, value, gate, masking, spec):
-  raise NotImplementedError('splash')
+def block_of(length: int) -> int:
+  """Largest block of 128, 256, 512 or 1024 that pads length little."""
+  block = BLOCK
+  while block > LANES and (-length % block) * 8 > length:
+    block //= 2
+  return block
+
+
+def attend(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K H'],
+  gate: Float[Array, 'B T N #H'] | None,
+  masking: Masking,
+  spec: AttentionSpec,
+  *,
+  interpret: bool = False,
+) -> Result:
+  """See gated_jax/ops/attention/spec.py. `interpret` runs it without a TPU."""
+  refuse(
+    'splash',
+    dropout=spec.dropout > 0,
+    an_arbitrary_mask=masking.mask is not None,
+    query_offset=masking.query_offset is not None,
+    float16=query.dtype == jnp.float16,
+    float64=query.dtype == jnp.float64,
+  )
+  kernel = Splash(
+    queries=query.shape[1],
+    keys=key.shape[1],
+    heads=query.shape[2],
+    window=spec.window,
+    causal=spec.causal,
+    scale=spec.logit_scale(query.shape[3]),
+    interpret=interpret,
+  )
+  return vjp.attend(kernel, query, key, value, gate, masking, spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Splash:
+  """Splash without a gate, forward and backward, on unpadded arrays."""
+
+  queries: int
+  keys: int
+  heads: int
+  window: int
+  causal: bool
+  scale: float
+  interpret: bool
+
+  def forward(
+    self, query: Array, key: Array, value: Array, masking: Masking
+  ) -> tuple[Array, Array]:
+    """See vjp.Kernel."""
+    kernel = self._make()
+    q, k, v = self._turn_in(query, key, value)
+    output, (lse,) = jax.vmap(kernel)(q, k, v, self._segments(q, masking))
+    # A row that sees nothing gets the mean of all values, or 0 / 0.
+    lse = lse[:, :, : self.queries]
+    empty = ~(lse > kernel.kwargs['mask_value'] / 2)
+    output = jnp.where(empty[..., None], 0, output[:, :, : self.queries])
+    return jnp.swapaxes(output, 1, 2), jnp.where(empty, -jnp.inf, lse)
+
+  def backward(
+    self,
+    inputs: tuple[Array, Array, Array],
+    masking: Masking,
+    d_output: Array,
+    lse: Array,
+    delta: Array,
+  ) -> tuple[Array, Array, Array]:
+    """See vjp.Kernel."""
+    kernel = self._make()
+    q, k, v = self._turn_in(*inputs)
+    dy = _turn(d_output.astype(q.dtype), q.shape[2])
+    # exp(logits - lse) is zero in rows that see nothing, and in padding.
+    lse = jnp.where(jnp.isneginf(lse), 1e30, lse)
+    extra = ((0, 0), (0, 0), (0, q.shape[2] - self.queries))
+    lse = jnp.pad(lse, extra, constant_values=1e30)
+    delta = jnp.pad(delta, extra)
+    dq, dk, dv = jax.vmap(self._one_row, in_axes=(None, *[0] * 7))(
+      kernel, q, k, v, self._segments(q, masking), lse, dy, delta
+    )
+    dq, dk, dv = (
+      jnp.swapaxes(d[:, :, : x.shape[1]], 1, 2)
+      for d, x in zip((dq, dk, dv), inputs, strict=True)
+    )
+    return (dq * self.scale).astype(dq.dtype), dk, dv
+
+  def _one_row(self, kernel, q, k, v, segments, lse, dy, delta):
+    """Splash's own backward, which takes delta as it is given."""
+    sizes = kernel.kwargs['block_sizes']
+    options = {
+      'is_mqa': False,
+      'mask_value': kernel.kwargs['mask_value'],
+      'attn_logits_soft_cap': None,
+      'q_layout': sizes.q_layout,
+      'k_layout': sizes.k_layout,
+      'v_layout': sizes.v_layout,
+      'mask_function': kernel.kwargs['mask_function'],
+      'interpret': self.interpret,
+    }
+    arrays = (q, k, v, segments, None, lse, dy, delta)
+    dq, dk, dv = splash_attention_kernel._splash_attention_bwd_dkv(
+      *arrays,
+      bq=sizes.block_q_dkv,
+      bkv=sizes.block_kv_dkv,
+      bkv_compute=sizes.block_kv_dkv_compute,
+      mask_info=kernel.dkv_mask_info,
+      use_fused_bwd_kernel=sizes.use_fused_bwd_kernel,
+      **options,
+    )
+    if not sizes.use_fused_bwd_kernel:
+      dq = splash_attention_kernel._splash_attention_bwd_dq(
+        *arrays,
+        bq=sizes.block_q_dq,
+        bkv=sizes.block_kv_dq,
+        mask_info=kernel.dq_mask_info,
+        **options,
+      )
+    return dq, dk, dv
+
+  def _make(self) -> splash_attention_kernel.SplashAttentionKernel:
+    """The kernel for these lengths, padded to whole blocks."""
+    bq, bkv = block_of(self.queries), block_of(self.keys)
+    shape = (_padded(self.queries), _padded(self.keys))
+    mask: splash_attention_mask.Mask
+    if self.window:
+      mask = splash_attention_mask.LocalMask(shape, (self.window - 1, 0), 0)
+    elif self.causal:
+      mask = splash_attention_mask.CausalMask(shape)
+    else:
+      mask = splash_attention_mask.FullMask(shape)
+    fused = shape[1] // bkv <= FUSED_BLOCKS
+    sizes = splash_attention_kernel.BlockSizes(
+      block_q=bq,
+      block_kv=bkv,
+      block_kv_compute=min(bkv, BLOCK_COMPUTE),
+      block_q_dkv=bq,
+      block_kv_dkv=bkv,
+      block_kv_dkv_compute=bkv,
+      block_q_dq=None if fused else bq,
+      block_kv_dq=None if fused else bkv,
+      use_fused_bwd_kernel=fused,
+    )
+    return splash_attention_kernel.make_splash_mha(
+      splash_attention_mask.MultiHeadMask([mask] * self.heads),
+      block_sizes=sizes,
+      save_residuals=True,
+      head_shards=1,
+      q_seq_shards=1,
+      interpret=self.interpret,
+    )
+
+  def _turn_in(
+    self, query: Array, key: Array, value: Array
+  ) -> tuple[Array, Array, Array]:
+    """Heads before positions, whole blocks, the scale inside the query."""
+    query = (query * self.scale).astype(query.dtype)
+    return (
+      _turn(query, _padded(self.queries)),
+      _turn(key, _padded(self.keys)),
+      _turn(value, _padded(self.keys)),
+    )
+
+  def _segments(
+    self, q: Array, masking: Masking
+  ) -> splash_attention_kernel.SegmentIds | None:
+    """Document numbers of the padded rows, where anything needs them."""
+    pad_q = q.shape[2] - self.queries
+    pad_kv = _padded(self.keys) - self.keys
+    # Padded keys lie after all queries, so causality alone can hide them.
+    hidden = self.causal and self.queries <= self.keys
+    batch = q.shape[0]
+    if masking.query_segments is not None:
+      assert masking.kv_segments is not None
+      ids = (masking.query_segments, masking.kv_segments)
+    elif pad_kv and not hidden:
+      ids = (
+        jnp.zeros((batch, self.queries), jnp.int32),
+        jnp.zeros((batch, self.keys), jnp.int32),
+      )
+    else:
+      return None
+    return splash_attention_kernel.SegmentIds(
+      *(
+        jnp.pad(i.astype(jnp.int32), ((0, 0), (0, p)), constant_values=PADDING)
+        for i, p in zip(ids, (pad_q, pad_kv), strict=True)
+      )
+    )
+
+
+def _padded(length: int) -> int:
+  return length + -length % block_of(length)
+
+
+def _turn(x: Array, length: int) -> Array:
+  """[B, T, N, H] to [B, N, length, H]."""
+  x = jnp.swapaxes(x, 1, 2)
+  return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
