@@ -10,7 +10,10 @@ comment says otherwise. A value of 0, '' or 'none' means "off" or "derive it".
 """
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Mapping
+from typing import Any
 
 # Where a gate can act. In the paper's numbering sdpa_output is G1, value G2,
 # key G3, query G4 and dense_output G5 (arXiv 2505.06708, section 2.2).
@@ -74,9 +77,7 @@ class GateConfig:
   def __post_init__(self):
     _choice('gate.position', self.position, POSITIONS)
     _choice('gate.kind', self.kind, ('gate', 'rms_norm', 'silu'))
-    _choice(
-      'gate.granularity', self.granularity, ('elementwise', 'headwise')
-    )
+    _choice('gate.granularity', self.granularity, ('elementwise', 'headwise'))
     _choice('gate.mode', self.mode, ('multiplicative', 'additive'))
     _choice('gate.activation', self.activation, ACTIVATIONS)
     _choice('gate.source', self.source, ('hidden', 'parameter'))
@@ -279,17 +280,13 @@ class ModelConfig:
       )
     _choice('model.norm', self.norm, ('pre', 'sandwich'))
     _choice('model.dtype', self.dtype, ('bfloat16', 'float16', 'float32'))
-    _choice(
-      'model.param_dtype', self.param_dtype, ('float32', 'bfloat16')
-    )
+    _choice('model.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
     _choice(
       'model.attention',
       self.attention,
       ('auto', 'xla', 'cudnn', 'splash', 'pallas_tpu'),
     )
-    _choice(
-      'model.remat', self.remat, ('none', 'full', 'minimal', 'matmuls')
-    )
+    _choice('model.remat', self.remat, ('none', 'full', 'minimal', 'matmuls'))
     _below_one(**{'model.dropout': self.dropout})
     _not_negative(
       **{'model.z_loss': self.z_loss, 'model.logit_chunk': self.logit_chunk}
@@ -360,24 +357,20 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0  # 0: no clipping
-  accumulate: int = 1  # batches per update
+  accumulate: int = 1  # parts that a batch is worked through in, one by one
   # The gates are a group of their own: both are relative to the rest.
   gate_learning_rate: float = 1.0
   gate_weight_decay: float = 1.0
-  muon_learning_rate: float = 0.02
   muon_momentum: float = 0.95
 
   def __post_init__(self):
     _choice('optimizer.name', self.name, ('adamw', 'muon'))
-    _choice(
-      'optimizer.schedule', self.schedule, ('cosine', 'wsd', 'constant')
-    )
+    _choice('optimizer.schedule', self.schedule, ('cosine', 'wsd', 'constant'))
     _positive(
       **{
         'optimizer.learning_rate': self.learning_rate,
         'optimizer.accumulate': self.accumulate,
         'optimizer.eps': self.eps,
-        'optimizer.muon_learning_rate': self.muon_learning_rate,
       }
     )
     _not_negative(
@@ -476,6 +469,8 @@ class RunConfig:
   tensorboard: bool = False
   wandb: str = ''  # project name; '': off
   figures: bool = True
+  # A checkpoint folder whose parameters a new run starts from; '': random.
+  init_from: str = ''
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -511,3 +506,67 @@ class RunConfig:
         f'data.batch={self.data.batch} must be a multiple of '
         f'optimizer.accumulate={self.optimizer.accumulate}'
       )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """Nested plain values: what JSON and ConfigDict can hold."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(
+  values: Mapping[str, Any], default: Any = RunConfig(), path: str = ''
+) -> Any:
+  """The dataclass of `default` with `values` put in.
+
+  Lists become tuples and whole numbers become floats where the default is
+  one; nothing else is converted. Unknown names and wrong types are refused.
+  """
+  fields = {f.name for f in dataclasses.fields(default)}
+  found: dict[str, Any] = {}
+  for name, value in values.items():
+    if name not in fields:
+      near = difflib.get_close_matches(str(name), sorted(fields), n=1)
+      hint = f'; did you mean {path}{near[0]}?' if near else ''
+      raise ValueError(f'there is no setting {path}{name}{hint}')
+    old = getattr(default, name)
+    if dataclasses.is_dataclass(old):
+      if not isinstance(value, Mapping):
+        raise ValueError(f'{path}{name}={value!r} must be a group of settings')
+      found[name] = from_dict(value, old, f'{path}{name}.')
+    else:
+      found[name] = _as_type_of(old, value, f'{path}{name}')
+  return dataclasses.replace(default, **found)
+
+
+def _as_type_of(old: Any, value: Any, name: str) -> Any:
+  kind = type(old)
+  if kind is tuple and isinstance(value, list | tuple):
+    # The only empty default is a tuple of strings; the others show their type.
+    like = old[0] if old else ''
+    return tuple(_as_type_of(like, item, name) for item in value)
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    raise ValueError(
+      f'{name}={value!r} must be of type {kind.__name__}, '
+      f'not {type(value).__name__}'
+    )
+  return value
+
+
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any], path: str = ''
+) -> dict[str, tuple[Any, Any]]:
+  """Settings that differ: full name to (old value, new value)."""
+  found: dict[str, tuple[Any, Any]] = {}
+  absent = object()
+  for name in {**old, **new}:
+    a, b = old.get(name, absent), new.get(name, absent)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      found |= differences(a, b, f'{path}{name}.')
+      continue
+    a, b = (list(x) if isinstance(x, tuple) else x for x in (a, b))
+    if a != b:
+      a, b = ('(none)' if x is absent else x for x in (a, b))
+      found[f'{path}{name}'] = (a, b)
+  return found
