@@ -88,9 +88,10 @@ def gate_scores(
   logits: Float[Array, '*shape'], spec: GateSpec = GateSpec()
 ) -> Float[Array, '*shape']:
   """act(logits): float32, or the logits' dtype where the spec says so."""
-  if not spec.model_dtype:
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return ACTIVATIONS[spec.activation].value(logits)
+  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  scores = ACTIVATIONS[spec.activation].value(wide)
+  # Rounded once, as PyTorch does: a sigmoid made of narrow steps rounds often.
+  return scores.astype(logits.dtype) if spec.model_dtype else scores
 
 
 def apply_scores(

@@ -23,7 +23,7 @@ def random(seed, *shape):
   return values.astype(np.float32)
 
 
-def probabilities(np.asarray(query), np.asarray(key), segments, scale, window):
+def probabilities(query, key, segments, scale, window):
   """All attention weights [B, N, T, S] in float64, one at a time."""
   b, t, n, _ = query.shape
   group = n // key.shape[2]
@@ -74,7 +74,9 @@ def test_first_token_attention_is_read_off_the_full_matrix(
   found = jax.jit(
     probes.first_token_attention, static_argnames=('scale', 'window')
   )(query, key, lse, given, scale=0.7, window=window)
-  weights = probabilities(np.asarray(query), np.asarray(key), segments, 0.7, window)
+  weights = probabilities(
+    np.asarray(query), np.asarray(key), segments, 0.7, window
+  )
   total, count = np.zeros(heads), 0
   for row in range(b):
     first = 0

@@ -1,0 +1,362 @@
+"""What every attention backend must do, against float64 NumPy matrices.
+
+The reference below shares nothing with the package: softmax and its Jacobian
+as matrices, one row and head at a time, derivatives of activations by a step
+into the complex plane, which does not round. Kernels for devices that are not here run interpreted.
+"""
+
+import dataclasses
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gated_jax.ops.attention import api
+from gated_jax.ops.attention import vjp
+from gated_jax.ops.attention import xla
+from gated_jax.ops.attention.cases import CASES
+from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Masking
+
+SMALL = {n: c for n, c in CASES.items() if not c.compile_only}
+
+# What a backend cannot do, exactly. A backend that is not listed may refuse
+# what it likes.
+REFUSES = {
+  'xla': {},
+  'plain': {},
+  'splash': {
+    'offset': 'query offset',
+    'offset_window': 'query offset',
+    'f16': 'float16',
+  },
+}
+
+
+# The reference.
+
+ACTIVATIONS = {
+  'sigmoid': lambda x: 1 / (1 + np.exp(-x)),
+  'silu': lambda x: x / (1 + np.exp(-x)),
+  'identity': lambda x: x,
+  'ns_sigmoid': lambda x: 0.5 + 0.5 / (1 + np.exp(-x)),
+  'two_sigmoid': lambda x: 2 / (1 + np.exp(-x)),
+  'softplus': lambda x: np.log1p(np.exp(x)),
+}
+
+
+def visible_matrix(case, masking, row):
+  """Which keys the queries of one row see, as a 0/1 matrix."""
+  t = np.arange(case.T)[:, None]
+  s = np.arange(case.keys)[None, :]
+  if masking.query_offset is not None:
+    t = t + int(masking.query_offset[row])
+  seen = np.ones((case.T, case.keys), bool)
+  if case.causal:
+    seen &= t >= s
+  if case.window:
+    seen &= s > t - case.window
+  if masking.query_segments is not None:
+    q = np.asarray(masking.query_segments[row])
+    kv = np.asarray(masking.kv_segments[row])
+    seen &= np.equal.outer(q, kv)
+  return seen
+
+
+def reference(case, arrays, masking, d_output, d_lse):
+  """Output, lse and the gradients of sum(output d_output) + sum(lse d_lse)."""
+  a = {n: np.asarray(x, np.float64) for n, x in arrays.items()}
+  scale = case.H**-0.5
+  group = case.N // case.K
+  act = ACTIVATIONS[case.activation]
+  output = np.zeros(a['query'].shape)
+  lse = np.full((case.B, case.N, case.T), -np.inf)
+  grads = {n: np.zeros(x.shape) for n, x in a.items()}
+  for b in range(case.B):
+    seen = visible_matrix(case, masking, b)
+    some = seen.any(1)
+    for n in range(case.N):
+      q, k, v = (
+        a['query'][b, :, n],
+        a['key'][b, :, n // group],
+        a['value'][b, :, n // group],
+      )
+      logits = np.where(seen, scale * q @ k.T, -np.inf)
+      top = np.where(some, logits.max(1, initial=-1e300), 0.0)
+      e = np.exp(logits - top[:, None])
+      total = e.sum(1)
+      p = e / np.where(some, total, 1.0)[:, None]
+      y = p @ v
+      lse[b, n, some] = np.log(total[some]) + top[some]
+      d_y = d_output[b, :, n]
+      if 'gate' in a:
+        g = a['gate'][b, :, n]
+        slope = act(g + 1e-30j).imag / 1e-30
+        if case.additive:
+          output[b, :, n] = y + act(g)
+          d_g = d_y * slope
+        else:
+          output[b, :, n] = y * act(g)
+          d_g = d_y * y * slope
+          d_y = d_y * act(g)
+        if case.gate == 'headwise':
+          d_g = d_g.sum(1, keepdims=True)
+        grads['gate'][b, :, n] = d_g
+      else:
+        output[b, :, n] = y
+      # Softmax's Jacobian is diag(p) - p p^T; the lse's gradient is p.
+      d_p = d_y @ v.T
+      d_logits = p * d_p - p * (p * d_p).sum(1, keepdims=True)
+      d_logits += p * d_lse[b, n][:, None]
+      grads['query'][b, :, n] = scale * d_logits @ k
+      grads['key'][b, :, n // group] += scale * d_logits.T @ q
+      grads['value'][b, :, n // group] += p.T @ d_y
+  return output, lse, grads
+
+
+# The backends.
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainKernel:
+  """The hand-written backward in plain arrays, behind xla's forward."""
+
+  case: object
+
+  def forward(self, query, key, value, masking):
+    spec = self.case.spec
+    return xla.attend(query, key, value, None, masking, spec)
+
+  def backward(self, inputs, masking, d_output, lse, delta):
+    case = self.case
+    seen = xla.visible_keys(case.B, case.T, case.keys, masking, case.spec)
+    if seen is None:
+      seen = jnp.ones((1, 1, case.T, case.keys), bool)
+    scale = case.H**-0.5
+    return vjp.attention_backward(inputs, seen, d_output, lse, delta, scale)
+
+
+def backend(name, case):
+  """attend(query, key, value, gate) of a backend, for one case."""
+  masking = case.masking()
+  if name == 'plain':
+    return lambda q, k, v, g: vjp.attend(
+      PlainKernel(case), q, k, v, g, masking, case.spec
+    )
+  if name == 'cudnn' and jax.default_backend() != 'gpu':
+    pytest.skip('cudnn needs an NVIDIA GPU')
+  attend = api.BACKENDS[name]
+  if 'interpret' in inspect.signature(attend).parameters:
+    interpret = jax.default_backend() != 'tpu'
+    attend = functools.partial(attend, interpret=interpret)
+  return lambda q, k, v, g: attend(q, k, v, g, masking, case.spec)
+
+
+NAMES = ['plain', *api.BACKENDS]
+
+
+def evaluate(name, case, arrays, d_output, d_lse):
+  """(output, lse, gradients), compiled."""
+  attend = backend(name, case)
+
+  def loss(arrays):
+    result = attend(
+      arrays['query'], arrays['key'], arrays['value'], arrays.get('gate')
+    )
+    output = result.output.astype(result.lse.dtype)
+    lse = jnp.where(jnp.isneginf(result.lse), 0.0, result.lse)
+    total = jnp.sum(output * d_output) + jnp.sum(lse * d_lse)
+    return total, result
+
+  run = jax.value_and_grad(loss, has_aux=True)
+  (_, result), grads = jax.jit(run)(arrays)
+  return result.output, result.lse, grads
+
+
+def close(found, expected, dtype, what):
+  """Relative error: of the whole in the 2-norm, and of the worst entry."""
+  found = np.asarray(found, np.float64)
+  eps = float(jnp.finfo(dtype).eps)
+  assert found.shape == expected.shape, what
+  np.testing.assert_array_equal(
+    np.isneginf(found), np.isneginf(expected), err_msg=what
+  )
+  finite = np.isfinite(expected)
+  found, expected = found[finite], expected[finite]
+  assert np.isfinite(found).all(), what
+  norm, top = np.linalg.norm(expected), np.abs(expected).max(initial=0.0)
+  # Wide types sum over channels and keys; narrow ones round a few times.
+  whole, worst = (2, 4) if eps > 1e-4 else (16, 64)
+  # What should be zero may be a difference of numbers of size one.
+  norm, top = max(norm, found.size**0.5 / 8), max(top, 1 / 8)
+  error = found - expected
+  assert np.linalg.norm(error) <= whole * eps * norm, what
+  assert np.abs(error).max(initial=0.0) <= worst * eps * top, what
+
+
+def gradients_of_results(case, seed=7):
+  """Numbers to multiply output and lse with, for a scalar to differentiate."""
+  rng = np.random.default_rng(seed)
+  d_output = rng.normal(size=case.shapes['query'])
+  # Representable, so that only the backend rounds.
+  d_output = np.asarray(jnp.asarray(d_output, case.dtype), np.float64)
+  d_lse = rng.normal(size=(case.B, case.N, case.T))
+  return d_output, d_lse.astype(np.float32)
+
+
+def check(name, case):
+  arrays, masking = case.arrays(), case.masking()
+  d_output, d_lse = gradients_of_results(case)
+  if name == 'cudnn':
+    d_lse *= 0  # it carries no gradient
+  output, lse, grads = evaluate(name, case, arrays, d_output, d_lse)
+  expected = reference(case, arrays, masking, d_output, d_lse)
+  assert output.dtype == case.dtype
+  close(output, expected[0], case.dtype, 'output')
+  # Products of narrow inputs are exact in float32, and so is their lse.
+  wide = jnp.promote_types(case.dtype, jnp.float32)
+  assert lse.dtype == wide
+  close(lse, expected[1], wide, 'lse')
+  for argument, gradient in grads.items():
+    assert gradient.dtype == case.dtype
+    close(gradient, expected[2][argument], case.dtype, argument)
+
+
+@pytest.mark.parametrize('case_name', SMALL)
+@pytest.mark.parametrize('name', NAMES)
+def test_backend_agrees_with_float64_matrices(name, case_name):
+  variant = case_name.startswith(('elementwise_', 'headwise_'))
+  if name == 'splash' and variant and 'silu' not in case_name:
+    pytest.skip('its gate is the one of `plain`')
+  if case_name in REFUSES.get(name, {}):
+    pytest.skip('refused: the next test')
+  try:
+    check(name, SMALL[case_name])
+  except NotImplementedError as e:
+    if name in REFUSES:
+      raise
+    pytest.skip(str(e))
+
+
+@pytest.mark.parametrize(
+  'name, case_name, reason',
+  [(n, c, r) for n, refused in REFUSES.items() for c, r in refused.items()],
+)
+def test_what_a_backend_cannot_do_it_refuses_by_name(name, case_name, reason):
+  case = SMALL[case_name]
+  with pytest.raises(NotImplementedError, match=f'{name} .* {reason}'):
+    evaluate(name, case, case.arrays(), *gradients_of_results(case))
+
+
+@pytest.mark.parametrize('name', ['xla', 'splash', 'cudnn'])
+@pytest.mark.parametrize(
+  'masking, spec, reason',
+  [
+    (Masking(mask=jnp.ones((1, 1, 8, 8), bool)), {}, 'arbitrary mask'),
+    (Masking(dropout_key=jax.random.key(0)), {'dropout': 0.5}, 'dropout'),
+  ],
+)
+def test_masks_and_dropout_are_done_or_refused(name, masking, spec, reason):
+  x = jnp.ones((1, 8, 1, 8))
+  arguments = (x, x, x, None, masking, AttentionSpec(**spec))
+  if name == 'xla':
+    assert jnp.isfinite(api.BACKENDS[name](*arguments).output).all()
+  elif name == 'cudnn' and jax.default_backend() != 'gpu':
+    with pytest.raises(NotImplementedError, match='needs an NVIDIA GPU'):
+      api.BACKENDS[name](*arguments)
+  else:
+    with pytest.raises(NotImplementedError, match=reason):
+      api.BACKENDS[name](*arguments)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_same_call_twice_gives_the_same_bits(name):
+  case = SMALL['packed']
+  arguments = (case.arrays(), *gradients_of_results(case))
+  once = evaluate(name, case, *arguments)
+  again = evaluate(name, case, *arguments)
+  jax.tree.map(np.testing.assert_array_equal, once, again)
+
+
+@pytest.mark.parametrize(
+  'case_name',
+  ['packed', 'offset_window', 'headwise_times_silu', 'elementwise_plus_silu'],
+)
+def test_the_hand_written_backward_is_exact_in_float64(case_name):
+  case = dataclasses.replace(SMALL[case_name], dtype='float64')
+  with jax.enable_x64(True):
+    check('plain', case)
+
+
+@pytest.mark.parametrize(
+  'case_name', ['headwise_times_softplus', 'elementwise_plus_silu', 'blind']
+)
+def test_the_reference_has_the_gradients_of_its_own_values(case_name):
+  case = dataclasses.replace(SMALL[case_name], B=1, T=7, H=4)
+  masking = case.masking()
+  arrays = {n: np.asarray(x, float) for n, x in case.arrays().items()}
+  d_output, d_lse = gradients_of_results(case)
+
+  def total(arrays):
+    output, lse, _ = reference(case, arrays, masking, d_output, d_lse)
+    seen = np.where(np.isneginf(lse), 0.0, lse)
+    return (output * d_output).sum() + (seen * d_lse).sum()
+
+  _, _, grads = reference(case, arrays, masking, d_output, d_lse)
+  rng = np.random.default_rng(0)
+  for name, array in arrays.items():
+    direction = rng.normal(size=array.shape)
+    up, down = (
+      total({**arrays, name: array + step * direction})
+      for step in (1e-5, -1e-5)
+    )
+    found = (grads[name] * direction).sum()
+    np.testing.assert_allclose((up - down) / 2e-5, found, rtol=1e-6)
+
+
+def forward_runs(policy):
+  """How often attention's forward stands in the gradient's program."""
+  case = SMALL['packed']
+  arrays = case.arrays()
+  attend = backend('splash', case)
+
+  def loss(arrays):
+    output, _ = attend(
+      arrays['query'], arrays['key'], arrays['value'], arrays['gate']
+    )
+    return jnp.sum(output)
+
+  rematted = jax.checkpoint(loss, policy=policy)
+  text = str(jax.make_jaxpr(jax.grad(rematted))(arrays))
+  return text.count('name=splash_mha_fwd')
+
+
+def test_remat_that_saves_the_two_names_runs_forward_once():
+  names = jax.checkpoint_policies.save_only_these_names(
+    vjp.OUTPUT_NAME, vjp.LSE_NAME
+  )
+  assert forward_runs(names) == 1
+  assert forward_runs(jax.checkpoint_policies.nothing_saveable) == 2
+
+
+@pytest.mark.parametrize(
+  'causal, window, segments, expected',
+  [
+    (True, 0, None, ['1000', '1100', '1110', '1111']),
+    (True, 2, None, ['1000', '1100', '0110', '0011']),
+    (False, 0, None, ['1111', '1111', '1111', '1111']),
+    (True, 0, [1, 1, 2, 0], ['1000', '1100', '0010', '0001']),
+    (False, 0, [1, 2, 2, 1], ['1001', '0110', '0110', '1001']),
+  ],
+)
+def test_masks_are_these_matrices(causal, window, segments, expected):
+  ids = None if segments is None else jnp.array([segments])
+  seen = xla.visible_keys(
+    1, 4, 4, Masking(ids, ids), AttentionSpec(causal=causal, window=window)
+  )
+  seen = np.ones((4, 4), bool) if seen is None else np.asarray(seen)
+  rows = [''.join('01'[int(x)] for x in row) for row in seen.reshape(4, 4)]
+  assert rows == expected

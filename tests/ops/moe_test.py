@@ -1,0 +1,261 @@
+"""ops/moe.py against a loop over experts in float64, written from the paper."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gated_jax.ops import moe
+
+B, T, D, F, E = 2, 12, 8, 6, 8
+
+
+def make(seed=0, batch=B, experts=E):
+  r = np.random.default_rng(seed)
+  return {
+    'x': r.normal(size=(batch, T, D)),
+    'router': r.normal(size=(D, experts)),
+    'gate_proj': r.normal(size=(experts, D, F)) / D**0.5,
+    'up': r.normal(size=(experts, D, F)) / D**0.5,
+    'down': r.normal(size=(experts, F, D)) / F**0.5,
+  }
+
+
+def to_float32(arrays):
+  return {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()}
+
+
+def softmax(x):
+  e = np.exp(x - x.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def loop(a, top_k, normalize=True):
+  """Every token, every chosen expert, one after the other, in float64."""
+  x = a['x'].reshape(-1, a['x'].shape[-1])
+  out = np.zeros_like(x)
+  for m, token in enumerate(x):
+    p = softmax(token @ a['router'])
+    best = sorted(range(len(p)), key=lambda e: (-p[e], e))[:top_k]
+    total = sum(p[e] for e in best) if normalize else 1.0
+    for e in best:
+      g, u = token @ a['gate_proj'][e], token @ a['up'][e]
+      out[m] += p[e] / total * ((g / (1 + np.exp(-g)) * u) @ a['down'][e])
+  return out.reshape(a['x'].shape)
+
+
+PLAIN = moe.ExpertSpec()
+
+
+def apply(a, top_k, normalize=True, spec=PLAIN):
+  routing = moe.route(a['x'], a['router'], top_k, normalize)
+  weights = moe.ExpertWeights(a['gate_proj'], a['up'], a['down'])
+  return moe.apply_experts(
+    a['x'], routing.indices, routing.weights, weights, spec
+  )
+
+
+def slopes(function, a, direction, step=1e-5):
+  """Derivative of sum(function * direction) along one random line per array."""
+  r = np.random.default_rng(7)
+  out = {}
+  for name in a:
+    line = r.normal(size=a[name].shape)
+    ends = [
+      np.sum(function({**a, name: a[name] + s * step * line}) * direction)
+      for s in (1, -1)
+    ]
+    out[name] = line, (ends[0] - ends[1]) / (2 * step)
+  return out
+
+
+@pytest.mark.parametrize('top_k', [1, 2, E])
+@pytest.mark.parametrize('normalize', [True, False])
+@pytest.mark.parametrize('implementation', ['ragged_dot', 'gmm'])
+def test_values_and_gradients_equal_a_loop_over_experts(
+  top_k, normalize, implementation
+):
+  a = make()
+  spec = moe.ExpertSpec(implementation, interpret=True)
+  run = jax.jit(
+    functools.partial(apply, top_k=top_k, normalize=normalize, spec=spec)
+  )
+  a32 = to_float32(a)
+  np.testing.assert_allclose(
+    run(a32), loop(a, top_k, normalize), rtol=1e-4, atol=1e-5
+  )
+  direction = np.random.default_rng(1).normal(size=a['x'].shape)
+  grads = jax.jit(jax.grad(lambda p: jnp.sum(run(p) * direction)))(a32)
+  expected = slopes(lambda p: loop(p, top_k, normalize), a, direction)
+  for name, (line, slope) in expected.items():
+    found = np.sum(np.asarray(grads[name], np.float64) * line)
+    scale = np.linalg.norm(grads[name]) * np.linalg.norm(line)
+    assert abs(found - slope) < 2e-5 * scale + 1e-6, name
+
+
+def test_permuting_tokens_permutes_outputs():
+  a = to_float32(make())
+  order = np.random.default_rng(3).permutation(T)
+  straight = apply(a, 2)[:, order]
+  turned = apply({**a, 'x': a['x'][:, order]}, 2)
+  np.testing.assert_allclose(straight, turned, rtol=1e-5, atol=1e-6)
+
+
+def test_permuting_experts_changes_nothing():
+  a = to_float32(make())
+  order = np.random.default_rng(3).permutation(E)
+  turned = {
+    'x': a['x'],
+    'router': a['router'][:, order],
+    **{k: a[k][order] for k in ('gate_proj', 'up', 'down')},
+  }
+  np.testing.assert_allclose(
+    apply(a, 2), apply(turned, 2), rtol=1e-5, atol=1e-6
+  )
+
+
+def test_ties_go_to_the_first_expert():
+  routing = moe.route(jnp.ones((3, D)), jnp.zeros((D, 5)), 2)
+  np.testing.assert_array_equal(routing.indices, [[0, 1]] * 3)
+  np.testing.assert_allclose(routing.weights, 0.5)
+
+
+def test_idle_experts_get_no_gradient_and_are_counted():
+  a = to_float32(make())
+  x = jnp.abs(a['x'])
+  router = jnp.zeros((D, E)).at[:, 0].set(3).at[:, 3].set(2)
+  a = {**a, 'x': x, 'router': router}
+  grads = jax.grad(lambda p: jnp.sum(apply(p, 2) ** 2))(a)
+  used = np.abs(grads['down']).sum((1, 2)) > 0
+  np.testing.assert_array_equal(np.flatnonzero(used), [0, 3])
+  stats = moe.router_statistics(moe.route(x, router, 2))
+  assert float(stats.idle_experts) == (E - 2) / E
+  assert float(stats.max_load) == pytest.approx(E / 2)
+
+
+def test_statistics_follow_their_formulas_over_valid_tokens():
+  a = make()
+  valid = np.random.default_rng(2).random((B, T)) < 0.6
+  routing = moe.route(
+    jnp.asarray(a['x'], jnp.float32), jnp.asarray(a['router'], jnp.float32), 2
+  )
+  stats = moe.router_statistics(routing, jnp.asarray(valid))
+  logits = a['x'][valid] @ a['router']
+  p = softmax(logits)
+  picks = np.argsort(-p, axis=-1, kind='stable')[:, :2]
+  f = np.bincount(picks.ravel(), minlength=E) / picks.size
+  assert float(stats.balance) == pytest.approx(E * f @ p.mean(0), rel=1e-5)
+  z = np.log(np.exp(logits).sum(-1)) ** 2
+  assert float(stats.router_z) == pytest.approx(z.mean(), rel=1e-5)
+  assert float(stats.max_load) == pytest.approx(E * f.max(), rel=1e-5)
+
+
+def test_balance_is_one_where_the_load_is_even():
+  routing = moe.route(jnp.eye(E) * 5, jnp.eye(E), 1)
+  stats = moe.router_statistics(routing)
+  assert float(stats.balance) == pytest.approx(1)
+  assert float(stats.max_load) == pytest.approx(1)
+
+
+def test_router_is_float32_in_a_bfloat16_model():
+  a = make()
+  x = jnp.asarray(a['x'], jnp.bfloat16)
+  routing = moe.route(x, jnp.asarray(a['router'], jnp.float32), 2)
+  assert routing.logits.dtype == jnp.float32
+  exact = np.asarray(x, np.float64) @ a['router']
+  np.testing.assert_allclose(routing.logits, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_top_k_above_the_experts_is_refused():
+  with pytest.raises(ValueError, match='top_k=9'):
+    moe.route(jnp.ones((1, D)), jnp.ones((D, E)), 9)
+
+
+def test_unknown_implementation_is_refused():
+  with pytest.raises(ValueError, match='cublas'):
+    apply(to_float32(make()), 2, spec=moe.ExpertSpec('cublas'))
+
+
+def split(mesh_shape, spec):
+  """`apply` with experts, tokens and F split over a mesh, and its mesh."""
+  names = ('data', 'expert', 'tensor')
+  devices = np.array(jax.devices()[: int(np.prod(mesh_shape))])
+  mesh = jax.sharding.Mesh(devices.reshape(mesh_shape), names)
+  spec = dataclasses.replace(
+    spec,
+    expert_axis='expert',
+    token_axes=('data', 'expert'),
+    tensor_axis='tensor',
+  )
+  tokens = P(('data', 'expert'))
+  inner = jax.shard_map(
+    lambda x, i, w, experts: moe.apply_experts(x, i, w, experts, spec),
+    mesh=mesh,
+    in_specs=(
+      tokens,
+      tokens,
+      tokens,
+      moe.ExpertWeights(
+        P('expert', None, 'tensor'),
+        P('expert', None, 'tensor'),
+        P('expert', 'tensor'),
+      ),
+    ),
+    out_specs=tokens,
+    check_vma=False,
+  )
+
+  def run(a, top_k):
+    routing = moe.route(a['x'], a['router'], top_k)
+    stats = moe.router_statistics(routing)
+    experts = moe.ExpertWeights(a['gate_proj'], a['up'], a['down'])
+    y = inner(a['x'], routing.indices, routing.weights, experts)
+    return y, stats
+
+  return run
+
+
+# slack below one forces several rounds, as a very uneven load does.
+SPLITS = [
+  ((1, 2, 1), 2, 1.25),
+  ((1, 4, 1), 2, 0.5),
+  ((1, 8, 1), 2, 1.25),
+  ((2, 4, 1), E, 1.25),
+  ((2, 2, 2), 2, 0.3),
+]
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
+@pytest.mark.parametrize('shape, top_k, slack', SPLITS)
+@pytest.mark.parametrize('skewed', [False, True])
+def test_splitting_experts_changes_neither_loss_nor_gradients(
+  shape, top_k, slack, skewed
+):
+  a = to_float32(make(batch=8))
+  if skewed:  # nearly every token goes to the experts of one device
+    a['x'] = jnp.abs(a['x'])
+    a['router'] = a['router'].at[:, 0].add(4).at[:, 1].add(3)
+  run = split(shape, moe.ExpertSpec('ragged_dot', slack=slack))
+
+  def loss(a, function):
+    y, stats = function(a)
+    return jnp.sum(jnp.sin(y)) + stats.balance + stats.router_z, y
+
+  def whole(a):
+    routing = moe.route(a['x'], a['router'], top_k)
+    return apply(a, top_k), moe.router_statistics(routing)
+
+  value = functools.partial(jax.value_and_grad, has_aux=True)
+  (l0, y0), g0 = jax.jit(value(lambda a: loss(a, whole)))(a)
+  parts = functools.partial(run, top_k=top_k)
+  (l1, y1), g1 = jax.jit(value(lambda a: loss(a, parts)))(a)
+  assert float(l1) == pytest.approx(float(l0), rel=1e-5)
+  np.testing.assert_allclose(y1, y0, rtol=1e-4, atol=1e-5)
+  for name in a:
+    np.testing.assert_allclose(
+      g1[name], g0[name], rtol=1e-3, atol=1e-4, err_msg=name
+    )
