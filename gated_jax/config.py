@@ -27,6 +27,16 @@ ACTIVATIONS = (
   'softplus',
 )
 
+# What a run can read; see gated_jax/data/sources.py.
+SOURCES = (
+  'stdlib',
+  'text',
+  'jsonl',
+  'parquet',
+  'array_record',
+  'tokens',
+  'synthetic',
+)
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
   if value not in allowed:
@@ -298,48 +308,84 @@ class DataConfig:
   """Text to rows of tokens. See gated_jax/data/pipeline.py."""
 
   # 'stdlib': the running interpreter's own standard library. 'synthetic':
-  # random tokens. 'mixture': `mixture` below. The rest read `paths`.
+  # random spans that repeat. 'mixture': `mixture` below. The rest read `paths`.
   source: str = 'stdlib'
-  paths: str = ''  # globs, comma-separated
+  paths: str = ''  # globs, comma-separated; ** is folders at any depth
   column: str = 'text'  # field of JSONL, Parquet and ArrayRecord examples
-  # For source='mixture': entries 'weight:source:paths'.
+  # For source='mixture': entries 'weight:source:paths', weighted by tokens.
   mixture: tuple[str, ...] = ()
   tokenizer: str = 'bytes'  # or a path: tokenizer.json, *.model
   batch: int = 8  # rows per step, over all processes
   length: int = 256  # tokens per row
   validation: float = 0.05  # share of documents held out, by their content
+  max_document: int = 1 << 20  # bytes of text, or ids; longer ones are cut
   shuffle: bool = True
+  shuffle_rows: int = 1024  # rows whose order is mixed, beside that of files
   seed: int = 0
   prefetch: int = 4  # batches made ahead of the step
 
   def __post_init__(self):
-    _choice(
-      'data.source',
-      self.source,
-      (
-        'stdlib',
-        'text',
-        'jsonl',
-        'parquet',
-        'array_record',
-        'tokens',
-        'mixture',
-        'synthetic',
-      ),
-    )
+    _choice('data.source', self.source, (*SOURCES, 'mixture'))
     _positive(
       **{
-        'data.batch': self.batch,
-        'data.length': self.length,
-        'data.prefetch': self.prefetch,
+        f'data.{name}': getattr(self, name)
+        for name in (
+          'batch',
+          'length',
+          'max_document',
+          'shuffle_rows',
+          'prefetch',
+        )
       }
     )
     _below_one(**{'data.validation': self.validation})
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f'data.seed={self.seed} must lie in [0, 2**32)')
+    if not self.tokenizer:
+      raise ValueError("data.tokenizer='' must be 'bytes' or a path")
+    if self.source == 'mixture':
+      if not self.mixture:
+        raise ValueError("data.source='mixture' needs data.mixture")
+    elif self.mixture:
+      raise ValueError(
+        f'data.mixture={self.mixture} does nothing with '
+        f'data.source={self.source!r}'
+      )
     needs_paths = self.source not in ('stdlib', 'synthetic', 'mixture')
-    if needs_paths and not self.paths:
+    if needs_paths and not self.paths.strip(' ,'):
       raise ValueError(f'data.source={self.source!r} needs data.paths')
-    if self.source == 'mixture' and not self.mixture:
-      raise ValueError("data.source='mixture' needs data.mixture")
+    if self.paths and not needs_paths:
+      raise ValueError(
+        f'data.paths={self.paths!r} does nothing with '
+        f'data.source={self.source!r}'
+      )
+    self.parts()
+
+  def parts(self) -> tuple[tuple[float, 'DataConfig'], ...]:
+    """Weight and settings of each source of the mixture, or of the only one."""
+    if self.source != 'mixture':
+      return ((1.0, self),)
+    parts = []
+    for entry in self.mixture:
+      words = entry.split(':', 2) if isinstance(entry, str) else [entry]
+      try:
+        weight = float(words[0])
+      except (TypeError, ValueError):
+        weight = math.nan
+      if len(words) < 2 or not (math.isfinite(weight) and weight > 0):
+        raise ValueError(
+          f"data.mixture entry {entry!r} must be 'weight:source:paths' with a "
+          'positive weight'
+        )
+      _choice(f'source of data.mixture entry {entry!r}', words[1], SOURCES)
+      part = dataclasses.replace(
+        self,
+        source=words[1],
+        paths=words[2] if len(words) == 3 else '',
+        mixture=(),
+      )
+      parts.append((weight, part))
+    return tuple(parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Text to NumPy batches. The door is `pipeline.make_pipeline`."""

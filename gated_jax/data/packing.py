@@ -1,0 +1,109 @@
+"""Documents of any length to rows of one length, without padding.
+
+Documents are laid end to end and cut every `length` tokens. First-fit packing
+would keep short documents whole, but pads rows and must hold open many of them,
+which all have to be rebuilt when a run resumes; here the position is one
+document and an offset into it, and every row but the last is full.
+
+Every pair of a token and its successor in the same document appears exactly
+once: the target of a chunk's last token is the first one of the next chunk,
+even where that chunk lies in another row. A chunk that goes on in a new row is
+a new segment there with positions from 0, since the row cannot see what came
+before. Read `gated_jax/data/pipeline.py` next.
+"""
+
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Float32
+from jaxtyping import Int32
+
+Row = dict[str, np.ndarray]
+
+
+class PackedRows(grain.IterDataset):
+  """Rows of `length` from a dataset of documents (arrays of two ids or more).
+
+  A row is `tokens`, `targets`, `segments` (the number of the document in the
+  row, from 1; 0: padding), `positions` (from 0 per segment) and `weights` (1
+  where the target counts).
+  """
+
+  def __init__(self, parent: grain.IterDataset, length: int):
+    super().__init__(parent)
+    self._length = length
+
+  def __iter__(self) -> grain.DatasetIterator:
+    return _PackedRowsIterator(self._parent.__iter__(), self._length)
+
+
+class _PackedRowsIterator(grain.DatasetIterator):
+  """The position: where the open document was read, and how far it is used."""
+
+  def __init__(self, parent: grain.DatasetIterator, length: int):
+    super().__init__(parent)
+    self._length = length
+    self._open = np.empty(0, np.int32)
+    self._used = 0
+    self._before = self._parent.get_state()
+
+  def __next__(self) -> Row:
+    chunks: list[np.ndarray] = []
+    room = self._length
+    while room:
+      left = len(self._open) - 1 - self._used
+      if left <= 0:
+        before = self._parent.get_state()
+        try:
+          self._open = next(self._parent)
+        except StopIteration:
+          if not chunks:
+            raise
+          # The position after the last row is the end of the documents.
+          self._open = np.empty(0, np.int32)
+          self._before, self._used = before, 0
+          break
+        self._before, self._used = before, 0
+        continue
+      take = min(room, left)
+      chunks.append(self._open[self._used : self._used + take + 1])
+      self._used += take
+      room -= take
+    return pack_row(chunks, self._length)
+
+  def get_state(self) -> dict[str, Any]:
+    if self._used >= len(self._open) - 1:
+      return {'parent': self._parent.get_state(), 'used': 0}
+    return {'parent': self._before, 'used': self._used}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._parent.set_state(state['parent'])
+    self._before = self._parent.get_state()
+    self._used = state['used']
+    self._open = next(self._parent) if self._used else np.empty(0, np.int32)
+
+
+def pack_row(chunks: list[Int32[np.ndarray, ' _']], length: int) -> Row:
+  """One row from chunks, each one token longer than the room it takes."""
+  tokens: Int32[np.ndarray, ' T'] = np.zeros(length, np.int32)
+  targets: Int32[np.ndarray, ' T'] = np.zeros(length, np.int32)
+  segments: Int32[np.ndarray, ' T'] = np.zeros(length, np.int32)
+  positions: Int32[np.ndarray, ' T'] = np.zeros(length, np.int32)
+  weights: Float32[np.ndarray, ' T'] = np.zeros(length, np.float32)
+  begin = 0
+  for number, chunk in enumerate(chunks, 1):
+    end = begin + len(chunk) - 1
+    tokens[begin:end] = chunk[:-1]
+    targets[begin:end] = chunk[1:]
+    segments[begin:end] = number
+    positions[begin:end] = np.arange(end - begin)
+    begin = end
+  weights[:begin] = 1
+  return {
+    'tokens': tokens,
+    'targets': targets,
+    'segments': segments,
+    'positions': positions,
+    'weights': weights,
+  }

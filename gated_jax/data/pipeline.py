@@ -1,0 +1,336 @@
+"""Text to batches of rows: the one door to this room.
+
+    pipeline = make_pipeline(config, 'train', shard=0, shards=1)
+    batch = next(pipeline)  # tokens, targets, segments, positions, weights
+    saved = pipeline.state()
+    make_pipeline(config, 'train').restore(saved)  # goes on exactly there
+
+The stages are Grain's wherever it has them:
+
+    order of units (shuffled anew each epoch, dealt to the processes)
+      -> documents of the split -> ids -> packed rows   one of these per source
+      -> weighted mixture of rows
+      -> thread that reads ahead -> shuffle within a window of rows
+      -> batches -> thread that reads ahead
+
+The window is there because a long document fills many rows in succession.
+Training repeats for ever. Validation is one pass in a fixed order, and every
+process makes the same global batches and takes its own rows of them, so all see
+the same number of batches, and the loss does not depend on how many there are.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+from typing import Any
+
+import grain
+import numpy as np
+from grain import experimental
+
+from gated_jax.config import DataConfig
+from gated_jax.data.documents import Documents
+from gated_jax.data.documents import content_hash
+from gated_jax.data.documents import is_held_out
+from gated_jax.data.packing import PackedRows
+from gated_jax.data.sources import Document
+from gated_jax.data.sources import Skipped
+from gated_jax.data.sources import Source
+from gated_jax.data.sources import find_files
+from gated_jax.data.text_sources import make_text_source
+from gated_jax.data.token_sources import SyntheticSource
+from gated_jax.data.token_sources import TokenSource
+from gated_jax.data.tokenizer import Tokenizer
+from gated_jax.data.tokenizer import document
+from gated_jax.data.tokenizer import make_tokenizer
+
+Batch = dict[str, np.ndarray]
+# What may change between a run and its continuation without moving the data.
+_FREE = ('prefetch',)
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+  """Which documents are wanted, and what the model can take."""
+
+  config: DataConfig
+  split: str
+  shard: int
+  shards: int
+  vocab: int
+  tokenizer: Tokenizer
+  skipped: Skipped
+
+
+class Pipeline:
+  """An iterator of batches that knows its place.
+
+  A batch is int32 `tokens`, `targets`, `segments`, `positions` and float32
+  `weights`, each `[B, T]`; `gated_jax/data/packing.py` says what they mean.
+  """
+
+  def __init__(
+    self,
+    rows: grain.IterDataset,
+    view: _View,
+    about: dict[str, Any],
+  ):
+    self._iterator = rows.__iter__()
+    self._view = view
+    self._about = about
+    self.tokenizer = view.tokenizer
+    self.wait_seconds = 0.0  # that the caller was kept waiting, in all
+    self.batches = 0  # given out since the beginning, resumed ones included
+
+  def __iter__(self) -> 'Pipeline':
+    return self
+
+  def __next__(self) -> Batch:
+    start = time.perf_counter()
+    try:
+      batch = next(self._iterator)
+    finally:
+      self.wait_seconds += time.perf_counter() - start
+    self.batches += 1
+    return batch
+
+  @property
+  def skipped(self) -> dict[str, str]:
+    """Files, or parts of files, left out so far: name to reason."""
+    return self._view.skipped.report()
+
+  def state(self) -> bytes:
+    """The place after the last batch given out, however far ahead it reads."""
+    state = {
+      'about': self._about,
+      'batches': self.batches,
+      'position': self._iterator.get_state(),
+    }
+    return json.dumps(state).encode()
+
+  def restore(self, state: bytes) -> None:
+    """Goes on exactly where `state` was taken.
+
+    Raises:
+      ValueError: it is no such state, or one of other settings, other files or
+        another number of processes, with which no exact continuation exists.
+    """
+    try:
+      saved = json.loads(state)
+      about, batches = saved['about'], int(saved['batches'])
+      position = saved['position']
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(f'not a data position: {bytes(state)[:40]!r}') from error
+    for key, now in self._about.items():
+      if about.get(key) != now:
+        raise ValueError(
+          f'the saved data position is for {key}={about.get(key)!r}, '
+          f'not {now!r}: it cannot be continued exactly'
+        )
+    self._iterator.set_state(position)
+    self.batches = batches
+
+  def start(self) -> None:
+    """Begins to read ahead, for example while the step compiles."""
+    self._iterator.start_prefetch()
+
+  def close(self) -> None:
+    """Stops the threads."""
+    self._iterator.close()
+
+  def __enter__(self) -> 'Pipeline':
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+
+def make_pipeline(
+  config: DataConfig,
+  split: str,
+  *,
+  shard: int = 0,
+  shards: int = 1,
+  vocab: int = 0,
+) -> Pipeline:
+  """Returns the batches of one split for process `shard` of `shards`.
+
+  Args:
+    config: what to read and how.
+    split: 'train', without end, or 'validation', one pass.
+    shard: which of the processes this is; its batches have `config.batch //
+      shards` rows.
+    shards: how many there are.
+    vocab: ids must lie below it; 0: unchecked.
+
+  Raises:
+    ValueError: the batch does not divide, no file matches a glob, the
+      tokenizer has more than `vocab` tokens. What is inside the files is found
+      when it is read: `next` raises ValueError where no file is left to read,
+      where a split has no documents, and for an id outside the vocabulary.
+  """
+  if split not in ('train', 'validation'):
+    raise ValueError(f"{split=} must be 'train' or 'validation'")
+  if not 0 <= shard < shards:
+    raise ValueError(f'{shard=} must lie in [0, {shards=})')
+  if config.batch % shards:
+    raise ValueError(
+      f'data.batch={config.batch} must be a multiple of the {shards} processes'
+    )
+  view = _View(
+    config,
+    split,
+    shard,
+    shards,
+    vocab,
+    make_tokenizer(config.tokenizer),
+    Skipped(),
+  )
+  weights, parts = zip(*config.parts(), strict=True)
+  sources = [_make_source(part, view) for part in parts]
+  rows = [
+    PackedRows(_documents(part, source, view), config.length)
+    for part, source in zip(parts, sources, strict=True)
+  ]
+  mixed = (
+    rows[0] if len(rows) == 1 else grain.IterDataset.mix(rows, list(weights))
+  )
+  batches = _batches(mixed, view)
+  return Pipeline(batches, view, _about(config, sources, view))
+
+
+def _batches(rows: grain.IterDataset, view: _View) -> grain.IterDataset:
+  """Shuffled within the window, stacked, and made ahead of the caller."""
+  config = view.config
+  if config.shuffle and config.shuffle_rows > 1:
+    # Read a whole window ahead: while one is used the next is made.
+    rows = experimental.ThreadPrefetchIterDataset(
+      rows, prefetch_buffer_size=config.shuffle_rows
+    )
+    rows = experimental.WindowShuffleIterDataset(
+      rows, window_size=config.shuffle_rows, seed=config.seed
+    )
+  if view.split == 'train':
+    batches = rows.batch(config.batch // view.shards, drop_remainder=True)
+  else:
+    batches = rows.batch(config.batch, drop_remainder=False)
+    batches = batches.map(functools.partial(_own_rows, view=view))
+  return experimental.ThreadPrefetchIterDataset(
+    batches, prefetch_buffer_size=config.prefetch
+  )
+
+
+def _own_rows(batch: Batch, view: _View) -> Batch:
+  """This process's rows of a global batch, the last one padded to its size."""
+  size = view.config.batch // view.shards
+  begin = view.shard * size
+  out = {}
+  for name, value in batch.items():
+    own = value[begin : begin + size]
+    missing = ((0, size - len(own)), (0, 0))
+    out[name] = np.pad(own, missing) if len(own) < size else own
+  return out
+
+
+def _make_source(part: DataConfig, view: _View) -> Source:
+  """The source of one part of the mixture, or of the whole."""
+  vocab = view.vocab or view.tokenizer.vocab
+  if part.source == 'synthetic':
+    return SyntheticSource(vocab, part.length, part.seed, view.skipped)
+  if part.source == 'tokens':
+    return TokenSource(
+      find_files(part.paths),
+      view.tokenizer.eos,
+      part.max_document,
+      view.skipped,
+    )
+  if view.tokenizer.vocab > vocab:
+    raise ValueError(
+      f'data.tokenizer={part.tokenizer!r} has {view.tokenizer.vocab} tokens, '
+      f'more than the vocabulary of {vocab}'
+    )
+  return make_text_source(
+    part.source, part.paths, part.column, part.max_document, view.skipped
+  )
+
+
+def _documents(
+  part: DataConfig, source: Source, view: _View
+) -> grain.IterDataset:
+  """The documents of the view's split, this process's own ones only."""
+  total = len(source.units)
+  what = part.paths or part.source
+  if not total:
+    raise ValueError(
+      f'no usable data file in {what!r}: {view.skipped.summary()}'
+    )
+  order = grain.MapDataset.range(total)
+  if part.shuffle:
+    order = order.shuffle(part.seed)
+  train = view.split == 'train'
+  # With fewer units than processes all read all of them and deal documents.
+  deal_units = train and total >= view.shards
+  if deal_units:
+    order = order[view.shard :: view.shards]
+  epoch = len(order)
+  if train:
+    order = order.repeat()
+  deal = train and not deal_units
+
+  def keep(found: Document) -> bool:
+    side, dealt = content_hash(found)
+    if is_held_out(side, part.validation) == train:
+      return False
+    return not deal or dealt % view.shards == view.shard
+
+  def nothing() -> str:
+    return (
+      f'data.validation={part.validation} leaves no document of {what!r} for '
+      f'{view.split} (process {view.shard} of {view.shards}); '
+      f'{view.skipped.summary()}'
+    )
+
+  return Documents(
+    source, order, epoch, keep, functools.partial(_encode, view), nothing
+  )
+
+
+def _encode(view: _View, found: Document) -> np.ndarray:
+  """Ids of a document, checked against the vocabulary."""
+  if found.ids is None:
+    if not found.text:
+      return np.empty(0, np.int32)
+    return document(view.tokenizer, found.text)
+  low, high = int(found.ids.min()), int(found.ids.max())
+  if low < 0 or (view.vocab and high >= view.vocab):
+    raise ValueError(
+      f'token id {low if low < 0 else high} in {found.origin} lies outside '
+      f'the vocabulary of {view.vocab}'
+    )
+  return found.ids.astype(np.int32, copy=False)
+
+
+def _about(
+  config: DataConfig, sources: list[Source], view: _View
+) -> dict[str, Any]:
+  """Everything that a position depends on, as JSON has it."""
+  digest = hashlib.blake2b(digest_size=8)
+  for source in sources:
+    for unit in source.units:
+      name = os.path.basename(unit.path)
+      digest.update(repr((name, unit.begin, unit.end)).encode())
+  about = {
+    f'data.{name}': value
+    for name, value in dataclasses.asdict(config).items()
+    if name not in _FREE
+  }
+  about |= {
+    'split': view.split,
+    'process': view.shard,
+    'processes': view.shards,
+    'files': digest.hexdigest(),
+  }
+  return json.loads(json.dumps(about))

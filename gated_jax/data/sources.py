@@ -1,0 +1,123 @@
+"""Where documents come from: files, cut into units that can be read alone.
+
+A source lists its units without reading them: a unit is a file, or a part of
+one that is small enough to hold in memory and can be found without reading what
+lies before. Units are what is shuffled and dealt to processes. `read(unit,
+cursor)` yields `(cursor, document)` pairs, where each cursor is the place after
+its document, so a run resumes in the middle of a unit.
+
+What cannot be read is told to `Skipped` and left out; it is an error only when
+nothing is left. Text is `gated_jax/data/text_sources.py`'s, arrays and
+synthetic tokens are `gated_jax/data/token_sources.py`'s.
+"""
+
+import glob
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NamedTuple
+from typing import Protocol
+
+import numpy as np
+
+_LOGGED = 10  # files that are named in the log; all are in the report
+
+
+class Unit(NamedTuple):
+  """A part of a file; what `begin` and `end` count is the source's affair."""
+
+  path: str
+  begin: int
+  end: int
+
+
+class Document(NamedTuple):
+  """Either text, or ids made elsewhere, and where it was found."""
+
+  text: str
+  ids: np.ndarray | None
+  origin: str
+
+
+class Source(Protocol):
+  """Units, and how to read one."""
+
+  units: Sequence[Unit]
+  skipped: 'Skipped'
+
+  def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
+    """Yields the documents of `unit` from `cursor` on; 0: its beginning."""
+
+
+class Skipped:
+  """Files, or parts of them, that were left out, each with its reason."""
+
+  def __init__(self):
+    self._reasons: dict[str, str] = {}
+    self._lock = threading.Lock()
+
+  def add(self, where: str, reason: object) -> None:
+    """Notes `where` once, however often it is met again."""
+    lines = str(reason).strip().splitlines()
+    line = lines[0] if lines else type(reason).__name__
+    with self._lock:
+      if where in self._reasons:
+        return
+      self._reasons[where] = line
+      count = len(self._reasons)
+    if count <= _LOGGED:
+      logging.warning('skipped %s: %s', where, line)
+    if count == _LOGGED:
+      logging.warning('further skipped files are only counted')
+
+  def report(self) -> dict[str, str]:
+    """What was skipped so far: name to reason, in the order met."""
+    with self._lock:
+      return dict(self._reasons)
+
+  def __len__(self) -> int:
+    return len(self._reasons)
+
+  def summary(self) -> str:
+    """One line: how many, and the first few by name."""
+    report = self.report()
+    first = '; '.join(f'{k}: {v}' for k, v in list(report.items())[:3])
+    return f'{len(report)} skipped ({first})' if report else 'none skipped'
+
+
+def find_files(paths: str) -> list[str]:
+  """Files that comma-separated globs match, each once, in a fixed order.
+
+  `**` matches folders at any depth.
+
+  Raises:
+    ValueError: a glob matches no file.
+  """
+  found: set[str] = set()
+  for pattern in filter(None, (part.strip() for part in paths.split(','))):
+    names = glob.glob(os.path.expanduser(pattern), recursive=True)
+    files = [name for name in names if os.path.isfile(name)]
+    if not files:
+      raise ValueError(f'no data files match {pattern!r}')
+    found.update(files)
+  if not found:
+    raise ValueError(f'no data files match {paths!r}')
+  return sorted(found)
+
+
+def byte_units(files: Sequence[str], size: int, skipped: Skipped) -> list[Unit]:
+  """Cuts files into ranges of at most `size` bytes; empty ones are skipped."""
+  units = []
+  for path in files:
+    try:
+      total = os.stat(path).st_size
+    except OSError as error:
+      skipped.add(path, error.strerror or error)
+      continue
+    if not total:
+      skipped.add(path, 'empty')
+    for begin in range(0, total, size):
+      units.append(Unit(path, begin, min(begin + size, total)))
+  return units

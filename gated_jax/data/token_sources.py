@@ -1,0 +1,143 @@
+"""Documents that are ids already: arrays on disk, and synthetic ones.
+
+Read `gated_jax/data/sources.py` first.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from gated_jax.data.sources import Document
+from gated_jax.data.sources import Skipped
+from gated_jax.data.sources import Unit
+
+_RANGE = 1 << 22  # tokens of an array that are one unit
+_DOCUMENTS = 1 << 16  # synthetic documents in one pass
+
+
+class TokenSource:
+  """One-dimensional integer arrays, `*.npy` or raw `*.bin`, mapped not read.
+
+  Documents end with the end-of-document id, which stays part of them; one
+  longer than `max_document` is cut. A file `NAME.json` beside NAME may say
+  `{"dtype": "uint16", "eos": 50256}`; a raw file needs it, for its dtype.
+  """
+
+  def __init__(
+    self, files: list[str], eos: int, max_document: int, skipped: Skipped
+  ):
+    self.skipped = skipped
+    self._max_document = max_document
+    self._eos: dict[str, int] = {}
+    self.units = []
+    for path in files:
+      try:
+        about = _about(path)
+        total = len(_open(path))
+        self._eos[path] = int(about.get('eos', eos))
+      except (OSError, ValueError, TypeError) as error:
+        skipped.add(path, error)
+        continue
+      if not total:
+        skipped.add(path, 'empty')
+      self.units += [
+        Unit(path, begin, min(begin + _RANGE, total))
+        for begin in range(0, total, _RANGE)
+      ]
+
+  def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
+    array = _open(unit.path)
+    eos = self._eos[unit.path]
+    if cursor:
+      begin = cursor
+    else:
+      begin = _first_start(array, unit, eos)
+    # A document belongs to the unit where it starts, so its later pieces may
+    # lie beyond the unit's end.
+    inside = begin < unit.end
+    while inside or not _starts(array, begin, eos):
+      if begin >= len(array):
+        return
+      piece = np.asarray(array[begin : begin + self._max_document])
+      ends = np.flatnonzero(piece == eos)
+      if len(ends):
+        piece = piece[: ends[0] + 1]
+      begin += len(piece)
+      inside = begin < unit.end
+      yield begin, Document('', piece, unit.path)
+
+
+def _starts(array: np.ndarray, place: int, eos: int) -> bool:
+  return place == 0 or place >= len(array) or int(array[place - 1]) == eos
+
+
+def _first_start(array: np.ndarray, unit: Unit, eos: int) -> int:
+  """Where the first document that starts inside the unit starts."""
+  if _starts(array, unit.begin, eos):
+    return unit.begin
+  ends = np.flatnonzero(array[unit.begin : unit.end] == eos)
+  if len(ends):
+    return unit.begin + int(ends[0]) + 1
+  return len(array)  # none does
+
+
+def _about(path: str) -> dict:
+  beside = pathlib.Path(path + '.json')
+  if not beside.is_file():
+    return {}
+  about = json.loads(beside.read_text(encoding='utf-8'))
+  if not isinstance(about, dict):
+    raise ValueError(f'{beside} holds no JSON object')
+  return about
+
+
+def _open(path: str) -> np.ndarray:
+  """The array in the file, mapped into memory."""
+  if os.path.getsize(path) == 0:
+    raise ValueError('empty')
+  if path.endswith('.npy'):
+    array = np.load(path, mmap_mode='r', allow_pickle=False)
+  else:
+    about = _about(path)
+    if 'dtype' not in about:
+      raise ValueError(f'a raw array needs {path}.json with its dtype')
+    dtype = np.dtype(about['dtype'])
+    if os.path.getsize(path) % dtype.itemsize:
+      raise ValueError(f'truncated: no whole number of {dtype}')
+    array = np.memmap(path, dtype, mode='r')
+  if array.ndim != 1 or array.dtype.kind not in 'iu':
+    raise ValueError(
+      f'an array {array.dtype}{list(array.shape)}, not one axis of integers'
+    )
+  return array
+
+
+class SyntheticSource:
+  """Random tokens that repeat, which a model can learn and a table cannot.
+
+  A document draws a span of 8 to 32 tokens uniformly and repeats it: the first
+  time each costs log(vocab) nats, and after that nothing to a model that has
+  learnt to copy. Every document is made from the seed and its number.
+  """
+
+  def __init__(self, vocab: int, length: int, seed: int, skipped: Skipped):
+    self.skipped = skipped
+    self._vocab = vocab
+    self._length = length
+    self._seed = seed
+    self.units = [
+      Unit('synthetic', begin, begin + 256)
+      for begin in range(0, _DOCUMENTS, 256)
+    ]
+
+  def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
+    for number in range(max(unit.begin, cursor), unit.end):
+      random = np.random.default_rng((self._seed, number))
+      period = int(random.integers(8, 33))
+      length = int(random.integers(2 * period, 2 * period + self._length + 1))
+      span = random.integers(0, self._vocab, period, np.int32)
+      ids = np.resize(span, length)
+      yield number + 1, Document('', ids, f'synthetic document {number}')
