@@ -1,0 +1,127 @@
+"""model/moe.py: parameter names, losses and logs. Values: ops/moe_test.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from gated_jax.config import ModelConfig
+from gated_jax.config import MoEConfig
+from gated_jax.model.moe import MoE
+
+CONFIG = ModelConfig(
+  vocab=32,
+  length=8,
+  depth=1,
+  width=8,
+  heads=2,
+  kv_heads=1,
+  head_dim=4,
+  mlp_width=16,
+  dtype='float32',
+  init_std=0.5,
+  moe=MoEConfig(experts=4, top_k=2, width=6, shared_width=5),
+)
+X = jax.random.normal(jax.random.key(0), (2, 8, 8))
+
+
+def setup(config=CONFIG):
+  layer = MoE(config)
+  return layer, layer.init(jax.random.key(1), X)
+
+
+def test_parameters_have_these_names_shapes_and_logical_axes():
+  _, variables = setup()
+  flat = traverse_util.flatten_dict(
+    variables['params'], sep='/', is_leaf=lambda _, v: hasattr(v, 'names')
+  )
+  found = {k: (v.value.shape, v.names) for k, v in flat.items()}
+  assert found == {
+    'router/kernel': ((8, 4), ('embed', None)),
+    'gate_proj': ((4, 8, 6), ('experts', 'embed', 'mlp')),
+    'up': ((4, 8, 6), ('experts', 'embed', 'mlp')),
+    'down': ((4, 6, 8), ('experts', 'mlp', 'embed')),
+    'shared/gate_proj/kernel': ((8, 5), ('embed', 'mlp')),
+    'shared/up/kernel': ((8, 5), ('embed', 'mlp')),
+    'shared/down/kernel': ((5, 8), ('mlp', 'embed')),
+  }
+
+
+def test_output_is_routed_experts_plus_the_shared_one():
+  layer, variables = setup()
+  found = layer.apply(variables, X)
+  boxed = variables['params']
+  p = jax.tree.map(lambda v: np.asarray(v, np.float64), nn_unbox(boxed))
+  x = np.asarray(X, np.float64).reshape(-1, 8)
+
+  def mlp(token, gate, up, down):
+    g = token @ gate
+    return (g / (1 + np.exp(-g)) * (token @ up)) @ down
+
+  expected = np.zeros_like(x)
+  for m, token in enumerate(x):
+    scores = np.exp(token @ p['router']['kernel'])
+    best = np.argsort(-scores)[:2]
+    for e in best:
+      part = mlp(token, p['gate_proj'][e], p['up'][e], p['down'][e])
+      expected[m] += scores[e] / scores[best].sum() * part
+    s = p['shared']
+    expected[m] += mlp(
+      token, s['gate_proj']['kernel'], s['up']['kernel'], s['down']['kernel']
+    )
+  np.testing.assert_allclose(
+    found.output.reshape(-1, 8), expected, rtol=1e-4, atol=1e-5
+  )
+
+
+def nn_unbox(tree):
+  return jax.tree.map(
+    lambda v: v.value, tree, is_leaf=lambda v: hasattr(v, 'names')
+  )
+
+
+def test_losses_are_scaled_by_their_coefficients_and_logs_are_not():
+  layer, variables = setup()
+  out = layer.apply(variables, X)
+  assert float(out.losses['balance_loss']) == pytest.approx(
+    CONFIG.moe.balance_loss * float(out.logs['balance'])
+  )
+  assert float(out.losses['router_z_loss']) == pytest.approx(
+    CONFIG.moe.router_z_loss * float(out.logs['router_z'])
+  )
+  assert set(out.logs) == {'balance', 'router_z', 'max_load', 'idle_experts'}
+
+
+def test_padding_changes_losses_but_no_output():
+  layer, variables = setup()
+  valid = jnp.arange(8)[None].repeat(2, 0) < 5
+  masked, whole = layer.apply(variables, X, valid), layer.apply(variables, X)
+  np.testing.assert_array_equal(masked.output, whole.output)
+  cut = layer.apply(variables, X[:, :5])
+  for name in cut.losses:
+    assert float(masked.losses[name]) == pytest.approx(float(cut.losses[name]))
+  assert masked.losses['balance_loss'] != whole.losses['balance_loss']
+
+
+def test_without_a_shared_expert_there_are_no_parameters_for_it():
+  _, variables = setup(
+    dataclasses.replace(
+      CONFIG, moe=dataclasses.replace(CONFIG.moe, shared_width=0)
+    )
+  )
+  assert 'shared' not in variables['params']
+
+
+def test_router_learns_from_both_losses_and_the_output():
+  layer, variables = setup()
+
+  def slope(pick):
+    grads = jax.grad(lambda v: pick(layer.apply(v, X)))(variables)
+    return float(jnp.abs(nn_unbox(grads)['params']['router']['kernel']).sum())
+
+  assert slope(lambda o: o.losses['balance_loss']) > 0
+  assert slope(lambda o: o.losses['router_z_loss']) > 0
+  assert slope(lambda o: jnp.sum(o.output**2)) > 0
