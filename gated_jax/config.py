@@ -320,7 +320,9 @@ class DataConfig:
   validation: float = 0.05  # share of documents held out, by their content
   max_document: int = 1 << 20  # bytes of text, or ids; longer ones are cut
   shuffle: bool = True
-  shuffle_rows: int = 1024  # rows whose order is mixed, beside that of files
+  # Tokens whose rows are shuffled among each other, beside the order of files.
+  # Resuming packs that many again, and memory holds them twice, 20 bytes each.
+  shuffle_tokens: int = 1 << 20
   seed: int = 0
   prefetch: int = 4  # batches made ahead of the step
 
@@ -333,14 +335,14 @@ class DataConfig:
           'batch',
           'length',
           'max_document',
-          'shuffle_rows',
+          'shuffle_tokens',
           'prefetch',
         )
       }
     )
     _below_one(**{'data.validation': self.validation})
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f'data.seed={self.seed} must lie in [0, 2**32)')
+    if not 0 <= self.seed < 2**31:
+      raise ValueError(f'data.seed={self.seed} must lie in [0, 2**31)')
     if not self.tokenizer:
       raise ValueError("data.tokenizer='' must be 'bytes' or a path")
     if self.source == 'mixture':

@@ -117,7 +117,7 @@ class _DocumentsIterator(grain.DatasetIterator):
       except UnicodeDecodeError as error:
         self._source.skipped.add(unit.path, f'not UTF-8 at byte {error.start}')
         return None
-      except (OSError, ValueError, RuntimeError, IndexError) as error:
+      except (OSError, ValueError, RuntimeError, LookupError) as error:
         self._source.skipped.add(unit.path, error)
         return None
       self._cursor = cursor

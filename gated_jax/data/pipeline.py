@@ -25,6 +25,7 @@ import hashlib
 import json
 import os
 import time
+import weakref
 from typing import Any
 
 import grain
@@ -49,7 +50,8 @@ from gated_jax.data.tokenizer import make_tokenizer
 
 Batch = dict[str, np.ndarray]
 # What may change between a run and its continuation without moving the data.
-_FREE = ('prefetch',)
+# Where files lie may change: their names and sizes are compared instead.
+_FREE = ('prefetch', 'paths')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Pipeline:
     about: dict[str, Any],
   ):
     self._iterator = rows.__iter__()
+    # Threads must not outlive the modules that they use.
+    weakref.finalize(self, self._iterator.close)
     self._view = view
     self._about = about
     self.tokenizer = view.tokenizer
@@ -176,6 +180,8 @@ def make_pipeline(
     raise ValueError(f"{split=} must be 'train' or 'validation'")
   if not 0 <= shard < shards:
     raise ValueError(f'{shard=} must lie in [0, {shards=})')
+  if split == 'validation' and not config.validation:
+    raise ValueError('data.validation=0 holds out nothing to validate on')
   if config.batch % shards:
     raise ValueError(
       f'data.batch={config.batch} must be a multiple of the {shards} processes'
@@ -187,7 +193,7 @@ def make_pipeline(
     shards,
     vocab,
     make_tokenizer(config.tokenizer),
-    Skipped(),
+    Skipped(log=split == 'train'),
   )
   weights, parts = zip(*config.parts(), strict=True)
   sources = [_make_source(part, view) for part in parts]
@@ -205,22 +211,34 @@ def make_pipeline(
 def _batches(rows: grain.IterDataset, view: _View) -> grain.IterDataset:
   """Shuffled within the window, stacked, and made ahead of the caller."""
   config = view.config
-  if config.shuffle and config.shuffle_rows > 1:
+  window = config.shuffle_tokens // config.length
+  if config.shuffle and window > 1:
     # Read a whole window ahead: while one is used the next is made.
-    rows = experimental.ThreadPrefetchIterDataset(
-      rows, prefetch_buffer_size=config.shuffle_rows
-    )
+    rows = _Ahead(rows, prefetch_buffer_size=window)
     rows = experimental.WindowShuffleIterDataset(
-      rows, window_size=config.shuffle_rows, seed=config.seed
+      rows, window_size=window, seed=config.seed
     )
   if view.split == 'train':
     batches = rows.batch(config.batch // view.shards, drop_remainder=True)
   else:
     batches = rows.batch(config.batch, drop_remainder=False)
     batches = batches.map(functools.partial(_own_rows, view=view))
-  return experimental.ThreadPrefetchIterDataset(
-    batches, prefetch_buffer_size=config.prefetch
-  )
+  return _Ahead(batches, prefetch_buffer_size=config.prefetch)
+
+
+class _Ahead(experimental.ThreadPrefetchIterDataset):
+  """Grain's reading ahead by a thread, whose iterator may be closed twice."""
+
+  def __iter__(self) -> grain.DatasetIterator:
+    return _AheadIterator(self._parent.__iter__(), self._prefetch_buffer_size)
+
+
+class _AheadIterator(experimental.ThreadPrefetchDatasetIterator):
+  # It is closed again when it is collected, which at the interpreter's end is
+  # after the modules that closing needs.
+  def close(self) -> None:
+    if not self._closed:
+      super().close()
 
 
 def _own_rows(batch: Batch, view: _View) -> Batch:
@@ -305,10 +323,11 @@ def _encode(view: _View, found: Document) -> np.ndarray:
       return np.empty(0, np.int32)
     return document(view.tokenizer, found.text)
   low, high = int(found.ids.min()), int(found.ids.max())
-  if low < 0 or (view.vocab and high >= view.vocab):
+  vocab = view.vocab or 2**31
+  if low < 0 or high >= vocab:
     raise ValueError(
       f'token id {low if low < 0 else high} in {found.origin} lies outside '
-      f'the vocabulary of {view.vocab}'
+      f'the vocabulary of {vocab}'
     )
   return found.ids.astype(np.int32, copy=False)
 

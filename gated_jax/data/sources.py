@@ -44,7 +44,7 @@ class Document(NamedTuple):
 class Source(Protocol):
   """Units, and how to read one."""
 
-  units: Sequence[Unit]
+  units: list[Unit]
   skipped: 'Skipped'
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
@@ -52,9 +52,13 @@ class Source(Protocol):
 
 
 class Skipped:
-  """Files, or parts of them, that were left out, each with its reason."""
+  """Files, or parts of them, that were left out, each with its reason.
 
-  def __init__(self):
+  `log`: whether to say so when it happens, besides in the report.
+  """
+
+  def __init__(self, log: bool = True):
+    self._log = log
     self._reasons: dict[str, str] = {}
     self._lock = threading.Lock()
 
@@ -67,10 +71,12 @@ class Skipped:
         return
       self._reasons[where] = line
       count = len(self._reasons)
+    if not self._log:
+      return
     if count <= _LOGGED:
       logging.warning('skipped %s: %s', where, line)
     if count == _LOGGED:
-      logging.warning('further skipped files are only counted')
+      logging.warning('further skipped files are counted, but not logged')
 
   def report(self) -> dict[str, str]:
     """What was skipped so far: name to reason, in the order met."""

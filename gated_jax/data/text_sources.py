@@ -7,6 +7,7 @@ import json
 import pathlib
 import sysconfig
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Skipped
@@ -34,6 +35,7 @@ def stdlib_files() -> list[str]:
     path
     for path in root.rglob('*.py')
     if not _NOT_LIBRARY.intersection(path.relative_to(root).parts[:-1])
+    and path.stat().st_size
   ]
   if not files:
     raise ValueError(f'the standard library has no *.py files in {root}')
@@ -53,7 +55,7 @@ class TextSource:
     self._max_document = max_document
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    raw = b''.join(line for _, line in _lines(unit, 0))
+    raw = _whole_lines(unit)
     raw.decode('utf-8')  # all of it before any of it is used
     while cursor < len(raw):
       end = _piece_end(raw, cursor, self._max_document)
@@ -87,8 +89,7 @@ class ParquetSource:
   """One document per row of the column `column`; a row group is a unit."""
 
   def __init__(self, files: list[str], column: str, skipped: Skipped):
-    import pyarrow as arrow
-    from pyarrow import parquet
+    arrow, parquet = _parquet()
 
     self.skipped = skipped
     self._column = column
@@ -113,8 +114,7 @@ class ParquetSource:
       self.units += [Unit(path, i, i + 1) for i in range(groups)]
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    import pyarrow as arrow
-    from pyarrow import parquet
+    arrow, parquet = _parquet()
 
     try:
       with parquet.ParquetFile(unit.path) as file:
@@ -179,16 +179,31 @@ class ArrayRecordSource:
 
 
 def _array_record(path: str):
-  from array_record.python import array_record_module
-
-  # The library ends the process on some damaged files, so look at the end of
-  # the file first: a whole one has at least one block of 64 KiB.
-  size = pathlib.Path(path).stat().st_size
-  if size == 0:
-    raise ValueError('empty')
-  return array_record_module.ArrayRecordReader(
+  """An open reader of the file."""
+  try:
+    from array_record.python import array_record_module
+  except ImportError as error:
+    raise ImportError(
+      f'{path} needs the package array-record: pip install gated_jax[hf]'
+    ) from error
+  reader = array_record_module.ArrayRecordReader(
     path, options='', file_reader_buffer_size=1 << 20
   )
+  if not reader.ok():
+    raise ValueError('damaged, truncated or no ArrayRecord file')
+  return reader
+
+
+def _parquet():
+  """The two modules that read Parquet."""
+  try:
+    import pyarrow
+    from pyarrow import parquet
+  except ImportError as error:
+    raise ImportError(
+      'Parquet files need the package pyarrow: pip install gated_jax[hf]'
+    ) from error
+  return pyarrow, parquet
 
 
 def json_text(line: bytes, column: str) -> str:
@@ -204,7 +219,34 @@ def json_text(line: bytes, column: str) -> str:
   if not isinstance(record[column], str):
     kind = type(record[column]).__name__
     raise ValueError(f'field {column!r} is a {kind}, not a string')
+  record[column].encode('utf-8')  # JSON can spell half of a surrogate pair
   return record[column]
+
+
+def _whole_lines(unit: Unit) -> bytes:
+  """The lines that start inside the unit, in one piece."""
+  with open(unit.path, 'rb') as file:
+    _to_first_line(file, unit)
+    begin = file.tell()
+    if begin >= unit.end:
+      return b''
+    raw = file.read(unit.end - begin)
+    _refuse_truncated(begin + len(raw), unit)
+    return raw if raw.endswith(b'\n') else raw + file.readline()
+
+
+def _to_first_line(file: BinaryIO, unit: Unit) -> None:
+  """A line that starts before the unit belongs to the one before."""
+  if unit.begin:
+    file.seek(unit.begin - 1)
+    file.readline()
+
+
+def _refuse_truncated(place: int, unit: Unit) -> None:
+  if place < unit.end:
+    raise ValueError(
+      f'truncated: {place} bytes, where {unit.end} were found at the start'
+    )
 
 
 def _lines(unit: Unit, cursor: int) -> Iterator[tuple[int, bytes]]:
@@ -212,17 +254,13 @@ def _lines(unit: Unit, cursor: int) -> Iterator[tuple[int, bytes]]:
   with open(unit.path, 'rb') as file:
     if cursor:
       file.seek(cursor)
-    elif unit.begin:
-      # A line that starts before the unit belongs to the one before.
-      file.seek(unit.begin - 1)
-      file.readline()
+    else:
+      _to_first_line(file, unit)
     place = file.tell()
     while place < unit.end:
       line = file.readline()
       if not line:
-        raise ValueError(
-          f'truncated: {place} bytes where {unit.end} were found before'
-        )
+        _refuse_truncated(place, unit)
       place += len(line)
       yield place, line
 

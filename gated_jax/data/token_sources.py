@@ -38,7 +38,7 @@ class TokenSource:
         about = _about(path)
         total = len(_open(path))
         self._eos[path] = int(about.get('eos', eos))
-      except (OSError, ValueError, TypeError) as error:
+      except Exception as error:  # a damaged header raises nearly anything
         skipped.add(path, error)
         continue
       if not total:
@@ -51,10 +51,7 @@ class TokenSource:
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     array = _open(unit.path)
     eos = self._eos[unit.path]
-    if cursor:
-      begin = cursor
-    else:
-      begin = _first_start(array, unit, eos)
+    begin = cursor or _first_start(array, unit, eos)
     # A document belongs to the unit where it starts, so its later pieces may
     # lie beyond the unit's end.
     inside = begin < unit.end
@@ -105,6 +102,8 @@ def _open(path: str) -> np.ndarray:
     if 'dtype' not in about:
       raise ValueError(f'a raw array needs {path}.json with its dtype')
     dtype = np.dtype(about['dtype'])
+    if dtype.kind not in 'iu':
+      raise ValueError(f'dtype {dtype} is not one of integers')
     if os.path.getsize(path) % dtype.itemsize:
       raise ValueError(f'truncated: no whole number of {dtype}')
     array = np.memmap(path, dtype, mode='r')
