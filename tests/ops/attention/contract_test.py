@@ -34,6 +34,18 @@ REFUSES = {
     'f16': 'float16',
   },
 }
+# Cases that would show nothing new about splash, whose gate is that of
+# `plain`; interpreting it takes seconds each.
+SAME_FOR_SPLASH = (
+  'full',
+  'head_dim_odd',
+  'head_dim_128',
+  'bf16_rounded',
+  'bf16_rounded_headwise',
+  'cross_causal',
+  'ungrouped',
+  *(n for n in SMALL if '_times_' in n or '_plus_' in n),
+)
 
 
 # The reference.
@@ -172,7 +184,11 @@ def evaluate(name, case, arrays, d_output, d_lse):
     return total, result
 
   run = jax.value_and_grad(loss, has_aux=True)
-  (_, result), grads = jax.jit(run)(arrays)
+  options = {}
+  if jax.default_backend() == 'cpu':
+    # Interpreted kernels are long programs that run once: no polish.
+    options['xla_backend_optimization_level'] = 0
+  (_, result), grads = jax.jit(run, compiler_options=options)(arrays)
   return result.output, result.lse, grads
 
 
@@ -228,9 +244,8 @@ def check(name, case):
 @pytest.mark.parametrize('case_name', SMALL)
 @pytest.mark.parametrize('name', NAMES)
 def test_backend_agrees_with_float64_matrices(name, case_name):
-  variant = case_name.startswith(('elementwise_', 'headwise_'))
-  if name == 'splash' and variant and 'silu' not in case_name:
-    pytest.skip('its gate is the one of `plain`')
+  if name == 'splash' and case_name in SAME_FOR_SPLASH:
+    pytest.skip('nothing new about splash')
   if case_name in REFUSES.get(name, {}):
     pytest.skip('refused: the next test')
   try:
