@@ -1,0 +1,16 @@
+"""Every setting at its default; every other config is a difference to it.
+
+    python train.py --config=configs/base.py --workdir=runs/base
+
+The defaults themselves stand in `gated_jax/config.py`. This one trains the
+paper's 1.7B model and is not meant for a small machine: see `smoke.py`.
+"""
+
+import ml_collections
+
+from gated_jax import config
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """A locked ConfigDict: a name that is no setting cannot be put in."""
+  return ml_collections.ConfigDict(config.to_dict(config.RunConfig())).lock()

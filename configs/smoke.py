@@ -1,0 +1,41 @@
+"""A gated model on real text, on a CPU, in minutes.
+
+    python train.py --config=configs/smoke.py --workdir=runs/smoke
+
+Text: the Python sources of the running interpreter's own standard library, as
+bytes. Model: 4 layers, width 128, the paper's best gate (one sigmoid score
+per head and channel on the attention output).
+
+Expected (2 CPU cores, 4 minutes at most): not measured yet.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.steps = 400
+  config.log_every = 10
+  config.eval_every = 200
+  config.eval_batches = 8
+  config.probe_every = 100
+
+  config.model.vocab = 257  # bytes, and what opens and closes a document
+  config.model.length = 256
+  config.model.depth = 4
+  config.model.width = 128
+  config.model.heads = 4
+  config.model.kv_heads = 2
+  config.model.head_dim = 32
+  config.model.mlp_width = 384
+  config.model.dtype = 'float32'  # bfloat16 is emulated, slowly, on a CPU
+
+  config.data.batch = 16
+  config.data.length = 256
+
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.final_learning_rate = 3e-4
+  config.optimizer.warmup_steps = 40
+
+  config.checkpoint.every = 200
+  return config

@@ -1,0 +1,184 @@
+"""What a run writes down: JSON lines first, then whoever else was asked for.
+
+`metrics.jsonl` is the record: one object a line, with `step` and whatever was
+measured there. A run that resumes drops the lines after the step it resumes
+from, so that no step stands there twice. TensorBoard and Weights & Biases get
+the same numbers.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from gated_jax.config import RunConfig
+from gated_jax.config import to_dict
+
+# Dense bfloat16 operations per second of one device, as its maker states
+# them. A device that is not here has no utilisation to report.
+PEAK_FLOPS = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5': 459e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+def utilisation(
+  flops_per_token: float, tokens_per_second: float, kind: str, devices: int
+) -> float:
+  """Model FLOPs done over those possible; 0 where the peak is not known."""
+  peak = PEAK_FLOPS.get(kind, 0.0)
+  if not peak:
+    return 0.0
+  return flops_per_token * tokens_per_second / (peak * devices)
+
+
+class Clock:
+  """Where wall time went, by name; what no name covers is the training.
+
+  `lap` is the time since the last one; `total` since the run began.
+  """
+
+  def __init__(self):
+    self._start = self._lap_start = time.perf_counter()
+    self._lap: dict[str, float] = {}
+    self.total: dict[str, float] = {}
+
+  def add(self, name: str, seconds: float) -> None:
+    for sums in (self._lap, self.total):
+      sums[name] = sums.get(name, 0.0) + seconds
+
+  @contextlib.contextmanager
+  def spent(self, name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+      yield
+    finally:
+      self.add(name, time.perf_counter() - start)
+
+  def lap(self) -> tuple[float, dict[str, float]]:
+    """Seconds since the last lap, and those of them under each name."""
+    now = time.perf_counter()
+    seconds, spent = now - self._lap_start, self._lap
+    self._lap_start, self._lap = now, {}
+    return seconds, spent
+
+  @property
+  def seconds(self) -> float:
+    return time.perf_counter() - self._start
+
+
+def _plain(value: Any) -> Any:
+  """JSON has no NaN; a number that is none is written as null."""
+  number = value if isinstance(value, int) else float(value)
+  return number if math.isfinite(number) else None
+
+
+class Metrics:
+  """Writes scalars on process 0; on the others it does nothing.
+
+  Args:
+    workdir: Where metrics.jsonl and TensorBoard's files go.
+    config: Says who else wants the numbers.
+    after: Lines up to and including this step are kept.
+  """
+
+  def __init__(self, workdir: pathlib.Path, config: RunConfig, after: int):
+    self.path = workdir / 'metrics.jsonl'
+    self._file = None
+    self._tensorboard = self._wandb = None
+    if jax.process_index():
+      return
+    self._keep_until(after)
+    self._file = self.path.open('a', encoding='utf-8')
+    if config.tensorboard:
+      self._tensorboard = _tensorboard(workdir / 'tensorboard', after)
+    if config.wandb:
+      self._wandb = _wandb(workdir, config)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    if self._file is None:
+      return
+    plain = {name: _plain(value) for name, value in values.items()}
+    self._file.write(json.dumps({'step': step, **plain}) + '\n')
+    self._file.flush()
+    if self._tensorboard is not None:
+      for name, value in plain.items():
+        if value is not None:
+          self._tensorboard.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(plain, step=step)
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    if self._tensorboard is not None:
+      self._tensorboard.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+  def _keep_until(self, step: int) -> None:
+    """Drops later lines, and one that a kill cut short."""
+    if not self.path.exists():
+      return
+    kept = [
+      line for line in _lines(self.path) if json.loads(line)['step'] <= step
+    ]
+    new = self.path.with_suffix('.jsonl.new')
+    new.write_text(''.join(f'{line}\n' for line in kept), encoding='utf-8')
+    os.replace(new, self.path)
+
+
+def _lines(path: pathlib.Path) -> Iterator[str]:
+  for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+    try:
+      if isinstance(json.loads(line), dict) and 'step' in json.loads(line):
+        yield line
+    except json.JSONDecodeError:
+      continue
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a metrics.jsonl, in order."""
+  return [json.loads(line) for line in _lines(path)]
+
+
+def _tensorboard(folder: pathlib.Path, after: int) -> Any:
+  try:
+    import tensorboardX
+  except ImportError:
+    raise ValueError(
+      'tensorboard=True needs a package: pip install tensorboardX'
+    ) from None
+  return tensorboardX.SummaryWriter(str(folder), purge_step=after + 1)
+
+
+def _wandb(workdir: pathlib.Path, config: RunConfig) -> Any:
+  try:
+    import wandb
+  except ImportError:
+    raise ValueError(
+      f'wandb={config.wandb!r} needs a package: pip install wandb'
+    ) from None
+  return wandb.init(
+    project=config.wandb,
+    dir=str(workdir),
+    config=to_dict(config),
+    id=workdir.absolute().name,
+    resume='allow',
+  )

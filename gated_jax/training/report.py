@@ -1,0 +1,92 @@
+"""The first and the last words of a run."""
+
+import math
+import pathlib
+import shlex
+from typing import TYPE_CHECKING
+from typing import Any
+
+import jax
+
+from gated_jax.config import RunConfig
+
+if TYPE_CHECKING:
+  from gated_jax.training.loop import Loop
+
+
+def opening(config: RunConfig, params: Any, workdir: pathlib.Path) -> str:
+  """What is about to be trained, on what."""
+  count = sum(x.size for x in jax.tree.leaves(params))
+  kind = jax.devices()[0].device_kind
+  data = config.data
+  return (
+    f'{count:,} parameters; {data.batch} x {data.length} tokens a step from '
+    f'{data.source}; {config.steps} steps on {jax.device_count()} x {kind}; '
+    f'in {workdir}'
+  )
+
+
+def _rows(loop: 'Loop') -> list[tuple[str, str]]:
+  """Names and values of the closing table, without what was not measured."""
+  numbers: list[tuple[str, float, str]] = [
+    ('validation loss', loop.validation.nats, '{:.4f} nats per token'),
+    ('bits per byte', loop.validation.bits_per_byte, '{:.4f}'),
+  ]
+  if loop.report is not None:
+    numbers += loop.report.summary()
+  numbers.append(('tokens/s', loop.tokens_per_second, '{:,.0f}'))
+  clock = loop.parts.clock
+  lost = ', '.join(
+    f'{name} {clock.total.get(name, 0.0) / clock.seconds:.1%}'
+    for name in ('data', 'compile', 'checkpoint', 'evaluation')
+  )
+  rows = [
+    (name, form.format(value) if math.isfinite(value) else 'n/a')
+    for name, value, form in numbers
+  ]
+  rows.append(('time spent on', lost))
+  skipped = int(loop.parts.state.skipped)
+  if skipped:
+    rows.append(('skipped updates', str(skipped)))
+  return rows
+
+
+def _figures(loop: 'Loop') -> str:
+  """Draws them; a reason where they cannot be drawn."""
+  if not loop.parts.config.figures:
+    return 'off (figures=False)'
+  if loop.report is None:
+    return 'none: nothing was held out to look at'
+  if jax.process_index():
+    return ''
+  folder = loop.parts.workdir / 'figures'
+  try:
+    from gated_jax.evals import plot
+
+    paths = plot.figures(loop.parts.metrics.path, loop.report, folder)
+  except ImportError:
+    return "none: matplotlib is missing, pip install 'gated_jax[plot]'"
+  return f'{folder} ({", ".join(path.name for path in paths)})'
+
+
+def closing(loop: 'Loop', command: str) -> None:
+  """Prints what came out, where it lies and what to type next."""
+  parts = loop.parts
+  checkpoint = parts.checkpoints.path(loop.done)
+  sample = (
+    f'python -m gated_jax.decode --checkpoint={shlex.quote(str(checkpoint))}'
+  )
+  rows = [
+    *_rows(loop),
+    ('checkpoint', str(checkpoint)),
+    ('metrics', str(parts.metrics.path)),
+    ('figures', _figures(loop)),
+    ('sample from it', f"{sample} --prompt='def '"),
+    ('resume it', f'{command} --config.steps={2 * parts.config.steps}'),
+  ]
+  for name, reason in parts.data.skipped.items():
+    rows.append(('skipped file', f'{name}: {reason}'))
+  width = max(len(name) for name, _ in rows)
+  parts.console.say('')
+  for name, value in rows:
+    parts.console.say(f'{name:<{width}}  {value}')

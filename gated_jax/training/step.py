@@ -1,0 +1,212 @@
+"""One update: gradients over microbatches, clipping, and a guard.
+
+A step whose loss or gradient is not finite leaves parameters and optimizer
+as they were and is counted. Randomness is `fold_in(key, step)`, so a run that
+resumes at a step draws what it would have drawn. Read
+`gated_jax/training/loop.py` next.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.core import meta
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import UInt32
+
+from gated_jax.config import OptimizerConfig
+from gated_jax.training.optimizer import Schedule
+
+Tree = Any
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+  """All that the next step depends on, apart from the data.
+
+  `step` counts batches seen; `skipped` those that changed nothing because
+  they were not finite, `bad_in_row` the ones since the last good step.
+  """
+
+  step: Int[Array, '']
+  params: Tree
+  opt_state: Tree
+  key: UInt32[Array, '2']
+  skipped: Int[Array, '']
+  bad_in_row: Int[Array, '']
+
+
+def make_init(
+  model: Any, optimizer: optax.GradientTransformation, length: int
+) -> Callable[[jax.Array], TrainState]:
+  """A function from a key to the state before the first step."""
+
+  def init(key: jax.Array) -> TrainState:
+    init_key, run_key = jax.random.split(key)
+    params = meta.unbox(
+      model.init(init_key, jnp.zeros((1, length), jnp.int32))['params']
+    )
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+      step=zero,
+      params=params,
+      opt_state=optimizer.init(params),
+      key=jax.random.key_data(run_key),
+      skipped=zero,
+      bad_in_row=zero,
+    )
+
+  return init
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+  keys = (p for p in path if isinstance(p, jax.tree_util.DictKey))
+  return tuple(str(p.key) for p in keys)
+
+
+def state_shardings(
+  state: TrainState, params: Tree, other: jax.sharding.Sharding
+) -> TrainState:
+  """Shardings of a whole state: moments lie where their parameter lies.
+
+  Args:
+    state: Abstract arrays.
+    params: The sharding of each parameter.
+    other: The sharding of what belongs to no parameter.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  by_name = {_names(path): sharding for path, sharding in leaves}
+  shapes = {
+    _names(path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+  }
+
+  def of(path, leaf):
+    names = _names(path)
+    for start in range(len(names)):
+      name = names[start:]
+      if name in by_name and shapes[name] == leaf.shape:
+        return by_name[name]
+    return other
+
+  return jax.tree_util.tree_map_with_path(of, state)
+
+
+def _microbatches(batch: Batch, count: int) -> dict[str, Any]:
+  """[B, T] as [count, B / count, T]; a device's rows stay on that device."""
+
+  def split(x):
+    rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+    return jnp.swapaxes(rows, 0, 1)
+
+  return {name: split(x) for name, x in batch.items()}
+
+
+def _gradients(
+  loss: Callable[..., Any],
+  params: Tree,
+  batch: Batch,
+  key: jax.Array,
+  accumulate: int,
+) -> tuple[Tree, Metrics]:
+  """Gradient and metrics of the mean over every token of the batch.
+
+  Microbatches count by their weights: one with more padding counts less, so
+  that the sum equals the gradient of the whole batch.
+  """
+
+  def evaluate(params, part, key):
+    value = loss(params, part, key)
+    metrics = {'loss': value.nll, 'total_loss': value.total, **value.metrics}
+    return value.total, (value.weight, metrics)
+
+  gradient = jax.grad(evaluate, has_aux=True)
+  if accumulate == 1:
+    found, (weight, metrics) = gradient(params, batch, key)
+    return found, {**metrics, 'tokens': weight}
+
+  def part(carry, x):
+    index, rows = x
+    found, (weight, metrics) = gradient(
+      params, rows, jax.random.fold_in(key, index)
+    )
+    new = jax.tree.map(
+      lambda a: a.astype(jnp.float32) * weight, (found, metrics)
+    )
+    return jax.tree.map(jnp.add, carry, (*new, weight)), None
+
+  rows = _microbatches(batch, accumulate)
+  first = jax.tree.map(lambda x: x[0], rows)
+  shapes = jax.eval_shape(gradient, params, first, key)
+  found, (weight, metrics) = shapes
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.float32), (found, metrics, weight)
+  )
+  (found, metrics, weight), _ = jax.lax.scan(
+    part, zeros, (jnp.arange(accumulate), rows)
+  )
+  found, metrics = jax.tree.map(
+    lambda a: a / jnp.maximum(weight, 1e-9), (found, metrics)
+  )
+  return found, {**metrics, 'tokens': weight}
+
+
+def make_step(
+  model: Any,
+  optimizer: optax.GradientTransformation,
+  schedule: Schedule,
+  config: OptimizerConfig,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The pure function (state, batch) -> (state, metrics); see the file."""
+
+  def loss(params, batch, key):
+    return model.apply(
+      {'params': params},
+      batch,
+      method='loss',
+      rngs={'dropout': key},
+      deterministic=False,
+    )
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    gradient, metrics = _gradients(
+      loss, state.params, batch, key, config.accumulate
+    )
+    norm: Float[Array, ''] = optax.global_norm(gradient)
+    good = jnp.isfinite(metrics['total_loss']) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(
+      gradient, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+
+    def keep(new, old):
+      return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+    bad = 1 - good.astype(jnp.int32)
+    new = TrainState(
+      step=state.step + 1,
+      params=keep(params, state.params),
+      opt_state=keep(opt_state, state.opt_state),
+      key=state.key,
+      skipped=state.skipped + bad,
+      bad_in_row=(state.bad_in_row + 1) * bad,
+    )
+    metrics |= {
+      'grad_norm': norm,
+      # The schedule counts updates, and a skipped step is none.
+      'learning_rate': jnp.asarray(schedule(state.step - state.skipped)),
+      'skipped': new.skipped,
+      'bad_in_row': new.bad_in_row,
+    }
+    return new, metrics
+
+  return step

@@ -1,0 +1,140 @@
+"""Trains a model: flags to RunConfig to training loop, and nothing else.
+
+    python train.py --config=configs/smoke.py --workdir=runs/smoke
+
+Any setting can follow: --config.steps=500 --config.model.depth=8. Started
+again with the same workdir, it goes on from the newest checkpoint. On several
+processes, add --distributed (TPU pods and Slurm tell the rest) or say it all:
+--coordinator=host:port --processes=2 --process_id=0.
+"""
+
+import difflib
+import os
+import pathlib
+import shlex
+import sys
+
+# JAX's C++ side prints warnings before Python is heard; users can raise this.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import absl.logging
+from absl import flags
+from ml_collections import config_flags
+
+from gated_jax.config import RunConfig
+from gated_jax.config import from_dict
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file(
+  'config', None, 'File in configs/, with --config.name=value on top.'
+)
+flags.DEFINE_string('workdir', '', 'Folder of the run; made when missing.')
+flags.DEFINE_bool('distributed', False, 'Several processes, found by JAX.')
+flags.DEFINE_string('coordinator', '', 'host:port of process 0.')
+flags.DEFINE_integer('processes', 0, 'How many there are; 0: found by JAX.')
+flags.DEFINE_integer('process_id', -1, 'Which one this is; -1: found by JAX.')
+flags.DEFINE_integer('join_timeout', 300, 'Seconds to wait for the others.')
+flags.DEFINE_bool('debug', False, 'Show where in the code an error arose.')
+
+
+class UsageError(ValueError):
+  """A command line that cannot be understood."""
+
+
+def read_flags(argv: list[str]) -> RunConfig:
+  """Parses the command line and converts the config, once."""
+  try:
+    rest = FLAGS(argv)[1:]
+    chosen = FLAGS.config
+  except Exception as error:
+    raise UsageError(_explain(error, argv)) from error
+  if rest:
+    raise UsageError(f'{rest[0]!r} is not a flag: flags begin with --')
+  if chosen is None:
+    raise UsageError('--config is missing, for example configs/smoke.py')
+  if not FLAGS.workdir:
+    raise UsageError('--workdir is missing, for example runs/smoke')
+  return from_dict(chosen.to_dict())
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+  """One line; the nearest setting for a mistyped --config.name."""
+  text = ' '.join(str(error).replace('FATAL Flags parsing error:', '').split())
+  for argument in argv[1:]:
+    name, _, value = argument.lstrip('-').partition('=')
+    path = value.split(':')[0]
+    if name == 'config' and not pathlib.Path(path).is_file():
+      return f'there is no config file {path!r}'
+    if not name.startswith('config.') or name[len('config.') :] in _settings():
+      continue
+    near = difflib.get_close_matches(
+      name[len('config.') :], _settings(), n=1, cutoff=0.5
+    )
+    hint = f'; did you mean --config.{near[0]}?' if near else ''
+    return f'there is no setting --{name}{hint}'
+  return text or type(error).__name__
+
+
+def _settings() -> list[str]:
+  from gated_jax.config import to_dict
+
+  def names(values, path):
+    for name, value in values.items():
+      yield path + name
+      if isinstance(value, dict):
+        yield from names(value, f'{path}{name}.')
+
+  return list(names(to_dict(RunConfig()), ''))
+
+
+def join_processes() -> None:
+  """Connects to the other processes, when a flag says there are some."""
+  import jax
+
+  asked = FLAGS.coordinator or FLAGS.processes or FLAGS.process_id >= 0
+  if not (FLAGS.distributed or asked):
+    return
+  where = {}
+  if FLAGS.coordinator:
+    where['coordinator_address'] = FLAGS.coordinator
+  if FLAGS.processes:
+    where['num_processes'] = FLAGS.processes
+  if FLAGS.process_id >= 0:
+    where['process_id'] = FLAGS.process_id
+  try:
+    jax.distributed.initialize(
+      **where, initialization_timeout=FLAGS.join_timeout
+    )
+  except (RuntimeError, ValueError) as error:
+    raise RuntimeError(
+      f'process {FLAGS.process_id} of {FLAGS.processes} could not join the '
+      f'others at {FLAGS.coordinator or "the address JAX found"} within '
+      f'{FLAGS.join_timeout} s: {" ".join(str(error).split())[:200]}'
+    ) from error
+
+
+def main(argv: list[str]) -> int:
+  """The exit code: 2 for what the user has to change, 1 for other failures."""
+  absl.logging.set_verbosity(absl.logging.FATAL)
+  try:
+    config = read_flags(argv)
+    join_processes()
+    from gated_jax.training import loop
+
+    command = shlex.join(['python', *argv])
+    loop.run(config, pathlib.Path(FLAGS.workdir), command)
+  except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
+    # What JAX itself throws takes many lines, and needs them.
+    text = str(error)
+    if ('--debug' in argv) or len(text.splitlines()) > 1:
+      raise
+    print(f'error: {text}', file=sys.stderr)
+    user = isinstance(error, ValueError | NotImplementedError)
+    return 2 if user else 1
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
