@@ -86,22 +86,25 @@ class _DocumentsIterator(grain.DatasetIterator):
     self._place = 0
     self._cursor = 0
     self._reader: Iterator[tuple[int, Document]] | None = None
-    self._fruitless = 0  # units since a document was found
+    self._fruitful = False  # whether the unit gave a document
+    self._fruitless = 0  # units in a row that gave none
 
   def __next__(self) -> np.ndarray:
     while True:
       if self._place >= len(self._order):
-        if self._fruitless >= self._epoch:
+        if self._fruitless == self._place:
           raise ValueError(self._nothing())
         raise StopIteration
       ids = self._next_in_unit()
       if ids is not None:
-        self._fruitless = 0
+        self._fruitful = True
         return ids
-      self._reader = None
+      self._fruitless = 0 if self._fruitful else self._fruitless + 1
+      self._reader, self._fruitful = None, False
       self._place, self._cursor = self._place + 1, 0
-      self._fruitless += 1
-      if self._fruitless >= self._epoch:
+      # Two shuffled epochs may hold their only document first and last.
+      fresh = self._fruitless == self._place
+      if self._fruitless >= (self._epoch if fresh else 2 * self._epoch):
         raise ValueError(self._nothing())
 
   def _next_in_unit(self) -> np.ndarray | None:
@@ -132,5 +135,5 @@ class _DocumentsIterator(grain.DatasetIterator):
 
   def set_state(self, state: dict[str, Any]) -> None:
     self._place, self._cursor = state['place'], state['cursor']
-    self._reader = None
+    self._reader, self._fruitful = None, state['cursor'] > 0
     self._fruitless = 0

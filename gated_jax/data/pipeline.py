@@ -96,6 +96,10 @@ class Pipeline:
     start = time.perf_counter()
     try:
       batch = next(self._iterator)
+    except ValueError as error:
+      # Grain adds notes about its own frames to what is one line.
+      error.__dict__.pop('__notes__', None)
+      raise
     finally:
       self.wait_seconds += time.perf_counter() - start
     self.batches += 1
