@@ -113,9 +113,24 @@ def join_processes() -> None:
     ) from error
 
 
+def _mute_late_readers() -> None:
+  """Drops the last words of file readers that outlive a failed restore.
+
+  TensorStore's threads report to an event loop that Orbax has closed by then;
+  the failure itself has been raised, and is reported in one line.
+  """
+
+  def hook(unraisable):
+    if 'Event loop is closed' not in str(unraisable.exc_value):
+      sys.__unraisablehook__(unraisable)
+
+  sys.unraisablehook = hook
+
+
 def main(argv: list[str]) -> int:
   """The exit code: 2 for what the user has to change, 1 for other failures."""
   absl.logging.set_verbosity(absl.logging.FATAL)
+  _mute_late_readers()
   try:
     config = read_flags(argv)
     join_processes()

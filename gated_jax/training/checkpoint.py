@@ -10,6 +10,7 @@ after reading: a file that was damaged without becoming unreadable is found.
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from collections.abc import Iterable
 from typing import Any
@@ -129,8 +130,12 @@ def _split(state: TrainState) -> tuple[Tree, dict[str, Tree]]:
 
 
 def _one_line(error: BaseException) -> str:
+  """The gist of an error whose text may fill a screen."""
   text = ' '.join(str(error).split())
-  return text if len(text) < 200 else f'{text[:200]}...'
+  system = re.search(r'([^:\[\]]+) \[os_error_code', text)
+  if system:
+    return system[1].strip()
+  return text if len(text) < 200 else f'{text[:120]} ... {text[-80:]}'
 
 
 class Checkpoints:
@@ -151,6 +156,7 @@ class Checkpoints:
     self.folder = folder
     self._config = config
     self._say = say
+    self._broken = False
     self._manager = self._open(config.checkpoint)
 
   def _open(self, config: CheckpointConfig) -> ocp.CheckpointManager:
@@ -226,9 +232,15 @@ class Checkpoints:
       raise self._failed(-1, error) from error
 
   def close(self) -> None:
-    self._manager.close()
+    """Lets go of the threads; a failure that was reported is not again."""
+    try:
+      self._manager.close()
+    except Exception as error:
+      if not self._broken:
+        raise self._failed(-1, error) from error
 
   def _failed(self, step: int, error: Exception) -> CheckpointError:
+    self._broken = True
     good = self._complete()
     kept = f'; the last good one is {self.path(good[-1])}' if good else ''
     which = f'step {step}' if step >= 0 else 'the newest step'

@@ -115,8 +115,11 @@ class Metrics:
     if self._file is None:
       return
     plain = {name: _plain(value) for name, value in values.items()}
-    self._file.write(json.dumps({'step': step, **plain}) + '\n')
-    self._file.flush()
+    try:
+      self._file.write(json.dumps({'step': step, **plain}) + '\n')
+      self._file.flush()
+    except OSError as error:
+      raise OSError(f'cannot write {self.path}: {error.strerror}') from error
     if self._tensorboard is not None:
       for name, value in plain.items():
         if value is not None:

@@ -181,7 +181,7 @@ def make_step(
     gradient, metrics = _gradients(
       loss, state.params, batch, key, config.accumulate
     )
-    norm: Float[Array, ''] = optax.global_norm(gradient)
+    norm: Float[Array, ''] = optax.tree.norm(gradient)
     good = jnp.isfinite(metrics['total_loss']) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(
       gradient, state.opt_state, state.params
