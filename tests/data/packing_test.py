@@ -1,6 +1,7 @@
 """Rows hold every pair of neighbours in a document once, and nothing else."""
 
 import collections
+import itertools
 import json
 
 import grain
@@ -48,8 +49,7 @@ def _documents(lengths):
   """Documents in which no two tokens are the same."""
   starts = np.cumsum([0, *lengths])
   return [
-    np.arange(a, b, dtype=np.int32)
-    for a, b in zip(starts[:-1], starts[1:], strict=True)
+    np.arange(a, b, dtype=np.int32) for a, b in itertools.pairwise(starts)
   ]
 
 
@@ -79,7 +79,7 @@ def test_a_chunk_that_goes_on_in_the_next_row_is_a_new_segment_there():
 def test_every_pair_of_neighbours_appears_exactly_once(lengths, length):
   documents = _documents(lengths)
   wanted = collections.Counter(
-    (int(a), int(b)) for d in documents for a, b in zip(d, d[1:], strict=False)
+    (int(a), int(b)) for d in documents for a, b in itertools.pairwise(d)
   )
   found = collections.Counter()
   rows = list(PackedRows(_List(documents), length))
