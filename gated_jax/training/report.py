@@ -29,7 +29,7 @@ def opening(config: RunConfig, params: Any, workdir: pathlib.Path) -> str:
 def _rows(loop: 'Loop') -> list[tuple[str, str]]:
   """Names and values of the closing table, without what was not measured."""
   numbers: list[tuple[str, float, str]] = [
-    ('validation loss', loop.validation.nats, '{:.4f} nats per token'),
+    ('validation loss', loop.validation.loss, '{:.4f} nats per token'),
     ('bits per byte', loop.validation.bits_per_byte, '{:.4f}'),
   ]
   if loop.report is not None:
@@ -69,6 +69,12 @@ def _figures(loop: 'Loop') -> str:
   return f'{folder} ({", ".join(path.name for path in paths)})'
 
 
+def _longer(command: str, steps: int) -> str:
+  """The user's command, with more steps."""
+  kept = [x for x in command.split(' ') if not x.startswith('--config.steps=')]
+  return ' '.join([*kept, f'--config.steps={steps}'])
+
+
 def closing(loop: 'Loop', command: str) -> None:
   """Prints what came out, where it lies and what to type next."""
   parts = loop.parts
@@ -82,7 +88,7 @@ def closing(loop: 'Loop', command: str) -> None:
     ('metrics', str(parts.metrics.path)),
     ('figures', _figures(loop)),
     ('sample from it', f"{sample} --prompt='def '"),
-    ('resume it', f'{command} --config.steps={2 * parts.config.steps}'),
+    ('resume it', _longer(command, 2 * parts.config.steps)),
   ]
   for name, reason in parts.data.skipped.items():
     rows.append(('skipped file', f'{name}: {reason}'))
