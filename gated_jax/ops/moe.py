@@ -307,8 +307,9 @@ def _expert_mlp(
   """
   dtype = weights.dtype
   used = (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]
-  both = _grouped_matmul(rows, matrices.into, sizes, spec).astype(dtype)
-  gate, up = jnp.split(both, 2, axis=-1)
+  both = _grouped_matmul(rows, matrices.into, sizes, spec)
+  # Split, then widen: the other way around XLA writes a float32 copy.
+  gate, up = (h.astype(dtype) for h in jnp.split(both, 2, axis=-1))
   hidden = jax.nn.silu(gate) * up * weights
   hidden = jnp.where(used, hidden, 0).astype(rows.dtype)
   return _grouped_matmul(hidden, matrices.down, sizes, spec)
