@@ -1,0 +1,227 @@
+"""What is saved comes back to the bit; what is damaged is found and left."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gated_jax.config import CheckpointConfig
+from gated_jax.config import ModelConfig
+from gated_jax.config import OptimizerConfig
+from gated_jax.config import RunConfig
+from gated_jax.training import checkpoint
+from gated_jax.training.step import TrainState
+
+ROOT = pathlib.Path(__file__).parents[2]
+NEVER = float('inf')
+
+
+def state_at(step):
+  params = {
+    'embed': {'embedding': jnp.arange(12.0).reshape(3, 4) + step},
+    'layers': {'scale': jnp.full((2, 4), step, jnp.bfloat16)},
+  }
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(
+    step=jnp.int32(step),
+    params=params,
+    opt_state=optax.adam(0.1).init(params),
+    key=jax.random.key_data(jax.random.key(step)),
+    skipped=zero,
+    bad_in_row=zero,
+  )
+
+
+def abstract():
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+    state_at(0),
+  )
+
+
+def open_at(folder, say=print, **settings):
+  config = RunConfig(**{'checkpoint': CheckpointConfig(), **settings})
+  return checkpoint.Checkpoints(folder, config, say)
+
+
+def saved(folder, losses, **settings):
+  """A folder with steps 1, 2, ... of these validation losses."""
+  manager = open_at(folder, **settings)
+  for step, loss in enumerate(losses, 1):
+    manager.save(state_at(step), f'place {step}', loss)
+  manager.wait()
+  steps = manager.steps
+  manager.close()
+  return steps
+
+
+def test_a_state_comes_back_to_the_bit(tmp_path):
+  saved(tmp_path, [NEVER])
+  state, place, changed = open_at(tmp_path).restore(abstract())
+  assert (place, changed) == ('place 1', {})
+  for found, kept in zip(
+    jax.tree.leaves(state), jax.tree.leaves(state_at(1)), strict=True
+  ):
+    assert found.dtype == kept.dtype
+    np.testing.assert_array_equal(found, kept)
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+  config = CheckpointConfig(keep_last=2, keep_best=1)
+  losses = [3.0, 1.0, 2.0, NEVER, 1.5]
+  assert saved(tmp_path, losses, checkpoint=config) == [2, 4, 5]
+
+
+def test_an_empty_folder_has_nothing_to_restore(tmp_path):
+  assert open_at(tmp_path / 'new').restore(abstract()) is None
+
+
+def damage(path, how):
+  data = path.read_bytes()
+  if how == 'delete':
+    path.unlink()
+  elif how == 'truncate':
+    path.write_bytes(data[: len(data) // 2])
+  else:
+    middle = len(data) // 2
+    flipped = bytes([data[middle] ^ 0x10])
+    path.write_bytes(data[:middle] + flipped + data[middle + 1 :])
+
+
+@pytest.mark.parametrize('how', ['delete', 'truncate', 'flip'])
+@pytest.mark.parametrize('files', ['params/d/*', 'rest/d/*', 'run/metadata'])
+def test_a_damaged_step_is_named_and_the_one_before_taken(tmp_path, files, how):
+  saved(tmp_path, [NEVER, NEVER])
+  for path in tmp_path.glob(f'2/{files}'):
+    damage(path, how)
+  said = []
+  manager = open_at(tmp_path, said.append)
+  state, place, _ = manager.restore(abstract())
+  assert (int(state.step), place) == (1, 'place 1')
+  assert len(said) == 1
+  assert f'{tmp_path / "2"} is damaged' in said[0]
+  assert '\n' not in said[0]
+  # The step can be made again, and what was damaged is still there.
+  manager.save(state_at(2), 'place 2')
+  manager.wait()
+  assert manager.steps == [1, 2]
+  assert (tmp_path / 'damaged-2').is_dir()
+
+
+def test_a_value_that_changed_silently_is_found(tmp_path, monkeypatch):
+  saved(tmp_path, [NEVER])
+  manager = open_at(tmp_path, lambda text: None)
+  real = manager._manager.restore
+
+  def other(step, args):
+    found = real(step, args=args)
+    if 'params' in found:
+      found['params']['layers']['scale'] *= 2
+    return found
+
+  monkeypatch.setattr(manager._manager, 'restore', other)
+  with pytest.raises(checkpoint.CheckpointError, match='could be read'):
+    manager.restore(abstract())
+
+
+def test_another_model_is_refused_with_what_differs(tmp_path):
+  saved(tmp_path, [NEVER])
+  other = open_at(tmp_path, model=ModelConfig(width=512, depth=4))
+  with pytest.raises(ValueError) as error:
+    other.restore(abstract())
+  text = str(error.value)
+  assert 'another model' in text
+  assert '\n' not in text
+  assert 'model.width is 2048 there and 512 here' in text
+  assert 'model.depth is 28 there and 4 here' in text
+
+
+def test_settings_that_matter_are_refused_and_others_announced(tmp_path):
+  saved(tmp_path, [NEVER])
+  same = open_at(tmp_path, steps=5000, log_every=1)
+  assert same.restore(abstract())[2] == {
+    'steps': (1000, 5000),
+    'log_every': (10, 1),
+  }
+  hotter = OptimizerConfig(learning_rate=1.0)
+  with pytest.raises(ValueError, match=r'learning_rate is 0.0003 .* 1.0 here'):
+    open_at(tmp_path, optimizer=hotter).restore(abstract())
+
+
+def test_every_name_that_may_change_exists():
+  from gated_jax.config import to_dict
+
+  def has(name, values):
+    first, _, rest = name.rstrip('.').partition('.')
+    return first in values and (not rest or has(rest, values[first]))
+
+  for name in checkpoint.MAY_CHANGE:
+    assert has(name, to_dict(RunConfig())), name
+
+
+def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, '_gather', lambda mine: [mine, mine])
+  saved(tmp_path, [NEVER])
+  with pytest.raises(ValueError, match='2 processes and cannot be .* by 1'):
+    open_at(tmp_path).restore(abstract())
+
+
+def test_parameters_and_config_can_be_had_alone(tmp_path):
+  workdir = tmp_path / 'run'
+  saved(workdir / 'checkpoints', [NEVER, NEVER], steps=123)
+  step = workdir / 'checkpoints' / '2'
+  for path in (workdir, workdir / 'checkpoints', step):
+    assert checkpoint.find_checkpoint(path) == step
+  assert checkpoint.load_config(workdir).steps == 123
+  found = checkpoint.load_parameters(workdir, abstract().params)
+  np.testing.assert_array_equal(
+    found['embed']['embedding'], state_at(2).params['embed']['embedding']
+  )
+  wrong = dataclasses.replace(abstract(), params={'w': jnp.zeros(3)}).params
+  with pytest.raises(ValueError, match='embed/embedding is .3, 4. there'):
+    checkpoint.load_parameters(workdir, wrong)
+  with pytest.raises(ValueError, match='no checkpoint at'):
+    checkpoint.find_checkpoint(tmp_path / 'nowhere')
+
+
+def test_a_save_that_fails_leaves_the_last_good_one(tmp_path):
+  """A size limit on files stands for a full disk."""
+  code = f"""
+    import resource, sys, pathlib
+    sys.path.insert(0, {str(ROOT / 'tests' / 'training')!r})
+    import checkpoint_test as t
+    folder = pathlib.Path({str(tmp_path)!r})
+    manager = t.open_at(folder)
+    manager.save(t.state_at(1), 'place 1')
+    manager.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+    try:
+      manager.save(t.state_at(2), 'place 2')
+      manager.wait()
+    except t.checkpoint.CheckpointError as error:
+      print(error)
+    manager.close()
+    """
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  found = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(code)],
+    capture_output=True,
+    text=True,
+    check=True,
+    env=environment,
+  )
+  (line,) = [x for x in found.stdout.splitlines() if x]
+  assert 'could not save' in line
+  assert f'the last good one is {tmp_path / "1"}' in line
+  assert 'too large' in line
+  state, place, _ = open_at(tmp_path).restore(abstract())
+  assert (int(state.step), place) == (1, 'place 1')

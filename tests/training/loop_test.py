@@ -1,0 +1,181 @@
+"""Whole runs of a tiny model, in processes of their own."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gated_jax.training import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = {
+  'steps': 12,
+  'log_every': 1,
+  'eval_every': 4,
+  'eval_batches': 1,
+  'probe_every': 0,
+  'figures': False,
+  'model.vocab': 257,
+  'model.length': 32,
+  'model.depth': 2,
+  'model.width': 32,
+  'model.heads': 2,
+  'model.kv_heads': 1,
+  'model.head_dim': 16,
+  'model.mlp_width': 64,
+  'model.dtype': 'float32',
+  'model.dropout': 0.1,
+  'data.batch': 4,
+  'data.length': 32,
+  'data.shuffle_rows': 8,
+  'optimizer.warmup_steps': 2,
+  'optimizer.accumulate': 2,
+  'checkpoint.every': 1,
+}
+
+
+def start(workdir, **settings):
+  """Starts train.py; names with '__' for '.'."""
+  chosen = TINY | {k.replace('__', '.'): v for k, v in settings.items()}
+  environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+  return subprocess.Popen(
+    [
+      sys.executable,
+      'train.py',
+      '--config=configs/base.py',
+      f'--workdir={workdir}',
+      *(f'--config.{name}={value}' for name, value in chosen.items()),
+    ],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def wait(process):
+  out, err = process.communicate(timeout=240)
+  return process.returncode, out, err
+
+
+def losses(workdir):
+  records = metrics.read(workdir / 'metrics.jsonl')
+  found = [(r['step'], r['loss']) for r in records if 'loss' in r]
+  steps = [step for step, _ in found]
+  assert steps == sorted(set(steps)), 'a step stands there twice'
+  return dict(found)
+
+
+def fingerprint(workdir, step):
+  path = workdir / 'checkpoints' / str(step) / 'run' / 'metadata'
+  return json.loads(path.read_text())['fingerprint']
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  """A run that nothing happened to."""
+  workdir = tmp_path_factory.mktemp('reference')
+  code, out, err = wait(start(workdir))
+  assert code == 0, out + err
+  return workdir, out, err
+
+
+def test_a_run_ends_with_what_to_know_and_what_to_type(reference):
+  workdir, out, err = reference
+  assert list(losses(workdir)) == list(range(1, 13))
+  assert not err, 'nothing alarming on standard error'
+  for pattern in (
+    r'validation loss +\d\.\d+ nats',
+    r'bits per byte +\d\.\d+',
+    r'first-token attention +\d\.\d+',
+    r'largest activation +\d+\.\d+',
+    r'mean gate +0\.\d+',
+    r'tokens/s +[\d,]+',
+    rf'checkpoint +{re.escape(str(workdir))}/checkpoints/12',
+    r'python -m gated_jax.decode --checkpoint=\S+ --prompt=',
+    r'python train.py --config=configs/base.py .*--config.steps=24',
+  ):
+    assert re.search(pattern, out), pattern
+  records = metrics.read(workdir / 'metrics.jsonl')
+  names = set().union(*records)
+  assert {
+    'loss',
+    'grad_norm',
+    'learning_rate',
+    'tokens_per_second',
+    'time/data',
+    'time/compile',
+    'time/checkpoint',
+    'validation/loss',
+  } <= names
+  assert 'mfu' not in names, 'nobody knows the peak of this CPU'
+
+
+def kill_when(process, happened):
+  """SIGKILL as soon as `happened`; False if the run ended before."""
+  while process.poll() is None:
+    if happened():
+      process.send_signal(signal.SIGKILL)
+      process.communicate()
+      return True
+    time.sleep(0.001)
+  return False
+
+
+def test_a_killed_run_goes_on_to_the_bit(reference, tmp_path):
+  workdir, _, _ = reference
+  folder = tmp_path / 'checkpoints'
+
+  def saving(after):
+    """A folder half written, with at least this many whole ones."""
+    names = [p.name for p in folder.glob('*')] if folder.is_dir() else []
+    whole = [int(n) for n in names if n.isdigit()]
+    return len(names) > len(whole) and max(whole, default=0) >= after
+
+  def logged():
+    path = tmp_path / 'metrics.jsonl'
+    return path.exists() and '"step": 7' in path.read_text()
+
+  assert kill_when(start(tmp_path), lambda: saving(2))
+  assert kill_when(start(tmp_path), logged)
+  code, out, err = wait(start(tmp_path))
+  assert code == 0, out + err
+  assert 'resuming after step' in out
+  assert losses(tmp_path) == losses(workdir)
+  assert fingerprint(tmp_path, 12) == fingerprint(workdir, 12)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(reference, tmp_path):
+  workdir, _, _ = reference
+  process = start(tmp_path, steps=100_000, checkpoint__every=0, eval_every=0)
+  path = tmp_path / 'metrics.jsonl'
+  while not (path.exists() and path.stat().st_size):
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  code, out, err = wait(process)
+  assert (code, err) == (0, ''), out + err
+  last = out.splitlines()[-1]
+  assert re.match(r'SIGTERM: saved step (\d+) in \S+; go on with: ', last)
+  step = re.match(r'SIGTERM: saved step (\d+)', last)[1]
+  assert (tmp_path / 'checkpoints' / step / 'params').is_dir()
+  # Same batches and noise; the schedule differs, and warm-up does not.
+  assert losses(tmp_path)[1] == losses(workdir)[1]
+
+
+def test_a_run_that_turns_non_finite_stops_and_says_where(tmp_path):
+  code, out, err = wait(
+    start(tmp_path, optimizer__learning_rate=1e38, max_bad_steps=3)
+  )
+  assert code == 1, out + err
+  (line,) = err.splitlines()
+  assert re.search(r'not finite in 3 steps in a row, \d+ to \d+', line)
+  assert re.search(r'the last good checkpoint is \S+/checkpoints/\d+', line)
+  assert 'update skipped' in out
