@@ -20,7 +20,6 @@ the same number of batches, and the loss does not depend on how many there are.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -30,41 +29,21 @@ from typing import Any
 
 import grain
 import numpy as np
-from grain import experimental
 
 from gated_jax.config import DataConfig
-from gated_jax.data.documents import Documents
-from gated_jax.data.documents import content_hash
-from gated_jax.data.documents import is_held_out
 from gated_jax.data.packing import PackedRows
-from gated_jax.data.sources import Document
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
-from gated_jax.data.sources import find_files
-from gated_jax.data.text_sources import make_text_source
-from gated_jax.data.token_sources import SyntheticSource
-from gated_jax.data.token_sources import TokenSource
-from gated_jax.data.tokenizer import Tokenizer
-from gated_jax.data.tokenizer import document
+from gated_jax.data.stages import View
+from gated_jax.data.stages import batches as make_batches
+from gated_jax.data.stages import documents
+from gated_jax.data.stages import make_source
 from gated_jax.data.tokenizer import make_tokenizer
 
 Batch = dict[str, np.ndarray]
 # What may change between a run and its continuation without moving the data.
 # Where files lie may change: their names and sizes are compared instead.
 _FREE = ('prefetch', 'paths')
-
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-  """Which documents are wanted, and what the model can take."""
-
-  config: DataConfig
-  split: str
-  shard: int
-  shards: int
-  vocab: int
-  tokenizer: Tokenizer
-  skipped: Skipped
 
 
 class Pipeline:
@@ -77,7 +56,7 @@ class Pipeline:
   def __init__(
     self,
     rows: grain.IterDataset,
-    view: _View,
+    view: View,
     about: dict[str, Any],
   ):
     self._iterator = rows.__iter__()
@@ -190,7 +169,7 @@ def make_pipeline(
     raise ValueError(
       f'data.batch={config.batch} must be a multiple of the {shards} processes'
     )
-  view = _View(
+  view = View(
     config,
     split,
     shard,
@@ -200,144 +179,21 @@ def make_pipeline(
     Skipped(log=split == 'train'),
   )
   weights, parts = zip(*config.parts(), strict=True)
-  sources = [_make_source(part, view) for part in parts]
+  sources = [make_source(part, view) for part in parts]
   rows = [
-    PackedRows(_documents(part, source, view), config.length)
+    PackedRows(documents(part, source, view), config.length)
     for part, source in zip(parts, sources, strict=True)
   ]
   mixed = (
     rows[0] if len(rows) == 1 else grain.IterDataset.mix(rows, list(weights))
   )
-  batches = _batches(mixed, view)
-  return Pipeline(batches, view, _about(config, sources, view))
-
-
-def _batches(rows: grain.IterDataset, view: _View) -> grain.IterDataset:
-  """Shuffled within the window, stacked, and made ahead of the caller."""
-  config = view.config
-  window = config.shuffle_tokens // config.length
-  if config.shuffle and window > 1:
-    # Read a whole window ahead: while one is used the next is made.
-    rows = _Ahead(rows, prefetch_buffer_size=window)
-    rows = experimental.WindowShuffleIterDataset(
-      rows, window_size=window, seed=config.seed
-    )
-  if view.split == 'train':
-    batches = rows.batch(config.batch // view.shards, drop_remainder=True)
-  else:
-    batches = rows.batch(config.batch, drop_remainder=False)
-    batches = batches.map(functools.partial(_own_rows, view=view))
-  return _Ahead(batches, prefetch_buffer_size=config.prefetch)
-
-
-class _Ahead(experimental.ThreadPrefetchIterDataset):
-  """Grain's reading ahead by a thread, whose iterator may be closed twice."""
-
-  def __iter__(self) -> grain.DatasetIterator:
-    return _AheadIterator(self._parent.__iter__(), self._prefetch_buffer_size)
-
-
-class _AheadIterator(experimental.ThreadPrefetchDatasetIterator):
-  # It is closed again when it is collected, which at the interpreter's end is
-  # after the modules that closing needs.
-  def close(self) -> None:
-    if not self._closed:
-      super().close()
-
-
-def _own_rows(batch: Batch, view: _View) -> Batch:
-  """This process's rows of a global batch, the last one padded to its size."""
-  size = view.config.batch // view.shards
-  begin = view.shard * size
-  out = {}
-  for name, value in batch.items():
-    own = value[begin : begin + size]
-    missing = ((0, size - len(own)), (0, 0))
-    out[name] = np.pad(own, missing) if len(own) < size else own
-  return out
-
-
-def _make_source(part: DataConfig, view: _View) -> Source:
-  """The source of one part of the mixture, or of the whole."""
-  vocab = view.vocab or view.tokenizer.vocab
-  if part.source == 'synthetic':
-    return SyntheticSource(vocab, part.length, part.seed, view.skipped)
-  if part.source == 'tokens':
-    return TokenSource(
-      find_files(part.paths),
-      view.tokenizer.eos,
-      part.max_document,
-      view.skipped,
-    )
-  if view.tokenizer.vocab > vocab:
-    raise ValueError(
-      f'data.tokenizer={part.tokenizer!r} has {view.tokenizer.vocab} tokens, '
-      f'more than the vocabulary of {vocab}'
-    )
-  return make_text_source(
-    part.source, part.paths, part.column, part.max_document, view.skipped
+  return Pipeline(
+    make_batches(mixed, view), view, _about(config, sources, view)
   )
-
-
-def _documents(
-  part: DataConfig, source: Source, view: _View
-) -> grain.IterDataset:
-  """The documents of the view's split, this process's own ones only."""
-  total = len(source.units)
-  what = part.paths or part.source
-  if not total:
-    raise ValueError(
-      f'no usable data file in {what!r}: {view.skipped.summary()}'
-    )
-  order = grain.MapDataset.range(total)
-  if part.shuffle:
-    order = order.shuffle(part.seed)
-  train = view.split == 'train'
-  # With fewer units than processes all read all of them and deal documents.
-  deal_units = train and total >= view.shards
-  if deal_units:
-    order = order[view.shard :: view.shards]
-  epoch = len(order)
-  if train:
-    order = order.repeat()
-  deal = train and not deal_units
-
-  def keep(found: Document) -> bool:
-    side, dealt = content_hash(found)
-    if is_held_out(side, part.validation) == train:
-      return False
-    return not deal or dealt % view.shards == view.shard
-
-  def nothing() -> str:
-    return (
-      f'data.validation={part.validation} leaves no document of {what!r} for '
-      f'{view.split} (process {view.shard} of {view.shards}); '
-      f'{view.skipped.summary()}'
-    )
-
-  return Documents(
-    source, order, epoch, keep, functools.partial(_encode, view), nothing
-  )
-
-
-def _encode(view: _View, found: Document) -> np.ndarray:
-  """Ids of a document, checked against the vocabulary."""
-  if found.ids is None:
-    if not found.text:
-      return np.empty(0, np.int32)
-    return document(view.tokenizer, found.text)
-  low, high = int(found.ids.min()), int(found.ids.max())
-  vocab = view.vocab or 2**31
-  if low < 0 or high >= vocab:
-    raise ValueError(
-      f'token id {low if low < 0 else high} in {found.origin} lies outside '
-      f'the vocabulary of {vocab}'
-    )
-  return found.ids.astype(np.int32, copy=False)
 
 
 def _about(
-  config: DataConfig, sources: list[Source], view: _View
+  config: DataConfig, sources: list[Source], view: View
 ) -> dict[str, Any]:
   """Everything that a position depends on, as JSON has it."""
   digest = hashlib.blake2b(digest_size=8)

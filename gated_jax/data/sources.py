@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import NamedTuple
 from typing import Protocol
+from typing import runtime_checkable
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Document(NamedTuple):
   origin: str
 
 
+@runtime_checkable
 class Source(Protocol):
   """Units, and how to read one."""
 

@@ -13,6 +13,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol
+from typing import runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -23,6 +24,7 @@ _BOS_NAMES = ('<s>', '<bos>', '<|begin_of_text|>', '[CLS]')
 _EOS_NAMES = ('<|endoftext|>', '</s>', '<eos>', '<|end_of_text|>', '[SEP]')
 
 
+@runtime_checkable
 class TextStream(Protocol):
   """Turns ids into text as they come, holding back half characters."""
 
@@ -33,6 +35,7 @@ class TextStream(Protocol):
     """Returns what is left; a half character becomes U+FFFD."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """What the pipeline and the sampler need of a tokenizer.
 

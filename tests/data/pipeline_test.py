@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from gated_jax.config import DataConfig
-from gated_jax.data import pipeline as pipeline_module
+from gated_jax.data import stages
 from gated_jax.data.pipeline import make_pipeline
 
 SMALL = {'batch': 4, 'length': 32, 'shuffle_tokens': 256, 'prefetch': 2}
@@ -358,13 +358,13 @@ def test_synthetic_documents_repeat_after_their_span():
 
 
 def test_a_caller_slower_than_the_data_does_not_wait(tmp_path, monkeypatch):
-  real = pipeline_module.document
+  real = stages.document
 
   def slow(*args):
     time.sleep(0.02)
     return real(*args)
 
-  monkeypatch.setattr(pipeline_module, 'document', slow)
+  monkeypatch.setattr(stages, 'document', slow)
   config = _config(_write_corpus(tmp_path), shuffle=False)
   with make_pipeline(config, 'train') as pipeline:
     next(pipeline)
