@@ -17,6 +17,10 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Masking
+from gated_jax.ops.attention.xla import visible_keys
+
 # Scores are counted below zero, in twenty bins from 0 to 1, and above one.
 # One itself lies in the last of the twenty: a shut or open sigmoid rounds.
 EDGES = np.linspace(0.0, 1.0, 21)
@@ -109,6 +113,33 @@ def first_token_attention(
   return HeadTotals(
     jnp.sum(share, axis=(0, 2)), jnp.sum(counted, dtype=jnp.float32)
   )
+
+
+def attention_weights(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B T K H'],
+  lse: Float[Array, 'B N T'],
+  segments: Int[Array, 'B T'] | None,
+  scale: float,
+  window: int = 0,
+) -> Float[Array, 'B N T T']:
+  """All of causal self-attention's weights, for figures of short rows.
+
+  Arguments are those of `first_token_attention`.
+  """
+  b, t, n, h = query.shape
+  k = key.shape[2]
+  logits = scale * jnp.einsum(
+    'BTKGH,BSKH->BKGTS',
+    query.reshape(b, t, k, n // k, h),
+    key,
+    preferred_element_type=jnp.float32,
+  ).reshape(b, n, t, t)
+  visible = visible_keys(
+    b, t, t, Masking(segments, segments), AttentionSpec(window=window)
+  )
+  assert visible is not None
+  return jnp.exp(jnp.where(visible, logits - lse[..., None], -jnp.inf))
 
 
 def score_statistics(

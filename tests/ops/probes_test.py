@@ -77,6 +77,8 @@ def test_first_token_attention_is_read_off_the_full_matrix(
   weights = probabilities(
     np.asarray(query), np.asarray(key), segments, 0.7, window
   )
+  shown = probes.attention_weights(query, key, lse, given, 0.7, window)
+  np.testing.assert_allclose(shown, weights, rtol=1e-5, atol=1e-7)
   total, count = np.zeros(heads), 0
   for row in range(b):
     first = 0

@@ -119,7 +119,7 @@ def _check_shapes(
   segments = masking.query_segments, masking.kv_segments
   if (segments[0] is None) != (segments[1] is None):
     raise ValueError('query_segments and kv_segments come together')
-  if segments[0] is not None:
+  if segments[0] is not None and segments[1] is not None:
     shapes = segments[0].shape, segments[1].shape
     if shapes != ((b, t), (b, s)):
       raise ValueError(f'segments {shapes} must be {((b, t), (b, s))}')

@@ -31,6 +31,7 @@ def visible_keys(
     if spec.window:
       rules.append(t - s < spec.window)
   if masking.query_segments is not None:
+    assert masking.kv_segments is not None
     rules.append(
       masking.query_segments[:, None, :, None]
       == masking.kv_segments[:, None, None, :]

@@ -1,0 +1,239 @@
+"""What happens inside a trained model: sinks, gates, large activations.
+
+The model sows sums of `ops/probes.py` into the collection `probes`; here they
+are added up over batches and divided once. Definitions are the paper's
+(arXiv 2505.06708, section 4 and Table 4):
+
+    F-Attn      attention on a document's first token, mean over queries,
+                heads and layers
+    M-Act       largest |activation| of a layer's output, mean over layers
+    mean gate   of the scores after the activation
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gated_jax.ops.probes import BINS
+
+# Names in the collection, and how many axes each has in one layer.
+FIRST_TOKEN = 'first_token'
+SCORES = 'gate_scores'
+NORM = 'gate_logit_norm'
+RESIDUAL = 'residual_max'
+WEIGHTS = 'attention_weights'
+# Attention maps show this many positions of one row.
+MAP_LENGTH = 96
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Figures by layer, first layer first; arrays have no rows where a model
+  has nothing of the kind (no gate, say). Heads may differ in number from one
+  array to the next: a gate on the values has one score per kv head."""
+
+  first_token: np.ndarray  # [L, N] mean probability on the first token
+  activation: np.ndarray  # [L] largest |activation| of the residual stream
+  gate_mean: np.ndarray  # [L, N] mean score
+  gate_below: np.ndarray  # [L, N] share of scores below 0.1
+  gate_histogram: np.ndarray  # [L, bins] shares, see ops/probes.py EDGES
+  gate_norm: np.ndarray  # [L, N] mean length of a head's logits
+  maps: Mapping[int, np.ndarray]  # layer -> attention weights [N, T, T]
+
+  def scalars(self) -> dict[str, float]:
+    """Flat names and numbers, for logs."""
+    found: dict[str, float] = {}
+    for name, table, by_layer in (
+      ('sink', self.first_token, True),
+      ('activation', self.activation, True),
+      ('gate', self.gate_mean, True),
+      ('gate/below_0.1', self.gate_below, False),
+      ('gate/logit_norm', self.gate_norm, False),
+    ):
+      if not len(table):
+        continue
+      layers = table.reshape(len(table), -1).mean(axis=1)
+      found[f'{name}/mean' if by_layer else name] = float(layers.mean())
+      if by_layer:
+        if table is not self.gate_mean:  # scores larger than it exist
+          found[f'{name}/max'] = float(layers.max())
+        for layer, value in enumerate(layers):
+          found[f'{name}/layer_{layer:02d}'] = float(value)
+    return found
+
+  def summary(self) -> list[tuple[str, float, str]]:
+    """(name, value, format) of what Table 4 prints."""
+    scalars = self.scalars()
+    rows = [
+      ('first-token attention', 'sink/mean', '{:.4f}'),
+      ('largest activation', 'activation/max', '{:.2f}'),
+      ('mean of layers', 'activation/mean', '{:.2f}'),
+      ('mean gate', 'gate/mean', '{:.4f}'),
+      ('gates below 0.1', 'gate/below_0.1', '{:.1%}'),
+    ]
+    return [(n, scalars.get(k, math.nan), f) for n, k, f in rows]
+
+
+def probe(
+  model: nn.Module, params: Any, batches: Iterable[dict[str, Any]]
+) -> Report:
+  """Runs the model over batches and reports what it did.
+
+  Args:
+    model: sows probes in its method `loss`.
+    params: its parameters.
+    batches: tokens, targets, segments, positions and weights, [B, T] each.
+  """
+  sums: dict[str, Any] = {}
+  first = None
+  for batch in batches:
+    first = batch if first is None else first
+    found = jax.tree.map(
+      lambda x: np.asarray(x, np.float64), by_layer(_run(model, params, batch))
+    )
+    for name, value in found.items():
+      join = np.maximum if name == RESIDUAL else np.add
+      old = sums.get(name)
+      sums[name] = value if old is None else jax.tree.map(join, old, value)
+  if first is None:
+    raise ValueError('no batches to look at')
+  short = {name: x[:, :MAP_LENGTH] for name, x in first.items()}
+  return _divide(sums, attention_maps(model, params, short))
+
+
+def by_layer(probes: Mapping[str, Any]) -> dict[str, Any]:
+  """Each probe with one leading axis of layers, in the order they run.
+
+  Scanned layers come stacked, unscanned ones under a name with a number, and
+  a pattern of several layers inside a scan as both.
+  """
+  groups: dict[str, list[Any]] = collections.defaultdict(list)
+  for path, name, value in sorted(_sown(probes, ()), key=lambda x: x[0]):
+    del path
+    groups[name].append(value)
+  return {
+    name: _interleave(values, _RANK[name]) for name, values in groups.items()
+  }
+
+
+# Axes of each probe's first array in one layer.
+_RANK = {FIRST_TOKEN: 1, SCORES: 1, NORM: 1, RESIDUAL: 0, WEIGHTS: 4}
+
+
+def _sown(
+  tree: Mapping[str, Any], path: tuple[Any, ...]
+) -> Iterator[tuple[tuple[Any, ...], str, Any]]:
+  """(path that sorts by number, name, value) of every probe in the tree."""
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      parts = re.split(r'(\d+)', key)
+      order = tuple((int(p), '') if p.isdigit() else (-1, p) for p in parts)
+      yield from _sown(value, (*path, *order))
+    elif key in _RANK:
+      # sow keeps a tuple of what it was given; a probe is a named one.
+      plain = type(value) is tuple
+      yield path, key, value[-1] if plain else value
+
+
+def _interleave(values: list[Any], rank: int) -> Any:
+  """[layers of one kind, ...] for each place in a pattern -> [layers, ...]."""
+  stacked = jax.tree.leaves(values[0])[0].ndim > rank
+
+  def join(*leaves: jax.Array) -> jax.Array:
+    if not stacked:
+      return jnp.stack(leaves)
+    both = jnp.stack(leaves, axis=1)  # [repeats, pattern, ...]
+    return both.reshape(-1, *both.shape[2:])
+
+  return jax.tree.map(join, *values)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(
+  model: nn.Module, params: Any, batch: dict[str, Any]
+) -> Mapping[str, Any]:
+  _, state = model.apply(
+    {'params': params},
+    batch,
+    method='loss',
+    deterministic=True,
+    mutable=['probes'],
+  )
+  return state.get('probes', {})
+
+
+def _divide(sums: dict[str, Any], maps: Mapping[int, np.ndarray]) -> Report:
+  empty = np.zeros((0, 0))
+
+  def mean(name: str) -> np.ndarray:
+    if name not in sums:
+      return empty
+    total, number = sums[name].total, sums[name].number
+    return total / np.maximum(number, 1)[:, None]
+
+  below, histogram = empty, np.zeros((0, BINS))
+  if SCORES in sums:
+    scores = sums[SCORES]
+    number = np.maximum(scores.number, 1)[:, None]
+    below = scores.below / number
+    histogram = scores.histogram.sum(axis=1)
+    histogram = histogram / np.maximum(histogram.sum(-1, keepdims=True), 1)
+  return Report(
+    first_token=mean(FIRST_TOKEN),
+    activation=sums.get(RESIDUAL, np.zeros(0)),
+    gate_mean=mean(SCORES),
+    gate_below=below,
+    gate_histogram=histogram,
+    gate_norm=mean(NORM),
+    maps=maps,
+  )
+
+
+def attention_maps(
+  model: nn.Module,
+  params: Any,
+  batch: dict[str, Any],
+  layers: Sequence[int] = (),
+) -> dict[int, np.ndarray]:
+  """All attention weights [N, T, T] of the batch's first row, for figures.
+
+  Args:
+    model: sows them where the collection `attention_maps` is mutable.
+    params: its parameters.
+    batch: a short one: the result grows with the square of its length.
+    layers: which ones, negative from the end; (): a few over the depth.
+  """
+  found = by_layer(_show(model, params, batch)).get(WEIGHTS)
+  if found is None:
+    return {}
+  depth = len(found)
+  if not layers:
+    few = np.linspace(0, depth - 1, min(depth, 4)).round()
+    layers = [int(i) for i in few]
+  return {i % depth: np.asarray(found[i][0], np.float32) for i in layers}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _show(
+  model: nn.Module, params: Any, batch: dict[str, Any]
+) -> Mapping[str, Any]:
+  _, state = model.apply(
+    {'params': params},
+    batch,
+    method='loss',
+    deterministic=True,
+    mutable=['attention_maps'],
+  )
+  return state.get('attention_maps', {})

@@ -1,0 +1,228 @@
+"""Figures of a run as PNG files: loss, sinks, gates, activations, attention.
+
+matplotlib is imported inside the functions, so that the package imports
+without it; it draws to files only and needs no display.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+
+from gated_jax.evals.diagnostics import Report
+from gated_jax.ops.probes import EDGES
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
+# Colours that stay apart in grey and for colour-blind eyes.
+BLUE, ORANGE, GREY = '#0072b2', '#d55e00', '#888888'
+
+
+def figures(
+  metrics_path: str | pathlib.Path,
+  report: Report,
+  folder: str | pathlib.Path,
+) -> list[pathlib.Path]:
+  """Draws all there is something to draw for.
+
+  Args:
+    metrics_path: a run's metrics.jsonl; need not exist.
+    report: what `diagnostics.probe` found.
+    folder: made if it is not there; old figures are replaced.
+
+  Returns:
+    The files written.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  records = read_metrics(metrics_path)
+  drawn = {
+    'loss': loss_curve(records),
+    'sink': sink_per_layer(report),
+    'gate': gate_histograms(report),
+    'activation': activation_per_layer(report),
+    'attention': attention_maps(report.maps),
+  }
+  paths = []
+  for name, figure in drawn.items():
+    if figure is None:
+      continue
+    path = folder / f'{name}.png'
+    figure.savefig(path, dpi=120)
+    paths.append(path)
+  return paths
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+  """Records of a metrics.jsonl; a line cut off by a kill is left out."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  records = []
+  for line in path.read_text(encoding='utf-8').splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      continue
+    if isinstance(record, dict) and 'step' in record:
+      records.append(record)
+  return records
+
+
+def loss_curve(records: list[dict[str, Any]]) -> 'Figure | None':
+  """Training and held-out loss over steps."""
+  train = _series(records, 'loss')
+  held_out = _series(records, 'validation/loss')
+  if not train[0] and not held_out[0]:
+    return None
+  figure, axes = _blank('Loss', 'step', 'nats per token')
+  if train[0]:
+    many = len(train[0]) > 200
+    axes.plot(*train, color=BLUE, lw=0.8 if many else 1.5, label='training')
+  if held_out[0]:
+    axes.plot(*held_out, color=ORANGE, lw=1.5, marker='o', label='held out')
+  axes.legend(frameon=False)
+  return figure
+
+
+def sink_per_layer(report: Report) -> 'Figure | None':
+  """First-token attention: a bar per layer, a dot per head."""
+  if not len(report.first_token):
+    return None
+  layers = report.first_token.mean(axis=1)
+  title = f'Attention on the first token (mean {layers.mean():.3f})'
+  figure, axes = _blank(title, 'layer', 'probability')
+  index = np.arange(len(layers))
+  axes.bar(index, layers, color=BLUE, alpha=0.6, label='mean of heads')
+  heads = report.first_token.shape[1]
+  axes.scatter(
+    np.repeat(index, heads),
+    report.first_token.ravel(),
+    s=10,
+    color=ORANGE,
+    zorder=3,
+    label='one head',
+  )
+  axes.set_ylim(0, max(0.1, min(1.0, 1.1 * report.first_token.max())))
+  _layer_ticks(axes.xaxis, len(layers))
+  axes.legend(frameon=False)
+  return figure
+
+
+def gate_histograms(report: Report) -> 'Figure | None':
+  """How gate scores are distributed in each layer, and their means."""
+  if not len(report.gate_histogram):
+    return None
+  layers, _ = report.gate_histogram.shape
+  mean = report.gate_mean.mean(axis=1)
+  title = f'Gate scores by layer (mean {mean.mean():.3f})'
+  figure, axes = _blank(title, 'score', 'layer', grid=False)
+  # The outer bins, below 0 and above 1, are drawn as wide as the rest, and
+  # only where an activation reaches them.
+  low, high = report.gate_histogram[:, 0], report.gate_histogram[:, -1]
+  width = EDGES[1] - EDGES[0]
+  first, last = int(low.sum() == 0), -1 if high.sum() == 0 else None
+  edges = np.concatenate([[-width], EDGES, [1 + width]])
+  shown = report.gate_histogram[:, first:last]
+  shown_edges = edges[first : first + shown.shape[1] + 1]
+  mesh = axes.pcolormesh(
+    shown_edges, np.arange(layers + 1) - 0.5, shown, cmap='Blues', vmin=0
+  )
+  inside = np.clip(mean, shown_edges[0], shown_edges[-1])
+  axes.plot(inside, np.arange(layers), 'o-', color=ORANGE, ms=4, label='mean')
+  _layer_ticks(axes.yaxis, layers)
+  if first == 0 or last is None:
+    axes.set_xlabel('score (outermost columns: below 0, above 1)')
+  axes.legend(frameon=False, loc='upper right')
+  figure.colorbar(mesh, ax=axes, label='share of scores')
+  return figure
+
+
+def activation_per_layer(report: Report) -> 'Figure | None':
+  """Largest activation of the residual stream after each layer."""
+  if not len(report.activation):
+    return None
+  figure, axes = _blank(
+    f'Largest activation (mean of layers {report.activation.mean():.1f})',
+    'layer',
+    'largest |activation|',
+  )
+  index = np.arange(len(report.activation))
+  axes.plot(index, report.activation, 'o-', color=BLUE)
+  axes.set_yscale('log')
+  top = report.activation.max()
+  low = report.activation[report.activation > 0].min(initial=top)
+  # At least one decade, so that flat looks flat.
+  middle = math.sqrt(low * top) if top > 0 else 1.0
+  axes.set_ylim(min(low / 1.2, middle / 3.2), max(top * 1.2, middle * 3.2))
+  _layer_ticks(axes.xaxis, len(index))
+  return figure
+
+
+def attention_maps(maps: Mapping[int, np.ndarray]) -> 'Figure | None':
+  """Attention weights of chosen layers, averaged over heads."""
+  if not maps:
+    return None
+  import matplotlib.figure
+
+  columns = min(2, len(maps))
+  rows = -(-len(maps) // columns)
+  figure = matplotlib.figure.Figure(
+    figsize=(4.2 * columns, 3.8 * rows), layout='constrained'
+  )
+  grid = figure.subplots(rows, columns, squeeze=False).ravel()
+  for axes in grid[len(maps) :]:
+    axes.set_axis_off()
+  for axes, (layer, weights) in zip(grid, sorted(maps.items()), strict=False):
+    mean = np.asarray(weights).mean(axis=0)
+    # The root shows small weights too; a sink is a bright first column.
+    image = axes.imshow(np.sqrt(mean), cmap='magma', vmin=0, vmax=1)
+    axes.set_title(f'layer {layer}', fontsize=10)
+    axes.set_xlabel('key')
+    axes.set_ylabel('query')
+  bar = figure.colorbar(image, ax=grid.tolist(), shrink=0.8)
+  bar.set_label('attention weight, mean of heads')
+  ticks = np.array([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0])
+  bar.set_ticks(np.sqrt(ticks).tolist(), labels=[f'{t:g}' for t in ticks])
+  return figure
+
+
+def _series(
+  records: list[dict[str, Any]], name: str
+) -> tuple[list[Any], list[Any]]:
+  """Steps and values where a metric was written and is a number."""
+  found = [
+    (r['step'], r[name])
+    for r in records
+    if isinstance(r.get(name), int | float) and math.isfinite(r[name])
+  ]
+  return [step for step, _ in found], [value for _, value in found]
+
+
+def _blank(
+  title: str, x: str, y: str, grid: bool = True
+) -> 'tuple[Figure, Axes]':
+  """One pair of axes on a figure that no window will show."""
+  import matplotlib.figure
+
+  figure = matplotlib.figure.Figure(figsize=(6.4, 4), layout='constrained')
+  axes = figure.subplots()
+  axes.set_title(title, fontsize=11)
+  axes.set_xlabel(x)
+  axes.set_ylabel(y)
+  axes.spines[['top', 'right']].set_visible(False)
+  if grid:
+    axes.grid(axis='y', color=GREY, alpha=0.2)
+    axes.set_axisbelow(True)
+  return figure, axes
+
+
+def _layer_ticks(axis: Any, layers: int) -> None:
+  """Whole numbers, at most a dozen of them."""
+  axis.set_ticks(np.arange(0, layers, max(1, -(-layers // 12))))
