@@ -45,16 +45,17 @@ def read_flags(argv: list[str]) -> RunConfig:
   """Parses the command line and converts the config, once."""
   try:
     rest = FLAGS(argv)[1:]
-    chosen = FLAGS.config
+    # A file that failed to load only says so when it is looked at.
+    values = None if FLAGS.config is None else FLAGS.config.to_dict()
   except Exception as error:
     raise UsageError(_explain(error, argv)) from error
   if rest:
     raise UsageError(f'{rest[0]!r} is not a flag: flags begin with --')
-  if chosen is None:
+  if values is None:
     raise UsageError('--config is missing, for example configs/smoke.py')
   if not FLAGS.workdir:
     raise UsageError('--workdir is missing, for example runs/smoke')
-  return from_dict(chosen.to_dict())
+  return from_dict(values)
 
 
 def _explain(error: Exception, argv: list[str]) -> str:

@@ -171,7 +171,7 @@ def test_every_name_that_may_change_exists():
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, '_gather', lambda mine: [mine, mine])
   saved(tmp_path, [NEVER])
-  with pytest.raises(ValueError, match='2 processes and cannot be .* by 1'):
+  with pytest.raises(ValueError, match=r'2 processes and cannot be .* by 1'):
     open_at(tmp_path).restore(abstract())
 
 
@@ -187,7 +187,7 @@ def test_parameters_and_config_can_be_had_alone(tmp_path):
     found['embed']['embedding'], state_at(2).params['embed']['embedding']
   )
   wrong = dataclasses.replace(abstract(), params={'w': jnp.zeros(3)}).params
-  with pytest.raises(ValueError, match='embed/embedding is .3, 4. there'):
+  with pytest.raises(ValueError, match=r'embed/embedding is .3, 4. there'):
     checkpoint.load_parameters(workdir, wrong)
   with pytest.raises(ValueError, match='no checkpoint at'):
     checkpoint.find_checkpoint(tmp_path / 'nowhere')

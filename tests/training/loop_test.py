@@ -33,10 +33,9 @@ TINY = {
   'model.dropout': 0.1,
   'data.batch': 4,
   'data.length': 32,
-  'data.shuffle_rows': 8,
   'optimizer.warmup_steps': 2,
   'optimizer.accumulate': 2,
-  'checkpoint.every': 1,
+  'checkpoint.every': 2,
 }
 
 

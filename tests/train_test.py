@@ -1,0 +1,56 @@
+"""The command line: a mistake costs one line and exit code 2."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = '--config=configs/smoke.py'
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ([SMOKE], '--workdir is missing'),
+    (['--workdir=W'], '--config is missing'),
+    (['--config=configs/nope.py', '--workdir=W'], "'configs/nope.py'"),
+    ([SMOKE, '--wrkdir=W'], "'wrkdir'. Did you mean: workdir"),
+    ([SMOKE, '--workdir=W', 'steps=3'], "'steps=3' is not a flag"),
+    (
+      [SMOKE, '--workdir=W', '--config.stpes=3'],
+      '--config.stpes; did you mean --config.steps?',
+    ),
+    (
+      [SMOKE, '--workdir=W', '--config.model.widht=3'],
+      'did you mean --config.model.width?',
+    ),
+    ([SMOKE, '--workdir=W', '--config.steps=many'], "'many'"),
+    ([SMOKE, '--workdir=W', '--config.model.heads=3'], 'model.heads=3 must'),
+    (
+      [SMOKE, '--workdir=/proc/nowhere/W', '--config.figures=False'],
+      'cannot write to workdir /proc/nowhere/W',
+    ),
+    (
+      [SMOKE, '--workdir=W', '--config.data.length=4096'],
+      'data.length=4096 is longer than the model.length=256',
+    ),
+  ],
+)
+def test_a_mistake_is_one_line(tmp_path, arguments, message):
+  arguments = [x.replace('=W', f'={tmp_path / "run"}') for x in arguments]
+  found = subprocess.run(
+    [sys.executable, 'train.py', *arguments],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert found.returncode == 2, found.stderr
+  (line,) = found.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert message in line
+  assert not found.stdout
