@@ -120,7 +120,7 @@ def build(config: RunConfig, workdir: pathlib.Path, console: Console) -> Parts:
 
   model = Decoder(config.model)
   with sharding.activate(mesh):
-    abstract, init, step = _functions(config, model, mesh)
+    abstract, init, step = make_functions(config, model, mesh)
     checkpoints = Checkpoints(workdir / 'checkpoints', config, say=console.say)
     found = checkpoints.restore(abstract)
     if found is None:
@@ -153,7 +153,7 @@ def build(config: RunConfig, workdir: pathlib.Path, console: Console) -> Parts:
   )
 
 
-def _functions(
+def make_functions(
   config: RunConfig, model: Decoder, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, Any, Any]:
   """The state's shapes and places; init and step, jitted for them."""
