@@ -1,0 +1,118 @@
+"""Compiles a config's real train step for a pod that is not there.
+
+The step, its state and their shardings are the ones that training uses; only
+the devices differ. What is chosen by platform ('auto') is chosen as it would
+be on a TPU.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gated_jax import sharding
+from gated_jax.config import RunConfig
+from gated_jax.model.decoder import Decoder
+from gated_jax.ops.attention import api
+from gated_jax.training import build
+
+BATCH = {
+  'tokens': jnp.int32,
+  'targets': jnp.int32,
+  'segments': jnp.int32,
+  'positions': jnp.int32,
+  'weights': jnp.float32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes per device."""
+
+  parameters: int
+  optimizer: int  # and what else the state holds
+  batch: int
+  peak: int  # of the whole program
+
+  @property
+  def activations(self) -> int:
+    """All that is alive at the peak beside state and batch."""
+    return max(self.peak - self.parameters - self.optimizer - self.batch, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A compiled step and what it was compiled for."""
+
+  config: RunConfig  # with every 'auto' replaced by what was taken
+  mesh: Any
+  state: Any  # abstract arrays with their shardings
+  text: str
+  memory: Memory
+
+
+def shard_bytes(tree: Any) -> int:
+  """Bytes that one device holds of abstract arrays with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def on_tpu(config: RunConfig) -> list[RunConfig]:
+  """The config with 'auto' spelt out: what a TPU tries, in its order."""
+  model = config.model
+  if model.moe.implementation == 'auto':
+    moe = dataclasses.replace(model.moe, implementation='gmm')
+    model = dataclasses.replace(model, moe=moe)
+  names = (
+    api.PREFERENCE['tpu'] if model.attention == 'auto' else (model.attention,)
+  )
+  return [
+    dataclasses.replace(
+      config, model=dataclasses.replace(model, attention=name)
+    )
+    for name in names
+  ]
+
+
+def compile_step(config: RunConfig, devices: list[Any]) -> Compiled:
+  """Compiles the train step of `config` for `devices`.
+
+  Raises:
+    ValueError: the config does not fit the devices.
+    NotImplementedError: the attention backend asked for cannot do this.
+    jax.errors.JaxRuntimeError: the compiler gave up, on memory for one.
+  """
+  candidates = on_tpu(config)
+  for candidate in candidates:
+    try:
+      return _compile(candidate, devices)
+    except NotImplementedError:
+      if candidate is candidates[-1]:
+        raise
+  raise AssertionError('there is at least one candidate')
+
+
+def _compile(config: RunConfig, devices: list[Any]) -> Compiled:
+  mesh = sharding.make_mesh(config.mesh, devices)
+  rows = sharding.batch_sharding(mesh)
+  shape = (config.data.batch, config.data.length)
+  rows.shard_shape(shape)  # refuses a batch that does not divide
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, kind, sharding=rows)
+    for name, kind in BATCH.items()
+  }
+  with sharding.activate(mesh):
+    state, _, step = build.make_functions(config, Decoder(config.model), mesh)
+    compiled = step.lower(state, batch).compile()
+  parameters = shard_bytes(state.params)
+  memory = Memory(
+    parameters=parameters,
+    optimizer=shard_bytes(state) - parameters,
+    batch=shard_bytes(batch),
+    peak=compiled.memory_analysis().peak_memory_in_bytes,
+  )
+  return Compiled(config, mesh, state, compiled.as_text(), memory)

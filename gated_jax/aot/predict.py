@@ -1,0 +1,161 @@
+"""From a compiled program's figures to seconds, part by part.
+
+    step = XLA + kernels + waiting for collectives
+
+XLA is the compiler's cycles over the clock. A kernel counts at the time its
+matmuls would take on the matrix units, a floor, unless its own cycles are
+given. A collective counts by its bytes over the links that its group spans.
+Synchronous ones are waited for; asynchronous ones only as far as they take
+longer than all the computing. None of this was measured.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from gated_jax.aot.chips import Chip
+from gated_jax.aot.program import Collective
+from gated_jax.aot.program import Kernel
+from gated_jax.aot.program import Program
+from gated_jax.aot.program import mesh_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """Collectives of one kind along the same mesh axes."""
+
+  kind: str
+  axes: tuple[str, ...]
+  asynchronous: bool
+  calls: int
+  payload: int  # bytes, all calls together
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTime:
+  """A kernel, and how its time was found."""
+
+  kernel: Kernel
+  seconds: float  # all calls together
+  scheduled: bool  # by its bundles; else the matrix units' bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """Seconds of one step, in parts."""
+
+  xla: float
+  kernels: tuple[KernelTime, ...]
+  traffic: tuple[Traffic, ...]
+
+  @property
+  def kernel(self) -> float:
+    return sum(k.seconds for k in self.kernels)
+
+  @property
+  def synchronous(self) -> float:
+    """Spent in collectives that nothing overlaps."""
+    return sum(t.seconds for t in self.traffic if not t.asynchronous)
+
+  @property
+  def asynchronous(self) -> float:
+    """Of collectives that run beside the computing."""
+    return sum(t.seconds for t in self.traffic if t.asynchronous)
+
+  @property
+  def total(self) -> float:
+    computing = self.xla + self.kernel
+    return self.synchronous + max(computing, self.asynchronous)
+
+
+def _extents(group: list[Any]) -> tuple[list[int], int]:
+  """Chips that a group spans in each direction, and its slices."""
+  coords = np.array([d.coords for d in group])
+  spans = (coords.max(0) - coords.min(0) + 1).tolist()
+  slices = {getattr(d, 'slice_index', 0) or 0 for d in group}
+  return [n for n in spans if n > 1], len(slices)
+
+
+def collective_seconds(
+  collective: Collective, devices: list[Any], chip: Chip
+) -> float:
+  """One run of it over the links that its groups span.
+
+  A ring carries both directions at once; a line half of that. Groups that
+  span several directions of the torus use them all, and an all-to-all is
+  bound by the bisection of the longest. Between slices, each device sends
+  its share of what the slice holds.
+  """
+  group = [devices[k] for k in collective.groups[0]]
+  spans, slices = _extents(group)
+  n = len(group)
+  if n == 1 or not collective.payload:
+    return 0.0
+  # On-chip neighbours (v4's two cores) count as one link.
+  rates = [chip.link * (2 if s >= chip.wraps else 1) for s in spans]
+  rates = rates or [chip.link]
+  if collective.kind == 'collective-permute':
+    return collective.payload / (chip.network if slices > 1 else chip.link)
+  if collective.kind in ('all-to-all', 'ragged-all-to-all'):
+    within = collective.payload / slices
+    crossing = collective.payload - within
+    longest = max(
+      (s / rate for s, rate in zip(spans, rates, strict=False)), default=0.0
+    )
+    return within * longest / 4 + crossing / chip.network
+  # In each slice first, then shares of it between slices.
+  inside = n // slices
+  passes = collective.wire / (collective.payload * (n - 1) / n)
+  seconds = passes * collective.payload * (inside - 1) / inside / sum(rates)
+  if slices > 1:
+    share = collective.payload / inside * (slices - 1) / slices
+    seconds += passes * share / chip.network
+  return seconds
+
+
+def _traffic(program: Program, mesh: Any, chip: Chip) -> tuple[Traffic, ...]:
+  devices = list(mesh.devices.flat)
+  sizes = dict(mesh.shape)
+  found: dict[tuple, Traffic] = {}
+  for c in program.collectives():
+    key = (c.kind, mesh_axes(c.groups, sizes), c.asynchronous)
+    old = found.get(key, Traffic(*key, calls=0, payload=0, seconds=0.0))
+    found[key] = dataclasses.replace(
+      old,
+      calls=old.calls + c.times,
+      payload=old.payload + c.times * c.payload,
+      seconds=old.seconds + c.times * collective_seconds(c, devices, chip),
+    )
+  return tuple(sorted(found.values(), key=lambda t: -t.seconds))
+
+
+def predict(
+  program: Program,
+  mesh: Any,
+  chip: Chip,
+  kernel_cycles: dict[str, float] | None = None,
+) -> Prediction:
+  """The parts of one step's time.
+
+  Args:
+    program: the compiled step.
+    mesh: the one it was compiled for.
+    chip: what the mesh's devices are.
+    kernel_cycles: of one call of a kernel, by its name.
+  """
+  known = kernel_cycles or {}
+
+  def time(kernel: Kernel) -> KernelTime:
+    scheduled = kernel.name in known
+    cycles = (
+      known[kernel.name] if scheduled else kernel.flops / chip.flops_per_cycle
+    )
+    return KernelTime(kernel, kernel.calls * cycles / chip.clock, scheduled)
+
+  return Prediction(
+    xla=program.cycles / chip.clock,
+    kernels=tuple(time(k) for k in program.kernels()),
+    traffic=_traffic(program, mesh, chip),
+  )
