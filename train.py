@@ -11,6 +11,7 @@ processes, add --distributed (TPU pods and Slurm tell the rest) or say it all:
 import difflib
 import os
 import pathlib
+import re
 import shlex
 import sys
 
@@ -73,6 +74,11 @@ def _explain(error: Exception, argv: list[str]) -> str:
     )
     hint = f'; did you mean --config.{near[0]}?' if near else ''
     return f'there is no setting --{name}{hint}'
+  unknown = re.search(r'Key "(\w+)" does not exist', text)
+  if unknown:
+    near = re.search(r'Did you mean "(\w+)"', text)
+    hint = f'; did you mean {near[1]}?' if near else ''
+    return f'the config file sets {unknown[1]}, which is no setting{hint}'
   return text or type(error).__name__
 
 
