@@ -8,7 +8,6 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
 from jax.experimental import topologies
 
 GIB = 1 << 30
@@ -81,8 +80,6 @@ def open_topology(name: str, slices: int = 1) -> list[Any]:
   Raises:
     ValueError: the compiler does not know it, or is not installed.
   """
-  if not jax.config.read('jax_platforms'):
-    jax.config.update('jax_platforms', 'cpu')
   for key, value in _QUIET.items():
     os.environ.setdefault(key, value)
   more = {'num_slices': slices} if slices > 1 else {}
@@ -97,7 +94,7 @@ def open_topology(name: str, slices: int = 1) -> list[Any]:
       f'v6e:16x16 or v5p:8x8x8; it needs libtpu): {reason}'
     ) from None
   devices = list(found.devices)
-  chip_of(devices)
+  chip_of(devices)  # refuses what the table lacks
   return devices
 
 

@@ -1,0 +1,126 @@
+"""Tries meshes, recomputation and batches on a pod, and ranks what fits."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+
+from gated_jax.aot.report import DoesNotFit
+from gated_jax.aot.report import Report
+from gated_jax.aot.report import examine
+from gated_jax.config import MeshConfig
+from gated_jax.config import RunConfig
+
+REMAT = ('none', 'matmuls', 'minimal', 'full')
+TENSOR = (1, 2, 4, 8)
+EXPERT = (1, 4, 8, 16)
+LARGEST = 32  # sequences per device
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One row of the table before it is tried."""
+
+  mesh: MeshConfig
+  remat: str
+
+  def config(self, base: RunConfig, batch: int) -> RunConfig:
+    return dataclasses.replace(
+      base,
+      mesh=self.mesh,
+      model=dataclasses.replace(base.model, remat=self.remat),
+      data=dataclasses.replace(base.data, batch=batch),
+    )
+
+  def flags(self, batch: int) -> str:
+    """What to add to the command line."""
+    axes = {name: n for name, n in self.mesh.axes.items()}
+    return ' '.join(
+      [f'--config.mesh.{name}={n}' for name, n in axes.items()]
+      + [f'--config.model.remat={self.remat}', f'--config.data.batch={batch}']
+    )
+
+
+def choices(base: RunConfig, devices: int) -> Iterator[Choice]:
+  """Meshes that divide both the pod and the model, likeliest first."""
+  model = base.model
+  for tensor in TENSOR:
+    for expert in EXPERT if model.moe.experts else (1,):
+      others = tensor * expert * base.mesh.context
+      width = model.moe.width if model.moe.experts else model.mlp_width
+      if (
+        devices % others
+        or model.heads % tensor
+        or width % tensor
+        or (expert > 1 and model.moe.experts % expert)
+      ):
+        continue
+      mesh = dataclasses.replace(
+        base.mesh,
+        data=base.mesh.slices,
+        fsdp=devices // others // base.mesh.slices,
+        expert=expert,
+        tensor=tensor,
+        slice_axis='data',
+      )
+      for remat in REMAT:
+        yield Choice(mesh, remat)
+
+
+def search(
+  base: RunConfig,
+  devices: list[Any],
+  seconds: float,
+  say: Callable[[str], None],
+) -> list[tuple[Choice, Report]]:
+  """Doubles the batch of every choice until it is too large.
+
+  Args:
+    base: everything that is not tried.
+    devices: of the pod.
+    seconds: after which nothing new is started.
+    say: told of every attempt.
+
+  Returns:
+    What fits, most tokens per second first.
+  """
+  start, found = time.monotonic(), []
+  for choice in choices(base, len(devices)):
+    rows = len(devices) // (choice.mesh.context * choice.mesh.tensor)
+    batch = rows
+    while batch <= LARGEST * rows:
+      if time.monotonic() - start > seconds:
+        say(f'stopped after {seconds:.0f} s: not everything was tried')
+        return _ranked(found)
+      try:
+        report = examine(choice.config(base, batch), devices)
+      except (DoesNotFit, ValueError, NotImplementedError) as error:
+        say(f'{choice.flags(batch)}: {error}')
+        break
+      if report.excess > 0:
+        say(f'{choice.flags(batch)}: too large by {report.excess:,.0f} bytes')
+        break
+      say(f'{choice.flags(batch)}: {report.tokens_per_second:,.0f} tokens/s')
+      found.append((choice, report))
+      batch *= 2
+  return _ranked(found)
+
+
+def _ranked(found: list[tuple[Choice, Report]]) -> list[tuple[Choice, Report]]:
+  return sorted(found, key=lambda pair: -pair[1].tokens_per_second)
+
+
+def table(found: list[tuple[Choice, Report]]) -> str:
+  """Ranked, one line each, with the flags that give it."""
+  if not found:
+    return 'nothing that was tried fits'
+  lines = [f'{"tokens/s":>12}  {"MFU":>6}  {"GiB":>6}  flags']
+  for choice, report in found:
+    peak = report.compiled.memory.peak / 2**30
+    batch = report.compiled.config.data.batch
+    lines.append(
+      f'{report.tokens_per_second:12,.0f}  {100 * report.utilisation:5.1f}%  '
+      f'{peak:6.2f}  {choice.flags(batch)}'
+    )
+  return '\n'.join(lines)
