@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -115,7 +116,7 @@ def replicated(state: Any, least: int) -> list[tuple[str, int]]:
   return sorted(found, key=lambda pair: -pair[1])
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
   """Columns as wide as they need be: the first to the left, others right."""
   widths = [max(len(cell) for cell in column) for column in zip(*rows)]  # noqa: B905
   return '\n'.join(

@@ -35,9 +35,8 @@ class Choice:
 
   def flags(self, batch: int) -> str:
     """What to add to the command line."""
-    axes = {name: n for name, n in self.mesh.axes.items()}
     return ' '.join(
-      [f'--config.mesh.{name}={n}' for name, n in axes.items()]
+      [f'--config.mesh.{name}={n}' for name, n in self.mesh.axes.items()]
       + [f'--config.model.remat={self.remat}', f'--config.data.batch={batch}']
     )
 
@@ -85,7 +84,8 @@ def search(
   Returns:
     What fits, most tokens per second first.
   """
-  start, found = time.monotonic(), []
+  start = time.monotonic()
+  found: list[tuple[Choice, Report]] = []
   for choice in choices(base, len(devices)):
     rows = len(devices) // (choice.mesh.context * choice.mesh.tensor)
     batch = rows
