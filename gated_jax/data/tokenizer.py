@@ -57,7 +57,10 @@ class Tokenizer(Protocol):
     """Returns a decoder for ids that come one by one."""
 
   def byte_lengths(self) -> Int32[np.ndarray, ' V']:
-    """UTF-8 bytes per token, 0 for special ones: for bits per byte."""
+    """UTF-8 bytes per token, 0 for special ones: for bits per byte.
+
+    A space that SentencePiece puts before the text is counted.
+    """
 
 
 def make_tokenizer(name: str) -> Tokenizer:
