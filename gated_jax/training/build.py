@@ -17,10 +17,13 @@ from jax.experimental import multihost_utils
 
 from gated_jax import sharding
 from gated_jax.config import RunConfig
+from gated_jax.config import differences
+from gated_jax.config import to_dict
 from gated_jax.data.pipeline import Pipeline
 from gated_jax.data.pipeline import make_pipeline
 from gated_jax.model.decoder import Decoder
 from gated_jax.training.checkpoint import Checkpoints
+from gated_jax.training.checkpoint import gather
 from gated_jax.training.checkpoint import load_parameters
 from gated_jax.training.console import Console
 from gated_jax.training.evaluation import Evaluation
@@ -64,6 +67,18 @@ def check_workdir(workdir: pathlib.Path) -> None:
     raise ValueError(
       f'cannot write to workdir {workdir}: {error.strerror or error}'
     ) from None
+
+
+def check_same_config(config: RunConfig) -> None:
+  """ValueError where another process was started with other settings."""
+  configs = gather(to_dict(config))
+  for process, other in enumerate(configs):
+    changed = differences(configs[0], other)
+    if changed:
+      shown = '; '.join(f'{k}: {a!r}, {b!r}' for k, (a, b) in changed.items())
+      raise ValueError(
+        f'processes 0 and {process} have different settings: {shown}'
+      )
 
 
 def rows_of_process(
@@ -110,6 +125,7 @@ def to_devices(
 def build(config: RunConfig, workdir: pathlib.Path, console: Console) -> Parts:
   """Everything a run needs, restored from its newest checkpoint if any."""
   check_workdir(workdir)
+  check_same_config(config)
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   clock = Clock()
   rows = sharding.batch_sharding(mesh)

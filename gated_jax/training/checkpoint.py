@@ -103,7 +103,7 @@ def _digest(run: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
-def _gather(mine: Any) -> list[Any]:
+def gather(mine: Any) -> list[Any]:
   """JSON values of all processes, in order."""
   if jax.process_count() == 1:
     return [mine]
@@ -205,7 +205,7 @@ class Checkpoints:
     params, rest = _split(state)
     run = {
       'config': to_dict(self._config),
-      'data': _gather(data),
+      'data': gather(data),
       'fingerprint': fingerprint(state),
     }
     run['digest'] = _digest(run)

@@ -120,16 +120,13 @@ class Loop:
     parts, config = self.parts, self.parts.config
     for value in metrics.values():
       value.copy_to_host_async()
-    last = self.done == config.steps
-    log = last or self.done % config.log_every == 0
-    rates = self._rates() if log else {}
-    self._pending.append((self.done, metrics, rates))
+    self._pending.append((self.done, metrics))
     parts.console.advance()
     while len(self._pending) > IN_FLIGHT:
       self._look()
 
     def due(every: int) -> bool:
-      return last or bool(every and self.done % every == 0)
+      return self.done == config.steps or bool(every and self.done % every == 0)
 
     if due(config.eval_every):
       self._validate()
@@ -138,15 +135,15 @@ class Loop:
     if due(config.checkpoint.every):
       self._save()
 
-  def _rates(self) -> dict[str, float]:
-    """Speed since the last logged step, and where its time went."""
+  def _rates(self, step: int) -> dict[str, float]:
+    """Speed since the last logged step, and where the time went."""
     parts = self.parts
     seconds, spent = parts.clock.lap()
     waited = parts.data.wait_seconds - self._waited
     self._waited = parts.data.wait_seconds
     parts.clock.add('data', waited)
     parts.clock.lap()
-    steps, self._lap_step = self.done - self._lap_step, self.done
+    steps, self._lap_step = step - self._lap_step, step
     training = max(seconds - sum(spent.values()), 1e-9)
     self._trained += training
     speed = steps * self._tokens / training
@@ -166,8 +163,8 @@ class Loop:
   def _look(self) -> None:
     """Takes in the oldest step whose metrics the host has not seen."""
     parts, config = self.parts, self.parts.config
-    step, metrics, rates = self._pending.popleft()
-    bad = int(metrics['bad_in_row'])
+    step, metrics = self._pending.popleft()
+    bad = int(metrics['bad_in_row'])  # waits until the step is done
     if bad:
       parts.console.say(
         f'step {step}: loss {float(metrics["loss"])}, gradient norm '
@@ -178,10 +175,11 @@ class Loop:
         f'loss or gradient was not finite in {bad} steps in a row, '
         f'{step - bad + 1} to {step}; {self._last_good()}'
       )
-    if rates:
+    if step == config.steps or step % config.log_every == 0:
       values = {name: np.asarray(x).item() for name, x in metrics.items()}
-      parts.metrics.write(step, values | rates)
-      parts.console.show(step, config.steps, values | rates)
+      values |= self._rates(step)
+      parts.metrics.write(step, values)
+      parts.console.show(step, config.steps, values)
 
   def _last_good(self) -> str:
     self.parts.checkpoints.wait()

@@ -169,7 +169,7 @@ def test_every_name_that_may_change_exists():
 
 
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, '_gather', lambda mine: [mine, mine])
+  monkeypatch.setattr(checkpoint, 'gather', lambda mine: [mine, mine])
   saved(tmp_path, [NEVER])
   with pytest.raises(ValueError, match=r'2 processes and cannot be .* by 1'):
     open_at(tmp_path).restore(abstract())
