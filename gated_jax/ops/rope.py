@@ -1,0 +1,134 @@
+"""Rotary position embedding: channel pairs turned by position * frequency.
+
+    (a, b) -> (a cos - b sin, b cos + a sin),  angle = position * frequency
+
+Channel c pairs with c + R / 2, of the R = head_dim * fraction that turn: the
+rotate-half layout of Hugging Face, whose names and formulas for linear
+interpolation and YaRN (arXiv 2309.00071) are used here. `rotation` is made
+once per batch, `rotate` applies it to queries and keys of every layer.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeSpec:
+  """Which frequencies, and how they stretch. Static and hashable."""
+
+  base: float = 10_000.0
+  fraction: float = 1.0
+  scaling: str = 'none'  # or 'linear', 'yarn'
+  factor: float = 1.0
+  original_length: int = 0
+  beta_fast: float = 32.0  # turns in original_length: more are left as they are
+  beta_slow: float = 1.0  # turns in original_length: fewer are interpolated
+  attention_factor: float = 0.0  # 0: from factor and the mscales
+  mscale: float = 0.0
+  mscale_all_dim: float = 0.0
+  truncate: bool = True
+
+  def __post_init__(self):
+    if self.scaling not in ('none', 'linear', 'yarn'):
+      raise ValueError(
+        f'scaling={self.scaling!r} must be one of none, linear, yarn'
+      )
+
+
+class Rotation(NamedTuple):
+  """Cosine and sine of each pair's angle, YaRN's attention factor inside: C = R / 2."""
+
+  cos: Float[Array, 'B T C']
+  sin: Float[Array, 'B T C']
+
+
+def _yarn_interpolated(channels: int, spec: RopeSpec) -> np.ndarray:
+  """How far each pair is interpolated: 0 for fast ones to 1 for slow ones."""
+
+  def pair(turns: float) -> float:
+    """The (fractional) pair that turns so often in original_length."""
+    wavelength = spec.original_length / (2 * math.pi * turns)
+    return channels * math.log(wavelength) / (2 * math.log(spec.base))
+
+  low, high = pair(spec.beta_fast), pair(spec.beta_slow)
+  if spec.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, channels - 1)
+  if low == high:
+    high += 0.001
+  return np.clip((np.arange(channels // 2) - low) / (high - low), 0, 1)
+
+
+def _frequencies(channels: int, spec: RopeSpec) -> np.ndarray:
+  """Radians per token of each pair, in float64."""
+  plain = spec.base ** -(np.arange(0, channels, 2) / channels)
+  if spec.scaling == 'linear':
+    return plain / spec.factor
+  if spec.scaling == 'yarn':
+    share = _yarn_interpolated(channels, spec)
+    return plain * (share / spec.factor + 1 - share)
+  return plain
+
+
+def _attention_factor(spec: RopeSpec) -> float:
+  """What YaRN multiplies queries and keys by, each."""
+  if spec.scaling != 'yarn':
+    return 1.0
+  if spec.attention_factor:
+    return spec.attention_factor
+
+  def scale(mscale: float) -> float:
+    return 0.1 * mscale * math.log(spec.factor) + 1 if spec.factor > 1 else 1.0
+
+  if spec.mscale and spec.mscale_all_dim:
+    return scale(spec.mscale) / scale(spec.mscale_all_dim)
+  return scale(1.0)
+
+
+def rotation(
+  positions: Int[Array, 'B T'], head_dim: int, spec: RopeSpec = RopeSpec()
+) -> Rotation:
+  """The rotation of each position, in float32 and accurate to float32.
+
+  position * frequency in float32 would be off by 0.004 radians at position
+  128k. So the angle is taken as a 32-bit fraction of a turn, whose whole turns
+  overflow away exactly, and only the remainder of a frequency beyond those
+  32 bits is multiplied in floating point.
+
+  Raises:
+    ValueError: `fraction` of `head_dim` is no even number of channels.
+  """
+  channels = int(head_dim * spec.fraction)
+  if channels <= 0 or channels % 2:
+    raise ValueError(
+      f'fraction={spec.fraction} of {head_dim=} must be an even number of '
+      f'channels, not {channels}'
+    )
+  units = _frequencies(channels, spec) * (2**32 / (2 * math.pi))
+  whole = np.floor(units)
+  wrapped = (whole % 2**32).astype(np.uint32).view(np.int32)
+  rest = (units - whole).astype(np.float32)
+  p = positions.astype(jnp.int32)[..., None]
+  fraction = (p * wrapped).astype(jnp.float32) + p.astype(jnp.float32) * rest
+  angle = fraction * np.float32(2 * math.pi / 2**32)
+  factor = np.float32(_attention_factor(spec))
+  return Rotation(jnp.cos(angle) * factor, jnp.sin(angle) * factor)
+
+
+def rotate(
+  x: Float[Array, 'B T N H'], rotation: Rotation
+) -> Float[Array, 'B T N H']:
+  """Queries or keys, turned; channels beyond the rotation's pass through."""
+  cos, sin = (r[:, :, None] for r in rotation)
+  half = cos.shape[-1]
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  a, b = wide[..., :half], wide[..., half : 2 * half]
+  turned = [a * cos - b * sin, b * cos + a * sin, wide[..., 2 * half :]]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
