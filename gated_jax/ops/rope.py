@@ -43,7 +43,7 @@ class RopeSpec:
 
 
 class Rotation(NamedTuple):
-  """Cosine and sine of each pair's angle, YaRN's attention factor inside: C = R / 2."""
+  """Of each of the C = R / 2 pairs; YaRN's attention factor is inside."""
 
   cos: Float[Array, 'B T C']
   sin: Float[Array, 'B T C']
