@@ -79,6 +79,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
     near = re.search(r'Did you mean "(\w+)"', text)
     hint = f'; did you mean {near[1]}?' if near else ''
     return f'the config file sets {unknown[1]}, which is no setting{hint}'
+  if 'Traceback' in text:  # the config file itself refused, for a reason
+    text = str(error).strip().splitlines()[-1].removeprefix('ValueError: ')
   return text or type(error).__name__
 
 

@@ -17,6 +17,10 @@ SMOKE = '--config=configs/smoke.py'
     ([SMOKE], '--workdir is missing'),
     (['--workdir=W'], '--config is missing'),
     (['--config=configs/nope.py', '--workdir=W'], "'configs/nope.py'"),
+    (
+      ['--config=configs/gate_sweep.py:nope', '--workdir=W'],
+      "error: row 'nope' must be one of: baseline kv_heads_8",
+    ),
     ([SMOKE, '--wrkdir=W'], "'wrkdir'. Did you mean: workdir"),
     ([SMOKE, '--workdir=W', 'steps=3'], "'steps=3' is not a flag"),
     (

@@ -37,7 +37,10 @@ def read_flags(argv: list[str]) -> RunConfig:
     rest = FLAGS(argv)[1:]
     values = None if FLAGS.config is None else FLAGS.config.to_dict()
   except Exception as error:
-    raise ValueError(' '.join(str(error).split())[:300]) from error
+    text = str(error).strip()
+    if 'Traceback' in text:  # the config file itself refused, for a reason
+      text = text.splitlines()[-1].removeprefix('ValueError: ')
+    raise ValueError(' '.join(text.split())) from error
   if rest:
     raise ValueError(f'{rest[0]!r} is not a flag: flags begin with --')
   if values is None:

@@ -1,0 +1,12 @@
+"""One file is one experiment, and a difference to `base.py`.
+
+    base          every setting at its default (gated_jax/config.py)
+    smoke         a small model on real text, on a CPU, in minutes
+    dense_1b7     the paper's dense models: 28 and 48 layers
+    moe_15b_a2b   the paper's mixture of experts
+    gate_sweep    the rows of the paper's tables, with its figures
+    stability     learning rates at which the ungated model breaks
+    long_context  rotary base change, 32k continuation, YaRN to 128k
+
+Some take words after a colon: --config=configs/gate_sweep.py:value_headwise
+"""
