@@ -71,10 +71,17 @@ class Loop:
     steps = self._lap_step - self.first
     return steps * self._tokens / self._trained if self._trained else 0.0
 
+  @property
+  def outcome(self) -> report.Outcome:
+    """What there is to say at the end."""
+    return report.Outcome(
+      self.done, self.validation, self.report, self.tokens_per_second
+    )
+
   def run(self, request: StopRequest) -> bool:
     """Trains to the end, or until asked to stop; says which."""
     parts, config = self.parts, self.parts.config
-    step = self._compile() if self.done < config.steps else None
+    step: Any = self._compile() if self.done < config.steps else None
     parts.clock.lap()
     while self.done < config.steps:
       if self._should_stop(request):
@@ -278,7 +285,7 @@ def run(config: RunConfig, workdir: pathlib.Path, command: str = '') -> None:
         loop.finish()
     console.stop()
     if finished:
-      report.closing(loop, command)
+      report.closing(parts, loop.outcome, command)
     else:
       console.say(
         f'{request.name or "asked to stop"}: saved step {loop.done} in '

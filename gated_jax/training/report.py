@@ -1,17 +1,26 @@
 """The first and the last words of a run."""
 
+import dataclasses
 import math
 import pathlib
 import shlex
-from typing import TYPE_CHECKING
 from typing import Any
 
 import jax
 
 from gated_jax.config import RunConfig
+from gated_jax.evals.likelihood import Likelihood
+from gated_jax.training.build import Parts
 
-if TYPE_CHECKING:
-  from gated_jax.training.loop import Loop
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What a run came to."""
+
+  step: int
+  validation: Likelihood
+  report: Any  # of diagnostics; None: nothing was held out
+  tokens_per_second: float
 
 
 def opening(config: RunConfig, params: Any, workdir: pathlib.Path) -> str:
@@ -26,16 +35,16 @@ def opening(config: RunConfig, params: Any, workdir: pathlib.Path) -> str:
   )
 
 
-def _rows(loop: 'Loop') -> list[tuple[str, str]]:
+def _rows(parts: Parts, outcome: Outcome) -> list[tuple[str, str]]:
   """Names and values of the closing table, without what was not measured."""
   numbers: list[tuple[str, float, str]] = [
-    ('validation loss', loop.validation.loss, '{:.4f} nats per token'),
-    ('bits per byte', loop.validation.bits_per_byte, '{:.4f}'),
+    ('validation loss', outcome.validation.loss, '{:.4f} nats per token'),
+    ('bits per byte', outcome.validation.bits_per_byte, '{:.4f}'),
   ]
-  if loop.report is not None:
-    numbers += loop.report.summary()
-  numbers.append(('tokens/s', loop.tokens_per_second, '{:,.0f}'))
-  clock = loop.parts.clock
+  if outcome.report is not None:
+    numbers += outcome.report.summary()
+  numbers.append(('tokens/s', outcome.tokens_per_second, '{:,.0f}'))
+  clock = parts.clock
   lost = ', '.join(
     f'{name} {clock.total.get(name, 0.0) / clock.seconds:.1%}'
     for name in ('data', 'compile', 'checkpoint', 'evaluation')
@@ -45,25 +54,25 @@ def _rows(loop: 'Loop') -> list[tuple[str, str]]:
     for name, value, form in numbers
   ]
   rows.append(('time spent on', lost))
-  skipped = int(loop.parts.state.skipped)
+  skipped = int(parts.state.skipped)
   if skipped:
     rows.append(('skipped updates', str(skipped)))
   return rows
 
 
-def _figures(loop: 'Loop') -> str:
+def _figures(parts: Parts, report: Any) -> str:
   """Draws them; a reason where they cannot be drawn."""
-  if not loop.parts.config.figures:
+  if not parts.config.figures:
     return 'off (figures=False)'
-  if loop.report is None:
+  if report is None:
     return 'none: nothing was held out to look at'
   if jax.process_index():
     return ''
-  folder = loop.parts.workdir / 'figures'
+  folder = parts.workdir / 'figures'
   try:
     from gated_jax.evals import plot
 
-    paths = plot.figures(loop.parts.metrics.path, loop.report, folder)
+    paths = plot.figures(parts.metrics.path, report, folder)
   except ImportError:
     return "none: matplotlib is missing, pip install 'gated_jax[plot]'"
   return f'{folder} ({", ".join(path.name for path in paths)})'
@@ -75,18 +84,17 @@ def _longer(command: str, steps: int) -> str:
   return ' '.join([*kept, f'--config.steps={steps}'])
 
 
-def closing(loop: 'Loop', command: str) -> None:
+def closing(parts: Parts, outcome: Outcome, command: str) -> None:
   """Prints what came out, where it lies and what to type next."""
-  parts = loop.parts
-  checkpoint = parts.checkpoints.path(loop.done)
+  checkpoint = parts.checkpoints.path(outcome.step)
   sample = (
     f'python -m gated_jax.decode --checkpoint={shlex.quote(str(checkpoint))}'
   )
   rows = [
-    *_rows(loop),
+    *_rows(parts, outcome),
     ('checkpoint', str(checkpoint)),
     ('metrics', str(parts.metrics.path)),
-    ('figures', _figures(loop)),
+    ('figures', _figures(parts, outcome.report)),
     ('sample from it', f"{sample} --prompt='def '"),
     ('resume it', _longer(command, 2 * parts.config.steps)),
   ]
