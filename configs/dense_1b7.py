@@ -13,7 +13,8 @@ after the colon is a block of its Table 2, here with the gated perplexity:
     48,1t   48 layers, 1T tokens, 4096 rows     7.101 (ungated 7.363)
 
 Its text is not public; these figures were not measured here. The gated models
-have a narrower MLP, so that both have as many parameters. For the ungated one:
+have a narrower MLP to pay for the gate: 1,728,177,152 parameters (28) and
+1,715,369,472 (48). Ungated they are 1,720,837,120 and 1,705,932,288, with
 
     --config.model.gate.position=none --config.model.mlp_width=6144    (28)
     --config.model.gate.position=none --config.model.mlp_width=4608    (48)

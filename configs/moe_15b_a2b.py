@@ -4,10 +4,11 @@
       --config.data.paths='/data/*.parquet' \
       --config.data.tokenizer=/data/tokenizer.json
 
-Paper: arXiv 2505.06708, Table 7 (sizes), section 3 (training), Table 1, row 5:
-perplexity 5.761 (ungated 6.026), attention on the first token 0.048 (ungated
-0.467). Its text is not public; these figures were not measured here. The other
-rows of its tables are in `gate_sweep.py`.
+15,779,078,144 parameters, of which the gate has 201,326,592. Paper: arXiv
+2505.06708, Table 7 (sizes), section 3 (training), Table 1, row 5: perplexity
+5.761 (ungated 6.026), attention on the first token 0.048 (0.467). Its text is
+not public; these figures were not measured here. The other rows of its tables
+are in `gate_sweep.py`.
 
 Hardware: a TPU pod, sized beforehand by `python -m gated_jax.aot`
 (docs/tpu_vm.md); --config.mesh.expert=8 spreads the experts over devices.

@@ -3,8 +3,8 @@
     python train.py --config=configs/smoke.py --workdir=runs/smoke
 
 Text: the Python sources of the running interpreter's own standard library, as
-bytes. Model: 4 layers, width 128, the paper's best gate (one sigmoid score
-per head and channel on the attention output).
+bytes. Model: 4 layers, width 128, 886,272 parameters, the paper's best gate
+(one sigmoid score per head and channel on the attention output).
 
 Expected (2 CPU cores, 4 minutes at most): not measured yet.
 """

@@ -1,0 +1,172 @@
+"""Every config is one, and builds the model that the paper describes.
+
+Nothing is computed: parameters are counted from their shapes.
+"""
+
+import functools
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import dense_1b7
+from configs import gate_sweep
+from gated_jax.config import ModelConfig
+from gated_jax.config import from_dict
+from gated_jax.model.decoder import Decoder
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROWS = gate_sweep.ROWS
+
+# The words that each file takes after a colon; '' is none.
+WORDS = {
+  'base': [''],
+  'smoke': [''],
+  'dense_1b7': ['', *dense_1b7.BLOCKS],
+  'moe_15b_a2b': [''],
+  'gate_sweep': [
+    *ROWS,
+    *(f'{row},smoke' for row in ROWS if row != 'experts_132'),
+  ],
+  'stability': ['', 'baseline,4e-3', 'sandwich,0.03,smoke', 'headwise,smoke'],
+  'long_context': [
+    '',
+    'base32k',
+    'yarn128k',
+    'base32k,smoke',
+    'yarn128k,smoke',
+  ],
+}
+
+# By hand from the shapes. The authors' released 28-layer checkpoints have
+# 1720.8M and, gated, 1728.2M parameters.
+COUNTS = {
+  'base': 1_838_015_488,
+  'smoke': 886_272,
+  'dense_1b7:28': 1_728_177_152,
+  'dense_1b7:48': 1_715_369_472,
+  'moe_15b_a2b': 15_779_078_144,
+  'gate_sweep:baseline': 15_577_751_552,
+  'gate_sweep:dense28_baseline': 1_720_837_120,
+  'gate_sweep:dense48_baseline': 1_705_932_288,
+  'gate_sweep:dense48_headwise': 1_707_111_936,
+  'stability:sandwich': 1_706_079_744,
+  'long_context:yarn128k': 1_728_177_152,
+}
+
+
+def load(name):
+  file, _, words = name.partition(':')
+  get_config = importlib.import_module(f'configs.{file}').get_config
+  return from_dict((get_config(words) if words else get_config()).to_dict())
+
+
+@functools.cache
+def shapes(config: ModelConfig):
+  """Path to shape, of every parameter."""
+  tokens = jnp.zeros((1, 16), jnp.int32)
+  init = functools.partial(Decoder(config).init, jax.random.key(0))
+  boxed = jax.eval_shape(init, tokens)['params']
+  return {
+    tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey)): x
+    for path, x in jax.tree_util.tree_leaves_with_path(boxed)
+  }
+
+
+def count(config: ModelConfig) -> int:
+  return sum(x.size for x in shapes(config).values())
+
+
+def gate_count(config: ModelConfig) -> int:
+  ends = ('attention', 'gate', 'kernel'), ('attention', 'gate', 'scores')
+  found = [x for path, x in shapes(config).items() if path[-3:] in ends]
+  return sum(x.size for x in found)
+
+
+def test_no_config_is_left_out():
+  files = {p.stem for p in (ROOT / 'configs').glob('*.py')}
+  assert files - {'__init__'} == set(WORDS)
+
+
+@pytest.mark.parametrize('file', WORDS)
+def test_configs_are_settings(file):
+  for words in WORDS[file]:
+    load(f'{file}:{words}')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'dense_1b7:29',
+    'gate_sweep:',
+    'gate_sweep:value',
+    'gate_sweep:baseline,smaller',
+    'gate_sweep:experts_132,smoke',
+    'stability:sandwich,fast',
+    'stability:gated,1e-3,1e-3',
+    'long_context:1m',
+  ],
+)
+def test_words_that_mean_nothing_are_refused(name):
+  file, _, words = name.partition(':')
+  module = importlib.import_module(f'configs.{file}')
+  with pytest.raises(ValueError, match=r'must be|no learning rate|has none'):
+    module.get_config(words)
+
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_parameters_are_as_many_as_counted_by_hand(name):
+  assert count(load(name).model) == COUNTS[name]
+
+
+@pytest.mark.parametrize('name', ['smoke', 'dense_1b7:28', 'moe_15b_a2b'])
+def test_docstrings_state_how_many(name):
+  doc = importlib.import_module(f'configs.{name.partition(":")[0]}').__doc__
+  assert f'{COUNTS[name]:,} parameters' in ' '.join(doc.split())
+
+
+@pytest.mark.parametrize(
+  'row', [name for name, row in ROWS.items() if not row.block]
+)
+def test_a_row_adds_what_the_paper_says(row):
+  model = load(f'gate_sweep:{row}').model
+  added = count(model) - count(load('gate_sweep:baseline').model)
+  if model.gate.position != 'none' and model.gate.has_scores:
+    assert added == gate_count(model)
+  if row == 'experts_132':  # the paper prints 400
+    assert added / 1e6 == pytest.approx(453.18, abs=0.01)
+  else:
+    # Some columns are rounded, some cut off.
+    printed = ROWS[row].paper['added']
+    assert added / 1e6 == pytest.approx(printed, rel=0.01, abs=0.03)
+
+
+@pytest.mark.parametrize(
+  ('block', 'change', 'expected'),
+  [
+    # Layers x width x heads (x channels).
+    ('28', {}, 28 * 2048 * 16 * 128),
+    ('28', {'granularity': 'headwise'}, 28 * 2048 * 16),
+    ('48', {}, 48 * 1536 * 16 * 128),
+    ('48', {'granularity': 'headwise'}, 48 * 1536 * 16),
+    ('48', {'position': 'value'}, 48 * 1536 * 8 * 128),
+    ('48', {'position': 'dense_output'}, 48 * 1536 * 1536),
+    ('28', {'source': 'parameter'}, 28 * 16 * 128),
+    ('28', {'channels': 12, 'granularity': 'headwise'}, 28 * 12 * 16),
+  ],
+)
+def test_gates_of_the_dense_models(block, change, expected):
+  config = dense_1b7.get_config(block)
+  config.model.gate.update(change)
+  assert gate_count(from_dict(config.to_dict()).model) == expected
+
+
+def test_paired_rows_have_as_many_parameters():
+  for block in ('28', '48'):
+    gated, plain = (
+      count(load(f'gate_sweep:dense{block}_{which}').model)
+      for which in ('elementwise', 'baseline')
+    )
+    assert gated == pytest.approx(plain, rel=0.006)
