@@ -14,6 +14,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from gated_jax.ops.attention import cudnn
+from gated_jax.ops.attention import pallas_tpu
 from gated_jax.ops.attention import splash
 from gated_jax.ops.attention import xla
 from gated_jax.ops.attention.spec import AttentionSpec
@@ -24,6 +25,7 @@ BACKENDS: dict[str, Callable[..., Result]] = {
   'xla': xla.attend,
   'cudnn': cudnn.attend,
   'splash': splash.attend,
+  'pallas_tpu': pallas_tpu.attend,
 }
 # What automatic choice tries on each platform, in this order. `xla` refuses
 # nothing, so it ends every list.

@@ -29,6 +29,11 @@ from jaxtyping import Int
 
 from gated_jax.ops.gate import GateSpec
 
+# What backward keeps, under these names for remat policies. A policy that
+# saves both never runs attention's forward a second time.
+OUTPUT_NAME = 'gated_output'
+LSE_NAME = 'attention_lse'
+
 
 class Masking(NamedTuple):
   """Arrays that say which keys a query sees; all that are given must agree."""

@@ -26,6 +26,8 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 
+from gated_jax.ops.attention.spec import LSE_NAME
+from gated_jax.ops.attention.spec import OUTPUT_NAME
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
@@ -33,11 +35,6 @@ from gated_jax.ops.gate import ACTIVATIONS
 from gated_jax.ops.gate import GateSpec
 from gated_jax.ops.gate import apply_gate
 from gated_jax.ops.gate import gate_scores
-
-# What backward keeps, under these names for remat policies. A policy that
-# saves both never runs attention's forward a second time.
-OUTPUT_NAME = 'gated_output'
-LSE_NAME = 'attention_lse'
 
 
 @runtime_checkable
@@ -85,16 +82,18 @@ def keeps_gated(gate: Array | None, spec: GateSpec) -> bool:
 
 
 def gate_backward(
-  d_gated: Float[Array, 'B T N H'],
-  kept: Float[Array, 'B T N H'],
-  gate: Float[Array, 'B T N #H'] | None,
+  d_gated: Float[Array, '*R H'],
+  kept: Float[Array, '*R H'],
+  gate: Float[Array, '*R #H'] | None,
   spec: GateSpec,
 ) -> tuple[
-  Float[Array, 'B T N H'],
-  Float[Array, 'B T N'],
-  Float[Array, 'B T N #H'] | None,
+  Float[Array, '*R H'],
+  Float[Array, '*R 1'],
+  Float[Array, '*R #H'] | None,
 ]:
   """(d_output, delta, d_gate) from what came in and what was kept.
+
+  For whole arrays, and for the blocks that a kernel holds.
 
   Args:
     d_gated: gradient of the gated output.
@@ -105,29 +104,26 @@ def gate_backward(
   wide = jnp.promote_types(d_gated.dtype, jnp.float32)
   gradient = d_gated.astype(wide)
   product = gradient * kept.astype(wide)
+  delta = functools.partial(jnp.sum, axis=-1, keepdims=True)
   if gate is None:
-    return d_gated, jnp.sum(product, axis=-1), None
+    return d_gated, delta(product), None
   headwise = gate.shape[-1] == 1
   activation = ACTIVATIONS[spec.activation]
   logits = gate.astype(wide)
   scores = gate_scores(gate, spec).astype(wide)
   if spec.additive:
-    d_output = gradient
-    delta = jnp.sum(product, axis=-1)
+    d_output, rowsum = gradient, delta(product)
     d_gate = gradient * activation.derivative(logits)
   elif activation.ratio is None:
-    d_output = gradient * scores
-    delta = jnp.sum(product * scores, axis=-1)
+    d_output, rowsum = gradient * scores, delta(product * scores)
     d_gate = product * activation.derivative(logits)
   else:
-    d_output = gradient * scores
-    delta = jnp.sum(product, axis=-1)
+    d_output, rowsum = gradient * scores, delta(product)
     # Headwise needs the sum over channels, which is delta.
-    d_gate = delta[..., None] if headwise else product
-    d_gate = d_gate * activation.ratio(logits)
+    d_gate = (rowsum if headwise else product) * activation.ratio(logits)
   if headwise and d_gate.shape[-1] != 1:
-    d_gate = jnp.sum(d_gate, axis=-1, keepdims=True)
-  return d_output.astype(d_gated.dtype), delta, d_gate.astype(gate.dtype)
+    d_gate = delta(d_gate)
+  return d_output.astype(d_gated.dtype), rowsum, d_gate.astype(gate.dtype)
 
 
 def attention_backward(
@@ -193,7 +189,7 @@ def _backward(kernel, spec, saved, gradients):
   d_gated, d_lse = gradients
   d_output, delta, d_gate = gate_backward(d_gated, kept, gate, spec)
   # d lse / d logits is P itself, with the sign opposite to delta's.
-  delta = jnp.swapaxes(delta, 1, 2) - d_lse
+  delta = jnp.swapaxes(delta[..., 0], 1, 2) - d_lse
   d_inputs = kernel.backward(inputs, masking, d_output, lse, delta)
   return d_inputs, d_gate, None
 

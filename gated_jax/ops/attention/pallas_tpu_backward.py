@@ -1,0 +1,288 @@
+"""Gradients of gated flash attention in one TPU kernel.
+
+    P  = exp(scale * Q K^T - lse)      dV = P^T dY
+    dS = P * (dY V^T - delta)          dQ = scale * dS K    dK = scale * dS^T Q
+
+Each product is computed once: a resident part of keys and values meets all
+queries that see it, in turn for each query head of the group, so that dK and
+dV are summed in VMEM and nothing is repeated for grouped heads. dQ is summed
+in VMEM over the parts of keys. Matrices are held transposed, keys by queries,
+so that delta and the log-sum-exp are rows, as they lie in memory.
+
+The prologue turns (gradient of Y', Y' or Y, gate logits) into dY, delta and
+the gradient of the gate by `vjp.gate_backward`. With long keys it is repeated
+for each resident part: less work than keeping dY.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from gated_jax.ops.attention import pallas_tpu_blocks as cut
+from gated_jax.ops.attention import vjp
+from gated_jax.ops.attention.pallas_tpu_blocks import LANES
+from gated_jax.ops.attention.pallas_tpu_blocks import Call
+
+
+def backward(
+  call: Call,
+  arrays: list[Array],
+  rows: list[Array],
+  segments: tuple[Array, Array] | None,
+) -> tuple[Array, Array, Array, Array | None]:
+  """Gradients of query, key, value and gate, laid as the arrays are.
+
+  Args:
+    call: the static side.
+    arrays: key, value, query, gradient of the gated output, what forward
+      kept, and the gate's logits where there are any.
+    rows: log-sum-exp and its gradient, [B, N, 1, T'].
+    segments: document numbers [B, 1, T'] and [B, 1, S'], or None.
+  """
+  blocks, h = call.blocks, call.head_dim
+  key, query = arrays[0], arrays[2]
+  batch, limit = query.shape[0], blocks.back_resident
+  part = cut.resident_part(call.keys, blocks.back_keys, limit)
+  many = cut.resident_part(call.queries, blocks.back_queries, limit)
+  sizes = call.keys // part, call.queries // many
+  specs = _Specs(call, part, many)
+  gated = call.gated != 'none'
+  logits = specs.row if call.gated == 'headwise' else specs.query
+  kinds = [specs.kv] * 2 + [specs.query] * 3 + [logits] * gated
+  inputs = [*arrays, *rows]
+  in_specs = [kind(specs.part_of_queries) for kind in kinds]
+  in_specs += [specs.row(specs.part_of_queries)] * 2
+  if segments is not None:
+    inputs += segments
+    in_specs += specs.segments()
+  out_specs = [specs.kv(None)] * 2 + [specs.query(specs.once)]
+  shapes = [key, key, query]
+  if gated:
+    out_specs.append(logits(specs.once))
+    shapes.append(arrays[5])
+  scratch = [
+    pltpu.VMEM((part, h), jnp.float32),
+    pltpu.VMEM((part, h), jnp.float32),
+    pltpu.VMEM((call.group * sizes[1], many, h), jnp.float32),
+    pltpu.VMEM((many, h), query.dtype),
+    pltpu.VMEM((1, many), jnp.float32),
+    pltpu.VMEM((1, many), jnp.float32),
+  ]
+  if segments is not None:
+    scratch.append(pltpu.VMEM((part, LANES), jnp.int32))
+  d_key, d_value, d_query, *d_gate = pl.pallas_call(
+    functools.partial(_kernel, call=call, part=part, many=many),
+    grid=(batch, call.kv_heads, sizes[0], call.group, sizes[1]),
+    in_specs=in_specs,
+    out_specs=out_specs,
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+    scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel',) * 2 + ('arbitrary',) * 3,
+      vmem_limit_bytes=blocks.vmem_mib << 20,
+    ),
+    interpret=call.interpret,
+    name='gated_attention_backward',
+  )(*inputs)
+  return d_query, d_key, d_value, d_gate[0] if gated else None
+
+
+class _Specs:
+  """Which block of each array a grid step (b, k, j, g, i) sees."""
+
+  def __init__(self, call: Call, part: int, many: int):
+    self.call, self.part, self.many = call, part, many
+    self.parts = call.keys // part
+
+  def part_of_keys(self, j):
+    """The last part first: part 0, which all queries see, comes last."""
+    return self.parts - 1 - j
+
+  def part_of_queries(self, j, g, i):
+    """Those that see none of the keys are not fetched, until the end."""
+    rule = self.call.rule
+    start = self.part_of_keys(j) * self.part
+    count = self.call.queries // self.many
+    first, last = 0, count - 1
+    if rule.causal:
+      first = cut.part_of(start, self.many, count)
+    if rule.window:
+      last = start + self.part + rule.window - 2
+      last = cut.part_of(last, self.many, count)
+    return g, jnp.where(j == self.parts - 1, i, jnp.clip(i, first, last))
+
+  def once(self, j, g, i):
+    """For outputs that the last part of keys completes."""
+    final = j == self.parts - 1
+    return jnp.where(final, g, 0), jnp.where(final, i, 0)
+
+  def query(self, which):
+    def at(b, k, j, g, i):
+      g, i = which(j, g, i)
+      return b, i, k * self.call.group + g
+
+    return pl.BlockSpec((1, self.many, self.call.head_dim), at)
+
+  def row(self, which):
+    def at(b, k, j, g, i):
+      g, i = which(j, g, i)
+      return b, k * self.call.group + g, 0, i
+
+    return pl.BlockSpec((1, 1, 1, self.many), at)
+
+  def kv(self, _):
+    return pl.BlockSpec(
+      (1, self.part, self.call.head_dim),
+      lambda b, k, j, g, i: (b, self.part_of_keys(j), k),
+    )
+
+  def segments(self):
+    def query(b, k, j, g, i):
+      return b, 0, self.part_of_queries(j, g, i)[1]
+
+    return [
+      pl.BlockSpec((1, 1, self.many), query),
+      pl.BlockSpec(
+        (1, 1, self.part), lambda b, k, j, g, i: (b, 0, self.part_of_keys(j))
+      ),
+    ]
+
+
+def _kernel(*refs, call, part, many):
+  """One resident part of keys, one of the queries of one head."""
+  refs = list(refs)
+  gated = call.gated != 'none'
+  key, value, query, d_gated, kept = (refs.pop(0) for _ in range(5))
+  logits = refs.pop(0) if gated else None
+  lse, d_lse = refs.pop(0), refs.pop(0)
+  segments = (refs.pop(0), refs.pop(0)) if call.rule.segments else None
+  d_key, d_value, d_query = (refs.pop(0) for _ in range(3))
+  d_gate = refs.pop(0) if gated else None
+  sum_k, sum_v, sum_q, d_output, delta, log, *columns = refs
+  blocks, rule = call.blocks, call.rule
+  block, step = blocks.back_keys, blocks.back_queries
+  j, g, i = pl.program_id(2), pl.program_id(3), pl.program_id(4)
+  parts, count = pl.num_programs(2), pl.num_programs(4)
+  slot = g * count + i
+  final = j == parts - 1
+  near, begin = (parts - 1 - j) * part, i * many  # positions
+  scale = call.scale * math.log2(math.e)
+
+  @pl.when((g == 0) & (i == 0))
+  def _():
+    sum_k[...] = jnp.zeros_like(sum_k)
+    sum_v[...] = jnp.zeros_like(sum_v)
+    if segments is not None:
+      columns[0][...] = cut.to_column(segments[1][0])
+
+  @pl.when(j == 0)
+  def _():
+    sum_q[slot] = jnp.zeros(sum_q.shape[1:], jnp.float32)
+
+  def prologue(at):
+    rows = pl.ds(at, step)
+    d_y, column, d_logits = vjp.gate_backward(
+      d_gated[0, rows],
+      kept[0, rows],
+      _columns(logits, rows, call, kept.dtype) if gated else None,
+      call.gate,
+    )
+    d_output[rows] = d_y
+    delta[:, rows] = cut.to_row(column) - d_lse[0, 0, :, rows]
+    # exp2(logits - lse) is zero in rows that see nothing.
+    lifted = lse[0, 0, :, rows]
+    lifted = jnp.where(lifted == -jnp.inf, -cut.FLOOR, lifted)
+    log[:, rows] = lifted * math.log2(math.e)
+    if call.gated == 'elementwise':
+      d_gate[0, rows] = d_logits
+    elif gated:
+      d_gate[0, 0, :, rows] = cut.to_row(d_logits.astype(jnp.float32))
+
+  def piece(at, width, chunk, keys, offset):
+    """Queries at.. of the part, for a slice of the keys from chunk."""
+    lo, hi = keys
+    rows, columns_ = pl.ds(at, width), pl.ds(chunk + lo, hi - lo)
+    q, d_y = query[0, rows], d_output[rows]
+    k, v = key[0, columns_], value[0, columns_]
+    s = cut.product(k, q, (1, 1)) * scale
+    same = None
+    if segments is not None:
+      seen = cut.wide(columns[0][columns_], width)
+      same = (seen, segments[0][0, :, rows])
+    # Left of the diagonal only causality hides nothing.
+    free = 0
+    if offset is not None and not rule.window and not rule.segments:
+      free = offset
+    if same is not None or offset is not None:
+      shift = None if offset is None else offset - free
+      hidden = cut.hide(s[free:], rule, shift, 1, same)
+      s = jnp.concatenate([s[:free], hidden]) if free else hidden
+    p = jnp.exp2(s - log[:, rows])
+    sum_v[columns_] += cut.product(p.astype(d_y.dtype), d_y, (1, 0))
+    d_s = p * (cut.product(v, d_y, (1, 1)) - delta[:, rows])
+    d_s = d_s.astype(q.dtype)
+    sum_k[columns_] += cut.product(d_s, q, (1, 0))
+    sum_q[slot, rows] += cut.product(d_s, k, (0, 0))
+
+  def chunk_of_keys(chunk):
+    """All queries of the part that see the keys from chunk."""
+    place = near + chunk
+    start, end = jnp.int32(begin), jnp.int32(begin + many)
+    if rule.causal:
+      early, late = cut.query_steps(rule, block, step)
+      start = jnp.maximum(place + early, start)
+      end = jnp.minimum(place + late, end)
+    cut.walk(
+      start - begin,
+      end - begin,
+      step,
+      lambda at: piece(at, step, chunk, (0, block), None),
+    )
+    for group in cut.by_span(
+      cut.query_strips(rule, block, blocks.back_strip, step),
+      math.gcd(block, many),
+    ):
+      base = place + group[0].start - begin
+
+      @pl.when((base >= 0) & (base < many))
+      def _(group=group, base=base):
+        for strip in group:
+          at = pl.multiple_of(
+            base + strip.start - group[0].start, blocks.back_strip
+          )
+          keys = (strip.first, strip.last)
+          piece(at, strip.width, chunk, keys, strip.start - strip.first)
+
+  live = True
+  if rule.causal:
+    live = begin + many > near
+  if rule.window:
+    live &= begin < near + part + rule.window - 1
+
+  @pl.when(final | live)
+  def _():
+    cut.walk(0, many, step, prologue)
+    cut.walk(0, part, block, chunk_of_keys)
+
+  @pl.when(final)
+  def _():
+    d_query[0] = (sum_q[slot] * call.scale).astype(d_query.dtype)
+
+  @pl.when((g == pl.num_programs(3) - 1) & (i == count - 1))
+  def _():
+    d_key[0] = (sum_k[...] * call.scale).astype(d_key.dtype)
+    d_value[0] = sum_v[...].astype(d_value.dtype)
+
+
+def _columns(logits, rows, call, dtype):
+  """Gate logits of some rows as [R, H], or [R, 1] of one for each row."""
+  if call.gated == 'elementwise':
+    return logits[0, rows]
+  column = cut.to_column(logits[0, 0, :, rows])[:, :1]
+  # Rows travel in float32, which rounds nothing; the spec may want it to.
+  return column.astype(dtype) if call.gate.model_dtype else column
