@@ -76,8 +76,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
     return f'there is no setting --{name}{hint}'
   unknown = re.search(r'Key "(\w+)" does not exist', text)
   if unknown:
-    near = re.search(r'Did you mean "(\w+)"', text)
-    hint = f'; did you mean {near[1]}?' if near else ''
+    meant = re.search(r'Did you mean "(\w+)"', text)
+    hint = f'; did you mean {meant[1]}?' if meant else ''
     return f'the config file sets {unknown[1]}, which is no setting{hint}'
   if 'Traceback' in text:  # the config file itself refused, for a reason
     text = str(error).strip().splitlines()[-1].removeprefix('ValueError: ')

@@ -38,6 +38,7 @@ SOURCES = (
   'synthetic',
 )
 
+
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
   if value not in allowed:
     raise ValueError(f'{name}={value!r} must be one of {", ".join(allowed)}')
@@ -288,6 +289,17 @@ class ModelConfig:
         f'gate.channels={self.gate.channels} must be at most '
         f'model.width={self.width}'
       )
+    if (
+      self.qk_norm
+      and self.gate.has_scores
+      and self.gate.granularity == 'headwise'
+      and self.gate.mode == 'multiplicative'
+      and self.gate.position in ('query', 'key')
+    ):
+      raise ValueError(
+        f"gate.granularity='headwise' at position={self.gate.position!r} "
+        'scales whole heads, and model.qk_norm=True takes their scale away'
+      )
     _choice('model.norm', self.norm, ('pre', 'sandwich'))
     _choice('model.dtype', self.dtype, ('bfloat16', 'float16', 'float32'))
     _choice('model.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
@@ -296,7 +308,7 @@ class ModelConfig:
       self.attention,
       ('auto', 'xla', 'cudnn', 'splash', 'pallas_tpu'),
     )
-    _choice('model.remat', self.remat, ('none', 'full', 'minimal', 'matmuls'))
+    _choice('model.remat', self.remat, ('none', 'full', 'attention', 'minimal'))
     _below_one(**{'model.dropout': self.dropout})
     _not_negative(
       **{'model.z_loss': self.z_loss, 'model.logit_chunk': self.logit_chunk}

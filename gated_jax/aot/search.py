@@ -12,7 +12,7 @@ from gated_jax.aot.report import examine
 from gated_jax.config import MeshConfig
 from gated_jax.config import RunConfig
 
-REMAT = ('none', 'matmuls', 'minimal', 'full')
+REMAT = ('none', 'minimal', 'attention', 'full')
 TENSOR = (1, 2, 4, 8)
 EXPERT = (1, 4, 8, 16)
 LARGEST = 32  # sequences per device

@@ -7,10 +7,8 @@ The router's losses go over the whole batch: they stand outside the part that
 runs device by device, where a sum over a sharded axis is a global sum.
 """
 
-from typing import Any
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
@@ -18,7 +16,12 @@ from jaxtyping import Bool
 from jaxtyping import Float
 
 from gated_jax.config import ModelConfig
+from gated_jax.model.layers import MLP
+from gated_jax.model.layers import normal
+from gated_jax.model.layers import parameter
 from gated_jax.ops import moe
+from gated_jax.sharding import mesh_axes
+from gated_jax.sharding import per_device
 
 
 class MoEOutput(NamedTuple):
@@ -27,53 +30,6 @@ class MoEOutput(NamedTuple):
   output: Float[Array, 'B T D']
   losses: dict[str, Array]  # scaled already: add them up
   logs: dict[str, Array]
-
-
-def _parameter(
-  module: nn.Module,
-  name: str,
-  config: ModelConfig,
-  shape: tuple[int, ...],
-  axes: tuple[str | None, ...],
-) -> Array:
-  init = nn.initializers.normal(config.init_std)
-  value: Any = module.param(
-    name,
-    nn.with_logical_partitioning(init, axes),
-    shape,
-    jnp.dtype(config.param_dtype),
-  )
-  return value  # param() unboxes it
-
-
-class _Kernel(nn.Module):
-  """One matrix under the name `kernel`."""
-
-  config: ModelConfig
-  shape: tuple[int, int]
-  axes: tuple[str | None, str | None]
-
-  @nn.compact
-  def __call__(self) -> Float[Array, 'I O']:
-    return _parameter(self, 'kernel', self.config, self.shape, self.axes)
-
-
-class _SharedExpert(nn.Module):
-  """The expert that every token takes."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    c = self.config
-
-    def kernel(name, sizes, axes):
-      return _Kernel(c, sizes, axes, name=name)().astype(x.dtype)
-
-    sizes, axes = (c.width, c.moe.shared_width), ('embed', 'mlp')
-    gate = x @ kernel('gate_proj', sizes, axes)
-    hidden = jax.nn.silu(gate) * (x @ kernel('up', sizes, axes))
-    return hidden @ kernel('down', sizes[::-1], axes[::-1])
 
 
 class MoE(nn.Module):
@@ -98,21 +54,26 @@ class MoE(nn.Module):
     e, d, f = c.moe.experts, c.width, c.moe.width
     # The router is small, and whole on every device: its choices are needed
     # where the tokens are.
-    router = _Kernel(c, (d, e), ('embed', None), name='router')()
+    router = Router(c, name='router')()
     routing = moe.route(x, router, c.moe.top_k, c.moe.normalize)
     statistics = moe.router_statistics(routing, valid)
     dtype = jnp.dtype(c.dtype)
-    into, out = ('experts', 'embed', 'mlp'), ('experts', 'mlp', 'embed')
+    axes = ('experts', 'expert_embed', 'mlp')
+    swapped = ('experts', 'mlp', 'expert_embed')
+
+    def weights(name, shape, axes):
+      init, kind = normal(c.init_std), c.param_dtype
+      return parameter(self, name, shape, axes, init=init, dtype=kind)
+
     experts = moe.ExpertWeights(
-      _parameter(self, 'gate_proj', c, (e, d, f), into).astype(dtype),
-      _parameter(self, 'up', c, (e, d, f), into).astype(dtype),
-      _parameter(self, 'down', c, (e, f, d), out).astype(dtype),
+      weights('gate_proj', (e, d, f), axes),
+      weights('up', (e, d, f), axes),
+      weights('down', (e, f, d), swapped),
     )
-    spec = moe.ExpertSpec(implementation=c.moe.implementation)
     x = x.astype(dtype)
-    y = moe.apply_experts(x, routing.indices, routing.weights, experts, spec)
+    y = self._apply(x, routing, experts)
     if c.moe.shared_width:
-      y += _SharedExpert(c, name='shared')(x)
+      y += MLP(c, c.moe.shared_width, name='shared')(x)
     return MoEOutput(
       output=y,
       losses={
@@ -125,4 +86,52 @@ class MoE(nn.Module):
         'max_load': statistics.max_load,
         'idle_experts': statistics.idle_experts,
       },
+    )
+
+  def _apply(
+    self,
+    x: Float[Array, 'B T D'],
+    routing: moe.Routing,
+    experts: moe.ExpertWeights,
+  ) -> Float[Array, 'B T D']:
+    """Each device's tokens to the experts, wherever those are, and back."""
+    split = mesh_axes('experts')
+    spec = moe.ExpertSpec(
+      implementation=self.config.moe.implementation,
+      expert_axis=split[0] if split else '',
+      token_axes=mesh_axes('batch') + mesh_axes('length'),
+      tensor_axis=''.join(mesh_axes('mlp')),
+    )
+
+    def run(x, indices, weights, *matrices):
+      return moe.apply_experts(
+        x, indices, weights, moe.ExpertWeights(*matrices), spec
+      )
+
+    tokens = ('batch', 'length', None)
+    into, out = ('experts', None, 'mlp'), ('experts', 'mlp', None)
+    placed = per_device(run, (tokens, tokens, tokens, into, into, out), tokens)
+    return placed(
+      x,
+      routing.indices,
+      routing.weights,
+      *(matrix.astype(x.dtype) for matrix in experts),
+    )
+
+
+class Router(nn.Module):
+  """The router's `kernel`, in float32."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> Float[Array, 'D E']:
+    c = self.config
+    return parameter(
+      self,
+      'kernel',
+      (c.width, c.moe.experts),
+      ('embed', None),
+      init=normal(c.init_std),
+      dtype=c.param_dtype,
     )

@@ -90,7 +90,7 @@ def rows_of_process(
   same answer.
   """
   own = where.addressable_devices_indices_map((batch, length)).values()
-  spans = [index[0].indices(batch)[:2] for index in own]
+  spans = [index[0].indices(batch)[:2] for index in own if index]
   first, last = min(s[0] for s in spans), max(s[1] for s in spans)
   rows = last - first
   if batch % rows or first % rows:

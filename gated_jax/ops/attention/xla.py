@@ -6,10 +6,12 @@ whole [B, N, T, S] matrix in float32, so long sequences want another backend.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 
+from gated_jax.ops.attention.spec import OUTPUT_NAME
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
@@ -90,6 +92,7 @@ def attend(
   output = output.reshape(b, t, n, h).astype(query.dtype)
   if gate is not None:
     output = apply_gate(output, gate, spec.gate)
+  output = checkpoint_name(output, OUTPUT_NAME)
   if not spec.return_lse:
     return Result(output, None)
   lse = jnp.where(empty, -jnp.inf, jnp.log(total) + top)

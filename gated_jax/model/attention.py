@@ -1,0 +1,360 @@
+"""Softmax attention with the gate in it, as a linen module.
+
+    Y = softmax(q k^T / sqrt(H)) v        Y' = Y * sigmoid(x W)        Y' W_o
+
+`GatedAttention` takes the place of `nn.MultiHeadDotProductAttention`: the same
+field and parameter names, arguments and masks. The rest of its options are
+what decoders need. Read `gated_jax/ops/attention/api.py` for the mathematics,
+`gate.py` for the gate's parameters, `decoder.py` for the model around it.
+"""
+
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+
+from gated_jax import sharding
+from gated_jax.config import GateConfig
+from gated_jax.model.gate import Gate
+from gated_jax.model.gate import gate_spec
+from gated_jax.model.layers import Linear
+from gated_jax.model.layers import RMSNorm
+from gated_jax.ops import gate as gates
+from gated_jax.ops import probes
+from gated_jax.ops import rope
+from gated_jax.ops.attention import api
+from gated_jax.ops.attention import context
+from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Masking
+from gated_jax.ops.attention.spec import Result
+
+
+class KV(NamedTuple):
+  """Keys and values of one layer that later tokens attend to."""
+
+  key: Float[Array, '*layers B S K H']
+  value: Float[Array, '*layers B S K H']
+
+
+class Surroundings(NamedTuple):
+  """What self-attention in a decoder knows beside its input."""
+
+  rotation: rope.Rotation | None = None
+  segments: Int[Array, 'B T'] | None = None  # documents; 0 is padding
+  filled: Int[Array, ' B'] | None = None  # tokens that a cache holds already
+
+
+class GatedAttention(nn.Module):
+  """Multi-head attention whose heads a gate scales.
+
+  Parameters: {query, key, value, out}/kernel as in Flax's own module, without
+  biases, and gate/kernel (see `gated_jax/model/gate.py`).
+  """
+
+  num_heads: int
+  num_kv_heads: int = 0  # 0: num_heads; fewer: each serves a group of heads
+  qkv_features: int = 0  # of all query heads together; 0: width of the input
+  out_features: int = 0  # 0: width of the input
+  gate: GateConfig = GateConfig()
+  causal: bool = False
+  window: int = 0  # keys a query sees, itself included; 0: all
+  dropout_rate: float = 0.0  # of attention weights
+  deterministic: bool | None = None
+  qk_norm: bool = False  # RMSNorm of each query's and key's head
+  norm_eps: float = 1e-6
+  norm_zero_centered: bool = False
+  init_std: float = 0.02
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+  implementation: str = 'auto'
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs_q: Float[Array, 'B T D'],
+    inputs_k: Float[Array, 'B S E'] | None = None,
+    inputs_v: Float[Array, 'B S E2'] | None = None,
+    *,
+    mask: Bool[Array, '#B #N #T S'] | None = None,
+    around: Surroundings = Surroundings(),
+    cache: KV | None = None,
+    deterministic: bool | None = None,
+  ) -> Any:
+    """Attends, gates, projects.
+
+    Args:
+      inputs_q: what queries, and gates on queries and outputs, are made of.
+      inputs_k: what keys are made of; None: inputs_q (self-attention).
+      inputs_v: what values are made of; None: inputs_k.
+      mask: True where a query sees a key; dimensions of 1 repeat.
+      around: rotation, documents and cache index, in a decoder.
+      cache: keys and values of earlier tokens, with room for these.
+      deterministic: no dropout; here or as the module's field.
+
+    Returns:
+      [B, T, out_features], and with a cache the pair of that and the cache.
+    """
+    inputs_k = inputs_q if inputs_k is None else inputs_k
+    inputs_v = inputs_k if inputs_v is None else inputs_v
+    heads, kv_heads, width = self._sizes(inputs_q.shape[-1])
+    valid = jnp.ones(inputs_q.shape[:2], bool)
+    if around.segments is not None:
+      valid = around.segments != 0
+
+    def project(name, x, heads, axis):
+      shape, axes = (x.shape[-1], heads, width), ('embed', axis, 'head_dim')
+      y = Linear(shape, axes, name=name, **self._kinds)(x)
+      y = sharding.constrain(y, 'batch', 'length', axis, None)
+      return self._gated_at(name, y, x, axis, valid)
+
+    query = project('query', inputs_q, heads, 'heads')
+    key = project('key', inputs_k, kv_heads, 'kv_heads')
+    value = project('value', inputs_v, kv_heads, 'kv_heads')
+    if self.qk_norm:
+      query = self._norm('query_norm')(query)
+      key = self._norm('key_norm')(key)
+    if around.rotation is not None:
+      query = rope.rotate(query, around.rotation)
+      key = rope.rotate(key, around.rotation)
+    query = checkpoint_name(query, 'query')
+    key = checkpoint_name(key, 'key')
+    value = checkpoint_name(value, 'value')
+    if cache is not None and around.filled is not None:
+      cache = extend(cache, key, value, around.filled)
+      key, value = (x.astype(query.dtype) for x in cache)
+    logits = None
+    if self.gate.position == 'sdpa_output' and self.gate.has_scores:
+      logits = self._gate(inputs_q, (heads, width), ('heads', 'head_dim'))
+      self._sow_gate(logits, valid)
+    output, lse = self._attend(
+      (query, key, value, logits if self._fused else None),
+      around,
+      mask,
+      self._dropout(deterministic),
+    )
+    if lse is not None and cache is None:
+      self._sow_attention(query, key, lse, around)
+    output = self._after(output, logits)
+    result = Linear(
+      (heads, width, self.out_features or inputs_q.shape[-1]),
+      ('heads', 'head_dim', 'embed'),
+      inputs=2,
+      name='out',
+      **self._kinds,
+    )(output)
+    result = sharding.constrain(result, 'batch', 'length', None)
+    result = self._gated_at('dense_output', result, inputs_q, None, valid)
+    return result if cache is None else (result, cache)
+
+  def _sizes(self, width: int) -> tuple[int, int, int]:
+    """(query heads, kv heads, width of a head)."""
+    heads = self.num_heads
+    kv_heads = self.num_kv_heads or heads
+    features = self.qkv_features or width
+    if heads % kv_heads:
+      raise ValueError(
+        f'num_heads={heads} must be a multiple of num_kv_heads={kv_heads}'
+      )
+    if features % heads:
+      raise ValueError(
+        f'qkv_features={features} must be a multiple of num_heads={heads}'
+      )
+    return heads, kv_heads, features // heads
+
+  @property
+  def _kinds(self) -> dict[str, Any]:
+    return {
+      'dtype': self.dtype,
+      'param_dtype': self.param_dtype,
+      'init_std': self.init_std,
+    }
+
+  @property
+  def _fused(self) -> bool:
+    """Whether the gate goes into attention itself."""
+    g = self.gate
+    return (
+      g.position == 'sdpa_output'
+      and g.has_scores
+      and g.source == 'hidden'
+      and not g.shared
+    )
+
+  def _norm(self, name: str) -> RMSNorm:
+    return RMSNorm(
+      self.norm_eps, self.norm_zero_centered, self.param_dtype, name=name
+    )
+
+  def _dropout(self, deterministic: bool | None) -> float:
+    if not self.dropout_rate:
+      return 0.0
+    return (
+      0.0
+      if nn.merge_param('deterministic', self.deterministic, deterministic)
+      else self.dropout_rate
+    )
+
+  def _gate(
+    self, x: Array, shape: tuple[int, ...], axes: sharding.Axes
+  ) -> Array:
+    kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    return Gate(self.gate, shape, axes, **kinds, name='gate')(x)
+
+  def _gated_at(
+    self, position: str, y: Array, x: Array, axis: str | None, valid: Array
+  ) -> Array:
+    """y, gated where the config's gate stands at this position."""
+    if self.gate.position != position:
+      return y
+    axes = (None,) if axis is None else (axis, 'head_dim')
+    logits = self._gate(x, y.shape[2:], axes)
+    self._sow_gate(logits, valid)
+    return self._apply(y, logits)
+
+  def _apply(self, y: Array, logits: Array) -> Array:
+    spec = gate_spec(self.gate)
+    scores = gates.gate_scores(logits, spec)
+    if self.gate.shared:
+      scores = gates.share_over_heads(scores)
+    return gates.apply_scores(y, scores, spec)
+
+  def _after(self, output: Array, logits: Array | None) -> Array:
+    """What stands between attention and the output projection."""
+    if self.gate.kind == 'rms_norm':
+      return self._norm('output_norm')(output)
+    if self.gate.kind == 'silu':
+      return jax.nn.silu(output)
+    if logits is None or self._fused:
+      return output
+    return self._apply(output, logits)
+
+  def _attend(
+    self,
+    arrays: tuple[Array, Array, Array, Array | None],
+    around: Surroundings,
+    mask: Array | None,
+    dropout: float,
+  ) -> Result:
+    """Attention on each device's heads, rows and part of the sequence."""
+    query, key, value, gate = arrays
+    cached = around.filled is not None
+    parts = 1 if cached else sharding.axis_size('length')
+    # Several devices may share a kv head: each then gets a copy of its own.
+    copies = max(1, sharding.axis_size('kv_heads') // key.shape[2])
+    if copies > 1:
+      key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+    spec = AttentionSpec(
+      causal=self.causal or cached,
+      window=self.window,
+      dropout=dropout,
+      return_lse=self._watched,
+      gate=gate_spec(self.gate),
+    )
+    dropout_key = self.make_rng('dropout') if dropout else None
+
+    def run(query, key, value, gate, segments, offset, mask, dropout_key):
+      if dropout_key is not None:
+        for axis in sharding.mesh_axes('batch') + sharding.mesh_axes('heads'):
+          place = jax.lax.axis_index(axis)
+          dropout_key = jax.random.fold_in(dropout_key, place)
+      masking = Masking(segments, segments, offset, mask, dropout_key)
+      attend = functools.partial(
+        _attend_whole, implementation=self.implementation
+      )
+      if parts == 1:
+        return tuple(attend(query, key, value, gate, masking, spec))
+      (axis,) = sharding.mesh_axes('length')
+      return tuple(
+        context.attend(attend, query, key, value, gate, masking, spec, axis)
+      )
+
+    rows = ('batch', 'length')
+    kv_axes = ('batch', 'kv_length' if cached else 'length', 'kv_heads', None)
+    mask_axes = mask is not None and tuple(
+      name if size > 1 else None
+      for name, size in zip(
+        ('batch', 'heads', 'length', 'kv_length'), mask.shape, strict=True
+      )
+    )
+    heads = (*rows, 'heads', None)
+    placed = sharding.per_device(
+      run,
+      (heads, kv_axes, kv_axes, heads, rows, ('batch',), mask_axes, ()),
+      (heads, ('batch', 'heads', 'length') if self._watched else None),
+    )
+    segments = None if cached else around.segments
+    found = placed(
+      query, key, value, gate, segments, around.filled, mask, dropout_key
+    )
+    return Result(*found)
+
+  @property
+  def _watched(self) -> bool:
+    """Whether somebody looks at the probes of this call."""
+    return not self.is_initializing() and (
+      self.is_mutable_collection('probes')
+      or self.is_mutable_collection('attention_maps')
+    )
+
+  def _sow_gate(self, logits: Array, valid: Array) -> None:
+    """Statistics of the scores, over tokens that are not padding."""
+    if not self._watched:
+      return
+    scores = gates.gate_scores(logits, gate_spec(self.gate))
+    if self.gate.shared:
+      scores = gates.share_over_heads(scores)
+    if scores.ndim == 3:  # no heads any more
+      logits, scores = logits[:, :, None], scores[:, :, None]
+    self.sow('probes', 'gate_scores', probes.score_statistics(scores, valid))
+    self.sow('probes', 'gate_logit_norm', probes.logit_norm(logits, valid))
+
+  def _sow_attention(
+    self, query: Array, key: Array, lse: Array, around: Surroundings
+  ) -> None:
+    """First-token attention, and all of it where someone asks for maps."""
+    segments = around.segments
+    parts = sharding.axis_size('length')
+    if parts > 1:
+      back = np.argsort(context.zigzag(query.shape[1], parts))
+      query, key, lse = query[:, back], key[:, back], lse[:, :, back]
+      segments = None if segments is None else segments[:, back]
+    scale = query.shape[-1] ** -0.5
+    arrays = (query, key, lse, segments, scale, self.window)
+    self.sow('probes', 'first_token', probes.first_token_attention(*arrays))
+    if self.is_mutable_collection('attention_maps'):
+      maps = probes.attention_weights(*arrays)
+      self.sow('attention_maps', 'attention_weights', maps)
+
+
+def _attend_whole(query, key, value, gate, masking, spec, *, implementation):
+  return api.gated_dot_product_attention(
+    query,
+    key,
+    value,
+    gate,
+    masking=masking,
+    spec=spec,
+    implementation=implementation,
+  )
+
+
+def extend(cache: KV, key: Array, value: Array, index: Array) -> KV:
+  """The cache with new keys and values written from each row's index on."""
+
+  def row(old, new, start):
+    return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+
+  write = jax.vmap(row)
+  return KV(
+    write(cache.key, key.astype(cache.key.dtype), index),
+    write(cache.value, value.astype(cache.value.dtype), index),
+  )

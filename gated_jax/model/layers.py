@@ -1,0 +1,178 @@
+"""Layers that know nothing of attention: linear maps, norms, MLP, embedding.
+
+Every parameter carries the logical axes that `gated_jax/sharding.py` places
+it by. Parameters are kept in one dtype and used in another.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+from gated_jax.config import ModelConfig
+from gated_jax.sharding import Axes
+from gated_jax.sharding import constrain
+
+
+def parameter(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: Axes,
+  *,
+  init: Any,
+  dtype: Any = 'float32',
+) -> Array:
+  """A parameter of `module` that knows its logical axes."""
+  boxed = nn.with_logical_partitioning(init, axes)
+  value: Any = module.param(name, boxed, shape, jnp.dtype(dtype))
+  return value  # param() takes it out of its box
+
+
+def normal(std: float) -> Any:
+  """The initialiser of every matrix; a std of 0 gives zeros."""
+  return nn.initializers.normal(std) if std else nn.initializers.zeros
+
+
+def project(
+  x: Float[Array, '...'], kernel: Float[Array, '...'], dtype: Any, n: int = 1
+) -> Float[Array, '...']:
+  """x times kernel, over the last n axes of x and the first n of kernel."""
+  contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+  dtype = jnp.dtype(dtype)
+  return jax.lax.dot_general(
+    x.astype(dtype), kernel.astype(dtype), (contracted, ((), ()))
+  )
+
+
+class Linear(nn.Module):
+  """x times `kernel`, over the last `inputs` axes of x; no bias."""
+
+  shape: tuple[int, ...]  # of the kernel: inputs, then outputs
+  axes: Axes
+  inputs: int = 1
+  init_std: float = 0.02
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
+    kernel = parameter(
+      self,
+      'kernel',
+      self.shape,
+      self.axes,
+      init=normal(self.init_std),
+      dtype=self.param_dtype,
+    )
+    return project(x, kernel, self.dtype, self.inputs)
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + eps) * scale, over the last axis, in float32."""
+
+  eps: float = 1e-6
+  zero_centered: bool = False  # what is stored is scale - 1
+  param_dtype: Any = 'float32'
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*b D']) -> Float[Array, '*b D']:
+    ones = nn.initializers.ones
+    scale = parameter(
+      self,
+      'scale',
+      x.shape[-1:],
+      (None,),
+      init=nn.initializers.zeros if self.zero_centered else ones,
+      dtype=self.param_dtype,
+    )
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = scale.astype(wide.dtype) + (1 if self.zero_centered else 0)
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
+
+
+def norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
+  """The config's norm."""
+  return RMSNorm(
+    config.norm_eps,
+    config.norm_zero_centered,
+    config.param_dtype,
+    name=name,
+  )
+
+
+class MLP(nn.Module):
+  """SwiGLU: down(silu(gate_proj x) * up x)."""
+
+  config: ModelConfig
+  width: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    c = self.config
+
+    def linear(name, sizes, axes):
+      return Linear(
+        sizes,
+        axes,
+        init_std=c.init_std,
+        dtype=c.dtype,
+        param_dtype=c.param_dtype,
+        name=name,
+      )
+
+    into, axes = (c.width, self.width), ('embed', 'mlp')
+    gate = linear('gate_proj', into, axes)(x)
+    up = linear('up', into, axes)(x)
+    gate = checkpoint_name(gate, 'mlp_gate')
+    up = checkpoint_name(up, 'mlp_up')
+    hidden = constrain(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
+    return linear('down', into[::-1], axes[::-1])(hidden)
+
+
+class Embed(nn.Module):
+  """A row of `embedding` [V, D] for each token."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    self.embedding = parameter(
+      self,
+      'embedding',
+      (c.vocab, c.width),
+      ('vocab', 'embed'),
+      init=normal(c.init_std),
+      dtype=c.param_dtype,
+    )
+
+  def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+    table = self.embedding.astype(jnp.dtype(self.config.dtype))
+    # A row outside the table would be NaN, and is refused where data is read.
+    return jnp.take(table, tokens, axis=0)
+
+
+class Unembed(nn.Module):
+  """`kernel` [D, V]: only the matrix, for the loss multiplies in chunks."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    self.kernel = parameter(
+      self,
+      'kernel',
+      (c.width, c.vocab),
+      ('embed', 'vocab'),
+      init=normal(c.init_std),
+      dtype=c.param_dtype,
+    )
+
+  def __call__(self) -> Float[Array, 'D V']:
+    return self.kernel

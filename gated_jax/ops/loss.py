@@ -1,0 +1,229 @@
+"""Cross-entropy over a large vocabulary, in chunks of tokens, with z-loss.
+
+    nll = lse - logit[target],  lse = log sum exp(x W)
+    total = sum w (nll + z_loss lse^2) / sum w
+
+Float32 logits of a whole batch would be the largest array of a run. Here they
+exist for one chunk at a time, and since the loss is the end of the forward
+pass, its gradient is made at once, while they do: three matmuls per chunk,
+as without chunks, and none is computed twice.
+
+With axis names, everything runs inside shard_map: tokens are split over
+`token_axes`, the vocabulary over `vocab_axis`, and the matrix's width over
+`width_axes`, along which it is gathered and its gradient scattered, once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+# Logits of one chunk where its size is not given.
+CHUNK_ELEMENTS = 2**29
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSpec:
+  """Static options."""
+
+  chunk: int = 0  # tokens of one device; 0: by the size of the vocabulary
+  z_loss: float = 0.0
+  vocab_first: bool = False  # the matrix is [V, D], an embedding's
+  token_axes: tuple[str, ...] = ()
+  vocab_axis: str = ''
+  width_axes: tuple[str, ...] = ()
+
+
+class LossSums(NamedTuple):
+  """Means over the tokens by weight, and the sum of the weights."""
+
+  total: Float[Array, '']  # what is minimised
+  nll: Float[Array, '']
+  z: Float[Array, '']  # lse^2
+  weight: Float[Array, '']
+
+
+class Gradients(NamedTuple):
+  x: Float[Array, 'B T D']
+  matrix: Float[Array, 'D_V V_D']
+
+
+def chunk_of(tokens: int, vocab: int, spec: LossSpec) -> int:
+  """Tokens per chunk: as told, or a power of two; at most all of them."""
+  chunk = spec.chunk
+  if not chunk:
+    chunk = 1 << max(8, (CHUNK_ELEMENTS // vocab).bit_length() - 1)
+  return min(chunk, tokens)
+
+
+def local_loss(
+  x: Float[Array, 'B T D'],
+  matrix: Float[Array, 'A B2'],
+  targets: Int[Array, 'B T'],
+  weights: Float[Array, 'B T'],
+  spec: LossSpec,
+  differentiate: bool,
+) -> tuple[LossSums, Gradients | None]:
+  """The loss on one device's shard, and the gradients of `total`.
+
+  Args:
+    x: what the matrix maps to logits, in the dtype of the matmuls.
+    matrix: [D, V], or [V, D] with spec.vocab_first.
+    targets: token ids, over the whole vocabulary.
+    weights: of each token in the mean; 0: not counted.
+    spec: static options.
+    differentiate: whether gradients are wanted.
+  """
+  b, t, d = x.shape
+  width_axis = 1 if spec.vocab_first else 0
+  whole = matrix.astype(x.dtype)
+  if spec.width_axes:
+    whole = jax.lax.all_gather(
+      whole, spec.width_axes, axis=width_axis, tiled=True
+    )
+  vocab = whole.shape[1 - width_axis]
+  count = _sum(jnp.sum(weights, dtype=jnp.float32), spec.token_axes)
+  tokens = b * t
+  chunk = chunk_of(tokens, vocab, spec)
+  chunks = -(-tokens // chunk)
+  rows: tuple[Array, ...] = (
+    x.reshape(tokens, d),
+    targets.reshape(tokens),
+    weights.reshape(tokens).astype(jnp.float32) / jnp.maximum(count, 1e-9),
+  )
+  rows = tuple(
+    jnp.pad(r, [(0, chunks * chunk - tokens)] + [(0, 0)] * (r.ndim - 1))
+    for r in rows
+  )
+  one = functools.partial(_one_chunk, whole, spec, differentiate)
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  zero = jnp.zeros((), wide)
+  start = (zero, zero, jnp.zeros(whole.shape, wide) if differentiate else zero)
+  if chunks == 1:
+    (nll, z, d_matrix), d_x = one(start, rows)
+  else:
+    (nll, z, d_matrix), d_x = jax.lax.scan(
+      one, start, tuple(r.reshape(chunks, chunk, *r.shape[1:]) for r in rows)
+    )
+  nll, z = (_sum(value, spec.token_axes) for value in (nll, z))
+  sums = LossSums(nll + spec.z_loss * z, nll, z, count)
+  if not differentiate:
+    return sums, None
+  d_x = d_x.reshape(chunks * chunk, d)[:tokens].reshape(b, t, d)
+  if spec.vocab_axis:
+    d_x = jax.lax.psum(d_x, spec.vocab_axis)
+  if spec.width_axes:
+    d_matrix = jax.lax.psum_scatter(
+      d_matrix, spec.width_axes, scatter_dimension=width_axis, tiled=True
+    )
+  rest = tuple(a for a in spec.token_axes if a not in spec.width_axes)
+  return sums, Gradients(d_x, _sum(d_matrix, rest).astype(matrix.dtype))
+
+
+def _sum(x: Array, axes: tuple[str, ...]) -> Array:
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def _one_chunk(matrix, spec, differentiate, carry, rows):
+  """Adds one chunk's losses and the matrix's gradient to the carry."""
+  x, targets, weights = rows
+  nll_sum, z_sum, d_matrix = carry
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  width, vocab = (1, 0) if spec.vocab_first else (0, 1)
+  logits = jax.lax.dot_general(
+    x, matrix, (((1,), (width,)), ((), ())), preferred_element_type=wide
+  )
+  first = jnp.int32(0)
+  if spec.vocab_axis:
+    first = jax.lax.axis_index(spec.vocab_axis) * logits.shape[1]
+  hit = jnp.arange(logits.shape[1]) + first == targets[:, None]
+  top = jnp.max(jax.lax.stop_gradient(logits), axis=1)
+  if spec.vocab_axis:
+    top = jax.lax.pmax(top, spec.vocab_axis)
+  total = jnp.sum(jnp.exp(logits - top[:, None]), axis=1)
+  target = jnp.sum(jnp.where(hit, logits, 0.0), axis=1)
+  if spec.vocab_axis:
+    total, target = jax.lax.psum((total, target), spec.vocab_axis)
+  lse = jnp.log(total) + top
+  nll_sum += jnp.sum((lse - target) * weights)
+  z_sum += jnp.sum(lse**2 * weights)
+  if not differentiate:
+    return (nll_sum, z_sum, d_matrix), None
+  # d total / d logits = w (softmax (1 + 2 z_loss lse) - one_hot)
+  scale = weights * (1 + 2 * spec.z_loss * lse)
+  d_logits = jnp.exp(logits - lse[:, None]) * scale[:, None]
+  d_logits = (d_logits - jnp.where(hit, weights[:, None], 0.0)).astype(x.dtype)
+  d_x = jax.lax.dot_general(
+    d_logits, matrix, (((1,), (vocab,)), ((), ())), preferred_element_type=wide
+  )
+  pair = (d_logits, x) if spec.vocab_first else (x, d_logits)
+  d_matrix += jax.lax.dot_general(
+    *pair, (((0,), (0,)), ((), ())), preferred_element_type=wide
+  )
+  return (nll_sum, z_sum, d_matrix), d_x.astype(x.dtype)
+
+
+Place = Callable[[Callable[..., Any], bool], Callable[..., Any]]
+
+
+def _here(function: Callable[..., Any], differentiate: bool):
+  del differentiate
+  return function
+
+
+def cross_entropy(
+  x: Float[Array, 'B T D'],
+  matrix: Float[Array, 'A B2'],
+  targets: Int[Array, 'B T'],
+  weights: Float[Array, 'B T'],
+  spec: LossSpec = LossSpec(),
+  place: Place = _here,
+) -> LossSums:
+  """Loss of a batch; only `total` has a gradient, with respect to x, matrix.
+
+  Args:
+    x: [B, T, D], in the dtype of the matmuls.
+    matrix: [D, V], or [V, D] with spec.vocab_first; cast to x's dtype.
+    targets: token ids below V.
+    weights: of each token in the mean.
+    spec: static options.
+    place: wraps a function of (x, matrix, targets, weights) for the devices
+      it runs on; its second argument says whether gradients come back too.
+  """
+  return _cross_entropy(spec, place, x, matrix, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(spec, place, x, matrix, targets, weights):
+  def run(*arrays: Any) -> Any:
+    return tuple(local_loss(*arrays, spec, False)[0])
+
+  return LossSums(*place(run, False)(x, matrix, targets, weights))
+
+
+def _forward(spec, place, x, matrix, targets, weights):
+  def run(*arrays):
+    sums, gradients = local_loss(*arrays, spec, True)
+    assert gradients is not None
+    return tuple(sums), tuple(gradients)
+
+  sums, gradients = place(run, True)(x, matrix, targets, weights)
+  return LossSums(*sums), Gradients(*gradients)
+
+
+def _backward(spec, place, gradients, incoming):
+  del spec, place
+  scaled = jax.tree.map(
+    lambda g: (g * incoming.total).astype(g.dtype), gradients
+  )
+  return scaled.x, scaled.matrix, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
