@@ -260,19 +260,35 @@ def per_device(
     )
 
   def whole(*arrays):
+    split = _divided(arrays, inputs)
+
+    def spec(axes):
+      return PartitionSpec(*(split.get(name) for name in axes))
+
     in_specs = tuple(
-      None if x is None else spec_of(_sizes(), axes, x.shape, 'an argument')
+      None if x is None else spec(axes)
       for x, axes in zip(arrays, inputs, strict=True)
     )
-    out_specs = jax.tree.map(
-      lambda axes: PartitionSpec(
-        *(mesh_axes(name) or None if name else None for name in axes)
-      ),
-      outputs,
-      is_leaf=is_axes,
-    )
+    out_specs = jax.tree.map(spec, outputs, is_leaf=is_axes)
     return jax.shard_map(
       function, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )(*arrays)
 
   return whole
+
+
+def _divided(
+  arrays: Sequence[Any], axes: Sequence[Axes]
+) -> dict[str | None, tuple[str, ...]]:
+  """Mesh axes of each logical axis that they divide in all of the arrays.
+
+  A batch may be too small for the mesh: every device then has all of it.
+  """
+  split: dict[str | None, tuple[str, ...]] = {}
+  for x, names in zip(arrays, axes, strict=True):
+    for name, size in zip(names, () if x is None else x.shape, strict=False):
+      if name:
+        parts = mesh_axes(name)
+        whole = size % axis_size(name) or split.get(name) == ()
+        split[name] = () if whole else parts
+  return {name: parts for name, parts in split.items() if parts}

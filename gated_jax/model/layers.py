@@ -15,8 +15,11 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from gated_jax.config import ModelConfig
+from gated_jax.ops import embed as ops
 from gated_jax.sharding import Axes
 from gated_jax.sharding import constrain
+from gated_jax.sharding import mesh_axes
+from gated_jax.sharding import per_device
 
 
 def parameter(
@@ -153,9 +156,22 @@ class Embed(nn.Module):
     )
 
   def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    table = self.embedding.astype(jnp.dtype(self.config.dtype))
-    # A row outside the table would be NaN, and is refused where data is read.
-    return jnp.take(table, tokens, axis=0)
+    spec = ops.EmbedSpec(
+      dtype=self.config.dtype,
+      token_axes=mesh_axes('batch') + mesh_axes('length'),
+      vocab_axis=''.join(mesh_axes('vocab')),
+      width_axes=mesh_axes('embed'),
+    )
+    return ops.embed(self.embedding, tokens, spec, _place)
+
+
+def _place(function: Any, differentiate: bool) -> Any:
+  """The lookup on each device's tokens and part of the table."""
+  tokens, table = ('batch', 'length'), ('vocab', 'embed')
+  rows = (*tokens, None)
+  if differentiate:
+    return per_device(function, (rows, tokens, table), table)
+  return per_device(function, (table, tokens), rows)
 
 
 class Unembed(nn.Module):

@@ -15,8 +15,6 @@ With axis names, everything runs inside shard_map: tokens are split over
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -24,6 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
+
+from gated_jax.ops.embed import Place
+from gated_jax.ops.embed import here
 
 # Logits of one chunk where its size is not given.
 CHUNK_ELEMENTS = 2**29
@@ -170,21 +171,13 @@ def _one_chunk(matrix, spec, differentiate, carry, rows):
   return (nll_sum, z_sum, d_matrix), d_x.astype(x.dtype)
 
 
-Place = Callable[[Callable[..., Any], bool], Callable[..., Any]]
-
-
-def _here(function: Callable[..., Any], differentiate: bool):
-  del differentiate
-  return function
-
-
 def cross_entropy(
   x: Float[Array, 'B T D'],
   matrix: Float[Array, 'A B2'],
   targets: Int[Array, 'B T'],
   weights: Float[Array, 'B T'],
   spec: LossSpec = LossSpec(),
-  place: Place = _here,
+  place: Place = here,
 ) -> LossSums:
   """Loss of a batch; only `total` has a gradient, with respect to x, matrix.
 
@@ -202,15 +195,15 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(spec, place, x, matrix, targets, weights):
-  def run(*arrays: Any) -> Any:
-    return tuple(local_loss(*arrays, spec, False)[0])
+  def run(x, matrix, targets, weights):
+    return tuple(local_loss(x, matrix, targets, weights, spec, False)[0])
 
   return LossSums(*place(run, False)(x, matrix, targets, weights))
 
 
 def _forward(spec, place, x, matrix, targets, weights):
-  def run(*arrays):
-    sums, gradients = local_loss(*arrays, spec, True)
+  def run(x, matrix, targets, weights):
+    sums, gradients = local_loss(x, matrix, targets, weights, spec, True)
     assert gradients is not None
     return tuple(sums), tuple(gradients)
 
