@@ -56,6 +56,11 @@ def read_flags(argv: list[str]) -> RunConfig:
     raise UsageError('--config is missing, for example configs/smoke.py')
   if not FLAGS.workdir:
     raise UsageError('--workdir is missing, for example runs/smoke')
+  if '://' in FLAGS.workdir:
+    raise UsageError(
+      f'--workdir={FLAGS.workdir} must be a folder: mount the bucket, as '
+      'docs/tpu_vm.md shows'
+    )
   return from_dict(values)
 
 

@@ -16,6 +16,7 @@ SMOKE = '--config=configs/smoke.py'
   [
     ([SMOKE], '--workdir is missing'),
     (['--workdir=W'], '--config is missing'),
+    ([SMOKE, '--workdir=gs://b/r'], '--workdir=gs://b/r must be a folder'),
     (['--config=configs/nope.py', '--workdir=W'], "'configs/nope.py'"),
     (
       ['--config=configs/gate_sweep.py:nope', '--workdir=W'],
