@@ -1,0 +1,1 @@
+"""The parameters: linen modules over the functions of `ops`."""
