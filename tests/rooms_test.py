@@ -32,7 +32,10 @@ ROOMS = {
     'config ops sharding data model training',
     'jax numpy jaxtyping flax absl',
   ),
-  'hf': ('config ops model', 'jax numpy flax ml_dtypes safetensors torch'),
+  'hf': (
+    'config sharding model training',
+    'jax numpy flax absl ml_dtypes safetensors torch',
+  ),
   'aot': (
     'config ops sharding model training',
     'jax numpy absl ml_collections',

@@ -341,6 +341,34 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
   raise ValueError(f'no checkpoint at {path}')
 
 
+def save_parameters(
+  path: str | pathlib.Path, params: Tree, config: RunConfig
+) -> None:
+  """Writes a checkpoint of parameters alone, whole or not at all.
+
+  `load_parameters` reads it, so a run can start from it; none can resume.
+
+  Args:
+    path: A new folder.
+    params: Arrays, where they lie.
+    config: Whose model they are of.
+  """
+  folder = pathlib.Path(path).absolute()
+  if folder.exists():
+    raise ValueError(f'{path} exists; choose another name or remove it')
+  args = ocp.args.Composite(
+    params=ocp.args.StandardSave(params),
+    run=ocp.args.JsonSave({'config': to_dict(config)}),
+  )
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+      writer.save(folder, args=args)
+  except Exception as error:
+    raise CheckpointError(
+      f'could not write {path}: {_one_line(error)}'
+    ) from error
+
+
 def load_config(path: str | pathlib.Path) -> RunConfig:
   """The config of the run that wrote a checkpoint."""
   folder = find_checkpoint(path)

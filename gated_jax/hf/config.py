@@ -1,0 +1,165 @@
+"""config.json to ModelConfig and back.
+
+What a family cannot say of ours needs no list: `write_config` reads back
+what it wrote, and whatever comes back different has no words there.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from gated_jax.config import GateConfig
+from gated_jax.config import ModelConfig
+from gated_jax.config import MoEConfig
+from gated_jax.config import RopeConfig
+from gated_jax.config import differences
+from gated_jax.config import from_dict
+from gated_jax.config import to_dict
+from gated_jax.hf.families import FAMILIES
+from gated_jax.hf.families import Family
+from gated_jax.hf.keys import INERT
+from gated_jax.hf.keys import Keys
+from gated_jax.hf.keys import all_windows
+from gated_jax.hf.keys import read_common
+from gated_jax.hf.keys import read_rope
+from gated_jax.hf.keys import shortest_pattern
+from gated_jax.hf.keys import write_common
+from gated_jax.hf.keys import write_rope
+
+# Settings that say how to compute or to train, and not what.
+OURS_ALONE = {
+  'dropout',
+  'dtype',
+  'param_dtype',
+  'attention',
+  'scan',
+  'remat',
+  'logit_chunk',
+  'z_loss',
+  'moe.balance_loss',
+  'moe.router_z_loss',
+  'moe.implementation',
+  'gate.init',
+  'gate.init_std',
+  'gate.dtype',
+}
+
+
+def family_named(name: str) -> Family:
+  """ValueError with all names where there is none of this name."""
+  for family in FAMILIES:
+    if family.name == name:
+      return family
+  known = ', '.join(family.name for family in FAMILIES)
+  raise ValueError(f'there is no family {name!r}; there are {known}')
+
+
+def find_family(values: Mapping[str, Any]) -> Family:
+  """The family that a config.json is of."""
+  for family in FAMILIES:
+    named = values.get('architectures') or []
+    if family.marks & set(values) and family.architecture in named:
+      return family
+  kind = values.get('model_type')
+  if kind is None:
+    raise ValueError('config.json has no model_type')
+  for family in FAMILIES:
+    if family.model_type == kind and not family.marks:
+      return family
+  known = ', '.join(sorted({family.model_type for family in FAMILIES}))
+  raise ValueError(
+    f'config.json has model_type {kind!r}; only {known} can be read'
+  )
+
+
+def read_config(
+  values: Mapping[str, Any], family: Family, ignore: Sequence[str] = ()
+) -> ModelConfig:
+  """The model that a config.json describes.
+
+  Args:
+    values: Of config.json.
+    family: As `find_family` says.
+    ignore: Keys that are not known here and change no logits.
+
+  Raises:
+    ValueError: a key is missing, of a wrong type, not known, or says what the
+      decoder cannot compute.
+  """
+  keys = Keys(values)
+  common = read_common(keys)
+  depth, length = common['depth'], common['length']
+  for name in ('depth', 'length'):
+    if type(common[name]) is not int:
+      raise ValueError(f'config.json: {name}={common[name]!r} is no integer')
+  common['rope'] = read_rope(keys, length, family.fraction)
+  common |= family.read(keys, depth)
+  keys.finish({*INERT, *family.inert, *ignore})
+  config = from_dict(common, ModelConfig(), 'model.')
+  if family.fraction == 1 and config.rope.fraction != 1:
+    raise ValueError(
+      f'config.json has partial_rotary_factor={config.rope.fraction}, which '
+      f'{family.architecture} does not read'
+    )
+  return config
+
+
+def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
+  """A config.json; ValueError naming the settings it has no words for."""
+  values = {
+    'architectures': [family.architecture],
+    'model_type': family.model_type,
+    **write_common(config),
+    **write_rope(config.rope),
+    **family.write(config),
+  }
+  if family.fraction == 1 and values['partial_rotary_factor'] == 1:
+    del values['partial_rotary_factor']
+  back = read_config(values, family)
+  changed = {
+    name: old
+    for name, (old, _) in differences(
+      to_dict(_canonical(config)), to_dict(_canonical(back))
+    ).items()
+    if name not in OURS_ALONE
+  }
+  if changed:
+    shown = ', '.join(f'model.{k}={v!r}' for k, v in changed.items())
+    raise ValueError(f'{family.name} has no words for {shown}')
+  return values
+
+
+def choose_family(config: ModelConfig) -> Family:
+  """The first that can describe a model; ValueError with all reasons."""
+  reasons = []
+  for family in FAMILIES:
+    try:
+      write_config(config, family)
+    except ValueError as error:
+      reasons.append(str(error))
+      continue
+    return family
+  shown = '\n  '.join(reasons)
+  raise ValueError(f'no family describes this model:\n  {shown}')
+
+
+def _canonical(config: ModelConfig) -> ModelConfig:
+  """The same model with what does not act on it at its default."""
+  windows = shortest_pattern(all_windows(config))
+  rope, moe, gate = config.rope, config.moe, config.gate
+  if rope.scaling != 'yarn':
+    rope = RopeConfig(
+      base=rope.base,
+      fraction=rope.fraction,
+      scaling=rope.scaling,
+      factor=rope.factor,
+    )
+  return dataclasses.replace(
+    config,
+    windows=windows,
+    global_rope=config.global_rope or 0 not in windows,
+    rope=rope,
+    moe=moe if moe.experts else MoEConfig(),
+    gate=gate if gate.position != 'none' else GateConfig(position='none'),
+  )

@@ -1,0 +1,278 @@
+"""Parameters from a Hugging Face folder, and into one.
+
+    config, params = load('path/of/a/checkpoint', mesh)
+    save('path/of/a/new/folder', params, config)
+
+`load` reads every tensor once, writes it into the parts of the parameters
+that this process's devices hold, and places one parameter at a time: beside
+the model, memory holds the largest parameter and one tensor. `save` holds
+one shard. Files are read and written by `gated_jax/hf/files.py`, names and
+layouts are the tables of `gated_jax/hf/names.py`.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from flax.core import meta
+from jax.experimental import multihost_utils
+
+from gated_jax import sharding
+from gated_jax.config import ModelConfig
+from gated_jax.hf.config import choose_family
+from gated_jax.hf.config import family_named
+from gated_jax.hf.config import find_family
+from gated_jax.hf.config import read_config
+from gated_jax.hf.config import write_config
+from gated_jax.hf.files import DTYPES
+from gated_jax.hf.files import TensorFiles
+from gated_jax.hf.files import read_json
+from gated_jax.hf.files import whole_folder
+from gated_jax.hf.files import write_json
+from gated_jax.hf.files import write_tensors
+from gated_jax.hf.names import Shape
+from gated_jax.hf.names import Tensor
+from gated_jax.hf.names import tensors
+from gated_jax.model.decoder import Decoder
+
+Tree = Any
+# Of one file, as transformers writes them.
+SHARD_BYTES = 5 * 10**9
+_TIED = ('lm_head.weight', 'model.embed_tokens.weight')
+
+
+def abstract_parameters(
+  config: ModelConfig, mesh: jax.sharding.Mesh | None = None
+) -> Tree:
+  """Shapes, dtypes and places of a model's parameters.
+
+  Args:
+    config: Of the model.
+    mesh: That splits them; None: all on the first device.
+  """
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
+  boxed = boxed['params']
+  if mesh is None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: here, meta.unbox(boxed))
+  else:
+    places = sharding.shardings(mesh, boxed)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    meta.unbox(boxed),
+    places,
+  )
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+  """Path with slashes to leaf."""
+  return traverse_util.flatten_dict(meta.unbox(tree), sep='/')
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+  """The inverse."""
+  return traverse_util.unflatten_dict(dict(flat), sep='/')
+
+
+def shapes_of(tree: Tree) -> dict[str, Shape]:
+  """Path with slashes to shape."""
+  return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+
+
+def load(
+  folder: str | pathlib.Path,
+  mesh: jax.sharding.Mesh | None = None,
+  param_dtype: str = '',
+  ignore: Sequence[str] = (),
+) -> tuple[ModelConfig, Tree]:
+  """The model in a folder of Hugging Face's form.
+
+  Args:
+    folder: With config.json and weights.
+    mesh: Where parameters are placed; None: on the first device.
+    param_dtype: They are kept in; '': as in the files, and float32 where
+      those hold float16 or a mixture.
+    ignore: Keys of config.json and tensors to pass over.
+
+  Raises:
+    ValueError: something is missing, damaged, of the wrong shape, not known,
+      or beyond what the decoder computes; the message names it.
+  """
+  folder = pathlib.Path(folder)
+  values = read_json(folder / 'config.json')
+  family = find_family(values)
+  config = read_config(values, family, ignore)
+  with TensorFiles(folder) as files:
+    narrow = set(files.dtypes.values()) == {'bfloat16'}
+    kept = param_dtype or ('bfloat16' if narrow else 'float32')
+    config = dataclasses.replace(config, param_dtype=kept)
+    abstract = flatten(abstract_parameters(config, mesh))
+    shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
+    wanted = tensors(family.rows, config, shapes)
+    _check(wanted, files, ignore)
+    found: dict[str, jax.Array] = {}
+    # All layers of one parameter, or of those that share tensors, together.
+    wanted.sort(key=lambda tensor: tensor.leaves)
+    for leaves, group in itertools.groupby(wanted, lambda t: t.leaves):
+      places = {leaf: abstract[leaf] for leaf in leaves}
+      found |= _assemble(places, group, files)
+  return config, unflatten(found)
+
+
+def _check(
+  wanted: Iterable[Tensor], files: TensorFiles, ignore: Sequence[str]
+) -> None:
+  """The files hold what the table names, in these shapes, and nothing else."""
+  shapes = {tensor.name: tensor.shape for tensor in wanted}
+  for name, shape in shapes.items():
+    if name not in files.shapes:
+      raise ValueError(f'{files.folder} has no tensor {name}')
+    if files.shapes[name] != shape:
+      raise ValueError(
+        f'{files.folder}: tensor {name} is of shape '
+        f'{files.shapes[name]}, and config.json makes it {shape}'
+      )
+  for name in files.shapes:
+    if name in shapes or name in ignore or name.endswith('.inv_freq'):
+      continue
+    head, embedding = _TIED  # which some write twice
+    if name == head and np.array_equal(files.read(head), files.read(embedding)):
+      continue
+    raise ValueError(
+      f'{files.folder}: tensor {name} of shape {files.shapes[name]} has no '
+      'place in the model that config.json describes'
+    )
+
+
+def _assemble(
+  places: Mapping[str, jax.ShapeDtypeStruct],
+  group: Iterable[Tensor],
+  files: TensorFiles,
+) -> dict[str, jax.Array]:
+  """Parameters, from the tensors that hold them."""
+  # Replicas have the same index: they are filled once.
+  buffers = {leaf: _buffers(place) for leaf, place in places.items()}
+  for tensor in group:
+    parts = tensor.split(files.read(tensor.name))
+    for leaf, part in zip(tensor.leaves, parts, strict=True):
+      for spans, buffer in buffers[leaf].items():
+        _fill(buffer, spans, tensor.index, part)
+
+  def array(leaf: str) -> jax.Array:
+    place, filled = places[leaf], buffers.pop(leaf)
+    return jax.make_array_from_callback(
+      place.shape,
+      place.sharding,
+      lambda index: filled[_spans(index, place.shape)],
+    )
+
+  return {leaf: array(leaf) for leaf in places}
+
+
+Spans = tuple[tuple[int, int], ...]
+
+
+def _spans(index: Any, shape: Shape) -> Spans:
+  return tuple(
+    part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
+  )
+
+
+def _buffers(place: jax.ShapeDtypeStruct) -> dict[Spans, np.ndarray]:
+  """Room for each part of a parameter that devices here hold."""
+  indices = place.sharding.addressable_devices_indices_map(place.shape)
+  found = {_spans(index, place.shape) for index in indices.values()}
+  return {
+    spans: np.empty([end - begin for begin, end in spans], place.dtype)
+    for spans in found
+  }
+
+
+def _fill(
+  buffer: np.ndarray, spans: Spans, index: tuple[int, ...], part: np.ndarray
+) -> None:
+  """Copies what falls into a buffer of a parameter's part at an index."""
+  where: list[Any] = []
+  for (begin, end), i in zip(spans, index, strict=False):
+    if not begin <= i < end:
+      return
+    where.append(i - begin)
+  cut = tuple(slice(begin, end) for begin, end in spans[len(index) :])
+  buffer[(*where, ...)] = part[cut]
+
+
+def save(
+  folder: str | pathlib.Path,
+  params: Tree,
+  config: ModelConfig,
+  family: str = '',
+  dtype: str = '',
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes a folder that transformers loads, whole or not at all.
+
+  Where there are several processes, all call it and the first one writes.
+
+  Args:
+    folder: New, or empty.
+    params: Arrays of any placement, or NumPy's.
+    config: Of the model.
+    family: A name in `gated_jax/hf/families.py`; '': the first that can
+      describe the model.
+    dtype: Tensors are stored in; '': that of the parameters.
+    shard_bytes: A file's size at most, but for a tensor that is larger.
+
+  Raises:
+    ValueError: the family cannot describe the model, a parameter is not the
+      config's, or the folder cannot be written.
+  """
+  kind = family_named(family) if family else choose_family(config)
+  dtype = dtype or config.param_dtype
+  if dtype not in DTYPES:
+    raise ValueError(f'{dtype=} must be one of {", ".join(DTYPES)}')
+  values = write_config(config, kind) | {'torch_dtype': dtype}
+  flat = flatten(params)
+  shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+  _check_shapes(shapes, shapes_of(abstract_parameters(config)))
+  listed = {t.name: t for t in tensors(kind.rows, config, shapes)}
+
+  def read(name: str) -> np.ndarray:
+    tensor = listed[name]
+    return tensor.join([_get(flat[x], tensor.index) for x in tensor.leaves])
+
+  if jax.process_index() != 0:
+    for name in listed:
+      read(name)  # the first process needs the parts that are here
+    return
+  with whole_folder(pathlib.Path(folder)) as partial:
+    sizes = [(name, tensor.shape) for name, tensor in listed.items()]
+    write_tensors(partial, sizes, read, dtype, shard_bytes)
+    write_json(partial / 'config.json', values)
+
+
+def _get(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+  """One layer of a parameter, or one expert, on the host."""
+  part = leaf[index]
+  if isinstance(part, jax.Array) and not part.is_fully_addressable:
+    part = multihost_utils.process_allgather(part, tiled=True)
+  return np.asarray(part)
+
+
+def _check_shapes(
+  found: Mapping[str, Shape], expected: Mapping[str, Shape]
+) -> None:
+  for path in sorted({*found, *expected}):
+    if found.get(path) != expected.get(path):
+      raise ValueError(
+        f'the parameter {path} is {found.get(path, "absent")}, and the config '
+        f'makes it {expected.get(path, "absent")}'
+      )

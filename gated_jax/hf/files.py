@@ -1,0 +1,246 @@
+"""Folders of tensors: safetensors shards, read and written one at a time.
+
+`pytorch_model.bin` can be read where torch is installed; nothing here imports
+it before that. A folder is written under another name and renamed when it is
+complete, so that none is ever half there.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+INDEX = 'model.safetensors.index.json'
+WEIGHTS = 'model.safetensors'
+TORCH_INDEX = 'pytorch_model.bin.index.json'
+TORCH_WEIGHTS = 'pytorch_model.bin'
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# Names of dtypes in config.json.
+DTYPES = {
+  'float32': np.dtype(np.float32),
+  'float16': np.dtype(np.float16),
+  'bfloat16': BFLOAT16,
+}
+# And in safetensors. What is not here is quantised, or no weight at all.
+_STORED = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+
+Read = Callable[[str], np.ndarray]
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """ValueError naming the file where there is no object in it."""
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+  except OSError as error:
+    raise ValueError(f'cannot read {path}: {error.strerror}') from None
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON: {error}') from None
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} holds no object')
+  return values
+
+
+class TensorFiles:
+  """The tensors of a folder, each read when it is asked for.
+
+  Attributes:
+    shapes: Shape of every tensor, by name.
+    dtypes: Its dtype, as a key of `DTYPES`.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self.shapes: dict[str, tuple[int, ...]] = {}
+    self.dtypes: dict[str, str] = {}
+    self._read: dict[str, Read] = {}
+    self._open = contextlib.ExitStack()
+
+  def __enter__(self) -> 'TensorFiles':
+    try:
+      for path in self._shards():
+        if path.suffix == '.bin':
+          self._add_torch(path)
+        else:
+          self._add_safetensors(path)
+    except BaseException:
+      self._open.close()
+      raise
+    return self
+
+  def __exit__(self, *error):
+    self._open.close()
+
+  def read(self, name: str) -> np.ndarray:
+    """ValueError where it holds what is no number."""
+    array = self._read[name](name)
+    # A sum is finite only if every number is.
+    total = np.sum(array, dtype=np.float64)
+    if not np.isfinite(total):
+      raise ValueError(
+        f'{self.folder}: tensor {name} is corrupt, it holds infinite numbers '
+        'or none at all'
+      )
+    return array
+
+  def _shards(self) -> list[pathlib.Path]:
+    """The files, after a look into the index whether they are all there."""
+    if not self.folder.is_dir():
+      raise ValueError(f'there is no folder {self.folder}')
+    for index, weights in ((INDEX, WEIGHTS), (TORCH_INDEX, TORCH_WEIGHTS)):
+      if (self.folder / index).exists():
+        path = self.folder / index
+        names = read_json(path).get('weight_map')
+        if not isinstance(names, dict) or not names:
+          raise ValueError(f'{path} has no weight_map')
+        shards = [self.folder / name for name in sorted(set(names.values()))]
+        for shard in shards:
+          if not shard.exists():
+            raise ValueError(f'{path} names {shard.name}, which is missing')
+        return shards
+      if (self.folder / weights).exists():
+        return [self.folder / weights]
+    raise ValueError(
+      f'{self.folder} has no weights: neither {WEIGHTS} nor {TORCH_WEIGHTS}, '
+      'nor an index of shards'
+    )
+
+  def _add(self, path: pathlib.Path, name: str, shape: Any, dtype: str, read):
+    if name in self.shapes:
+      raise ValueError(
+        f'tensor {name} is in two files of {self.folder}, one is {path.name}'
+      )
+    if dtype not in DTYPES:
+      raise ValueError(
+        f'{path}: tensor {name} has dtype {dtype}; only '
+        f'{", ".join(DTYPES)} can be read'
+      )
+    self.shapes[name] = tuple(shape)
+    self.dtypes[name] = dtype
+    self._read[name] = read
+
+  def _add_safetensors(self, path: pathlib.Path) -> None:
+    import safetensors
+
+    try:
+      file = self._open.enter_context(
+        safetensors.safe_open(path, framework='numpy')
+      )
+      names = list(file.keys())
+    except (OSError, safetensors.SafetensorError) as error:
+      raise ValueError(
+        f'{path} is truncated or no safetensors file: {error}'
+      ) from None
+    for name in names:
+      part = file.get_slice(name)
+      stored = part.get_dtype()
+      dtype = _STORED.get(stored, stored)
+      self._add(path, name, part.get_shape(), dtype, file.get_tensor)
+
+  def _add_torch(self, path: pathlib.Path) -> None:
+    try:
+      import torch
+    except ImportError:
+      raise ValueError(
+        f'{path} can only be read with torch: pip install torch, or convert '
+        'it to safetensors'
+      ) from None
+    try:
+      tensors = torch.load(
+        path, map_location='cpu', mmap=True, weights_only=True
+      )
+    except Exception as error:
+      raise ValueError(
+        f'{path} is truncated or no torch file: {str(error).splitlines()[0]}'
+      ) from None
+
+    def read(name: str) -> np.ndarray:
+      tensor = tensors[name].detach()
+      if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+      return tensor.numpy()
+
+    for name, tensor in tensors.items():
+      dtype = str(tensor.dtype).removeprefix('torch.')
+      self._add(path, name, tensor.shape, dtype, read)
+
+
+@contextlib.contextmanager
+def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to write into, which becomes `path` when the block succeeds.
+
+  Raises:
+    ValueError: there is something at `path`, or it cannot be written to.
+  """
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ValueError(f'{path} exists; choose another name or remove it')
+  partial = path.with_name(f'.{path.name}.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    partial.mkdir(parents=True)
+  except OSError as error:
+    raise ValueError(f'cannot write to {path}: {error.strerror}') from None
+  try:
+    yield partial
+    partial.replace(path)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_tensors(
+  folder: pathlib.Path,
+  shapes: Sequence[tuple[str, tuple[int, ...]]],
+  read: Read,
+  dtype: str,
+  shard_bytes: int,
+) -> None:
+  """Writes tensors in order, holding those of one shard in memory.
+
+  Args:
+    folder: That exists.
+    shapes: Name and shape of each.
+    read: Makes the tensor of a name.
+    dtype: They are stored in, a key of `DTYPES`.
+    shard_bytes: A file's size at most, but for a tensor that is larger.
+  """
+  from safetensors.numpy import save_file
+
+  size = DTYPES[dtype].itemsize
+  shards: list[list[str]] = [[]]
+  used, total = 0, 0
+  for name, shape in shapes:
+    need = size * math.prod(shape)
+    if shards[-1] and used + need > shard_bytes:
+      shards.append([])
+      used = 0
+    shards[-1].append(name)
+    used, total = used + need, total + need
+  weight_map: dict[str, str] = {}
+  for number, names in enumerate(shards, 1):
+    file = WEIGHTS
+    if len(shards) > 1:
+      file = f'model-{number:05}-of-{len(shards):05}.safetensors'
+    weight_map |= dict.fromkeys(names, file)
+    save_file(
+      {name: read(name).astype(DTYPES[dtype], copy=False) for name in names},
+      folder / file,
+      metadata={'format': 'pt'},
+    )
+  if len(shards) > 1:
+    write_json(
+      folder / INDEX,
+      {'metadata': {'total_size': total}, 'weight_map': weight_map},
+    )
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+  text = json.dumps(values, indent=2, sort_keys=True)
+  path.write_text(f'{text}\n', encoding='utf-8')

@@ -1,0 +1,240 @@
+"""The words of a config.json that families have in common.
+
+Every key is taken once and must be understood, or known not to matter: a key
+that is passed over in silence is a model with other logits. Read
+`gated_jax/hf/families.py` next.
+"""
+
+from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
+
+from gated_jax.config import ModelConfig
+from gated_jax.config import RopeConfig
+
+# Their key to our setting, where the value is the same.
+SAME = {
+  'vocab_size': 'vocab',
+  'max_position_embeddings': 'length',
+  'num_hidden_layers': 'depth',
+  'hidden_size': 'width',
+  'num_attention_heads': 'heads',
+  'num_key_value_heads': 'kv_heads',
+  'head_dim': 'head_dim',
+  'intermediate_size': 'mlp_width',
+  'rms_norm_eps': 'norm_eps',
+}
+# Keys with the only value that the decoder computes; absent means that too.
+FIXED = {
+  'hidden_act': 'silu',
+  'attention_bias': False,
+  'attention_dropout': 0.0,
+  'is_encoder_decoder': False,
+  'quantization_config': None,
+}
+# Keys that change no logits.
+INERT = {
+  'architectures',
+  'auto_map',
+  'model_type',
+  'transformers_version',
+  'torchscript',
+  'tokenizer_class',
+  'use_cache',
+  'output_router_logits',
+  'output_attentions',
+  'output_hidden_states',
+  'return_dict',
+  '_name_or_path',
+  'bos_token_id',
+  'eos_token_id',
+  'pad_token_id',
+  'chunk_size_feed_forward',
+  'id2label',
+  'label2id',
+  'problem_type',
+}
+# Those of rope_parameters; of three equal positions (text) a mixture is one.
+_ROPE_INERT = {'mrope_section', 'mrope_interleaved'}
+
+
+class Keys:
+  """A config.json whose keys are taken one by one, so that none is missed."""
+
+  def __init__(self, values: Mapping[str, Any], where: str = 'config.json'):
+    self._left = dict(values)
+    self.where = where
+
+  def take(self, key: str, *default: Any) -> Any:
+    """A required key, or one with a default; null is the default too."""
+    value = self._left.pop(key, None)
+    if value is None:
+      if not default:
+        raise ValueError(f'{self.where} has no {key}')
+      return default[0]
+    return value
+
+  def expect(self, key: str, value: Any, why: str = '') -> None:
+    """ValueError where a key says anything else; absent says the same."""
+    found = self.take(key, value)
+    if found != value:
+      reason = f': {why}' if why else ''
+      raise ValueError(
+        f'{self.where} has {key}={found!r}, and the decoder only {value!r}'
+        f'{reason}'
+      )
+
+  def finish(self, inert: Collection[str]) -> None:
+    """ValueError for what nobody took."""
+    for key, value in self._left.items():
+      if key not in inert and value is not None:
+        raise ValueError(
+          f'{self.where} has {key}={value!r}, which is not known here; '
+          f'if it changes no logits, name it with --ignore={key}'
+        )
+
+
+def read_common(keys: Keys) -> dict[str, Any]:
+  """Settings that every family spells alike."""
+  for key, value in FIXED.items():
+    keys.expect(key, value)
+  values = {ours: keys.take(theirs) for theirs, ours in SAME.items()}
+  return values | {
+    'tie_embeddings': keys.take('tie_word_embeddings', False),
+    'init_std': keys.take('initializer_range', 0.02),
+    'dtype': keys.take('dtype', keys.take('torch_dtype', 'float32')),
+  }
+
+
+def write_common(config: ModelConfig) -> dict[str, Any]:
+  """The inverse, but for the dtype, which is that of the files."""
+  return {
+    **{theirs: getattr(config, ours) for theirs, ours in SAME.items()},
+    'tie_word_embeddings': config.tie_embeddings,
+    'initializer_range': config.init_std,
+    'hidden_act': 'silu',
+    'attention_bias': False,
+    'attention_dropout': 0.0,
+    'use_cache': True,
+  }
+
+
+def read_rope(keys: Keys, length: int, fraction: float) -> dict[str, Any]:
+  """From rope_parameters, or from the older rope_theta and rope_scaling.
+
+  Args:
+    keys: Of config.json.
+    length: max_position_embeddings.
+    fraction: partial_rotary_factor where it is absent.
+  """
+  # Where both are there, the classes of transformers let rope_scaling win.
+  scaling, inside = (
+    keys.take('rope_scaling', {}),
+    keys.take('rope_parameters', {}),
+  )
+  if not isinstance(scaling, dict) or not isinstance(inside, dict):
+    raise ValueError(f'{keys.where}: rope parameters are no object')
+  rope = Keys(scaling or inside, f'rope parameters of {keys.where}')
+  outer = keys.take('rope_theta', None)
+  fraction = keys.take('partial_rotary_factor', fraction)
+  kind = rope.take('rope_type', rope.take('type', 'default'))
+  values = {
+    'base': rope.take('rope_theta', *([] if outer is None else [outer])),
+    'fraction': rope.take('partial_rotary_factor', fraction),
+    'scaling': 'none' if kind == 'default' else kind,
+  }
+  if kind == 'yarn':
+    original = rope.take('original_max_position_embeddings', length)
+    values |= {
+      'original_length': original,
+      'factor': rope.take('factor', length / original),
+      'truncate': rope.take('truncate', True),
+    }
+    for key in ('beta_fast', 'beta_slow', *_YARN_OPTIONAL):
+      values[key] = rope.take(key, getattr(RopeConfig(), key))
+  elif kind == 'linear':
+    values['factor'] = rope.take('factor')
+  elif kind != 'default':
+    raise ValueError(
+      f'{rope.where} are of rope_type {kind!r}, and the decoder has default, '
+      'linear and yarn'
+    )
+  rope.finish(_ROPE_INERT)
+  return values
+
+
+_YARN_OPTIONAL = ('attention_factor', 'mscale', 'mscale_all_dim')
+
+
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
+  """The older spelling, which newer software reads as well."""
+  values: dict[str, Any] = {
+    'rope_theta': rope.base,
+    'partial_rotary_factor': rope.fraction,
+    'rope_scaling': None,
+  }
+  if rope.scaling == 'none':
+    return values
+  scaling: dict[str, Any] = {'rope_type': rope.scaling, 'factor': rope.factor}
+  if rope.scaling == 'yarn':
+    scaling |= {
+      'original_max_position_embeddings': rope.original_length,
+      'beta_fast': rope.beta_fast,
+      'beta_slow': rope.beta_slow,
+      'truncate': rope.truncate,
+    }
+    scaling |= {k: getattr(rope, k) for k in _YARN_OPTIONAL if getattr(rope, k)}
+  return values | {'rope_scaling': scaling}
+
+
+def all_windows(config: ModelConfig) -> tuple[int, ...]:
+  """The window of every layer."""
+  return config.windows * (config.depth // len(config.windows))
+
+
+def shortest_pattern(windows: tuple[int, ...]) -> tuple[int, ...]:
+  """What repeats to the windows of all layers."""
+  depth = len(windows)
+  for period in range(1, depth):
+    if depth % period == 0 and windows[:period] * (depth // period) == windows:
+      return windows[:period]
+  return windows
+
+
+def read_layer_types(
+  keys: Keys, default: list[str], window: int | None
+) -> tuple[int, ...]:
+  """The pattern of windows, from a type for each layer.
+
+  Args:
+    keys: Of config.json.
+    default: The types where the key is absent; as long as there are layers.
+    window: Of sliding layers; None: there may be none.
+  """
+  types = keys.take('layer_types', default)
+  if len(types) != len(default):
+    raise ValueError(
+      f'{keys.where} has {len(types)} layer_types for '
+      f'num_hidden_layers={len(default)}'
+    )
+  sizes = {'full_attention': 0}
+  if window is not None:
+    sizes['sliding_attention'] = window
+  for layer, kind in enumerate(types):
+    if kind not in sizes:
+      raise ValueError(
+        f'{keys.where}: layer {layer} is {kind!r}, and the decoder has '
+        f'{" and ".join(sizes)} here'
+      )
+  return shortest_pattern(tuple(sizes[kind] for kind in types))
+
+
+def write_layer_types(config: ModelConfig) -> dict[str, Any]:
+  """Of several sizes the key holds one, which reading back finds out."""
+  windows = all_windows(config)
+  return {
+    'layer_types': [
+      'sliding_attention' if size else 'full_attention' for size in windows
+    ],
+    'sliding_window': max(windows) or None,
+  }
