@@ -44,7 +44,9 @@ CASES = {
     beta_fast=64.0,
     beta_slow=2.0,
   ),
+  # The range of pairs is cut to [0, 0], and to [14, 31].
   'yarn_short': yarn(factor=2.0, original_length=4),
+  'yarn_long': yarn(factor=2.0, original_length=2**31, beta_fast=1e5),
 }
 
 # attention_scaling, then inv_freq[::3], of Qwen3NextRotaryEmbedding with
