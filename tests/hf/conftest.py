@@ -1,0 +1,102 @@
+"""Tiny models of every family, with random parameters."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from gated_jax.config import GateConfig
+from gated_jax.config import ModelConfig
+from gated_jax.config import MoEConfig
+from gated_jax.config import RopeConfig
+from gated_jax.hf import convert
+
+PLAIN = ModelConfig(
+  vocab=64,
+  length=32,
+  depth=4,
+  width=32,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  mlp_width=48,
+  tie_embeddings=False,
+  dtype='float32',
+  gate=GateConfig(position='none'),
+)
+
+
+def plain(**changes):
+  return dataclasses.replace(PLAIN, **changes)
+
+
+GATE = GateConfig()
+HEADWISE = GateConfig(granularity='headwise')
+QUARTER = RopeConfig(fraction=0.25)
+YARN = RopeConfig(
+  base=1e6, scaling='yarn', factor=4.0, original_length=8, beta_fast=16.0
+)
+NEXT = {'norm_zero_centered': True, 'gate': GATE}
+# Name of the case: family and model.
+CASES = {
+  'qwen3': ('qwen3', plain()),
+  'qwen3_tied': ('qwen3', plain(tie_embeddings=True)),
+  'qwen3_windows': ('qwen3', plain(windows=(0, 5))),
+  'qwen3_yarn': ('qwen3', plain(rope=YARN)),
+  'qwen3_linear': (
+    'qwen3',
+    plain(rope=RopeConfig(scaling='linear', factor=2.0)),
+  ),
+  'qwen3_moe': (
+    'qwen3_moe',
+    plain(moe=MoEConfig(experts=4, top_k=2, width=24)),
+  ),
+  'qwen3_moe_window': (
+    'qwen3_moe',
+    plain(
+      windows=(6,),
+      moe=MoEConfig(experts=4, top_k=3, width=24, normalize=False),
+    ),
+  ),
+  'gated_elementwise': ('gated_qwen3', plain(gate=GATE)),
+  'gated_headwise': ('gated_qwen3', plain(gate=HEADWISE, kv_heads=1)),
+  'gated_baseline': ('gated_qwen3', plain(qk_norm=False)),
+  'qwen3_next': ('qwen3_next', plain(**NEXT, rope=QUARTER)),
+  'qwen3_next_whole': ('qwen3_next', plain(**NEXT, tie_embeddings=True)),
+  'qwen3_5': ('qwen3_5', plain(**NEXT, rope=QUARTER, kv_heads=4)),
+  'afmoe': (
+    'afmoe',
+    plain(norm='sandwich', gate=GATE, global_rope=False, windows=(6, 6, 6, 0)),
+  ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+  """(family, config) of every case."""
+  return CASES[request.param]
+
+
+@pytest.fixture
+def cases():
+  return CASES
+
+
+@pytest.fixture
+def make_params():
+  """A function from config to random NumPy parameters, norms about one."""
+
+  def make(config, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, abstract):
+      values = rng.normal(size=abstract.shape) * 0.3
+      if 'norm' in jax.tree_util.keystr(path) and not config.norm_zero_centered:
+        values += 1
+      return values.astype(abstract.dtype)
+
+    abstract = convert.abstract_parameters(config)
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+  return make
