@@ -37,7 +37,6 @@ from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.attention.spec import refuse
 from gated_jax.ops.gate import apply_gate
 from gated_jax.ops.gate import apply_scores
-from gated_jax.ops.gate import gate_scores
 
 # Documents that no caller names: padding among queries, and among keys.
 PADDED_QUERY = -(2**31)
@@ -209,7 +208,7 @@ def forward(
   steps = max(last(i) - first(i) + 1 for i in range(call.queries // rows))
 
   def at(i, j):
-    return jnp.minimum(first(i) + j, last(i))
+    return jnp.maximum(last(i) - j, first(i))
 
   one = pl.BlockSpec((1, rows, h), lambda b, n, i, j: (b, i, n))
   row = pl.BlockSpec((1, 1, 1, rows), lambda b, n, i, j: (b, n, 0, i))
@@ -233,7 +232,7 @@ def forward(
       _forward_kernel,
       call=call,
       part=part,
-      first=first,
+      last=last,
       gate=gated and call.gated != 'none',
     ),
     grid=(batch, call.heads, call.queries // rows, steps),
@@ -270,7 +269,7 @@ def _parts(call, part):
   return first, last
 
 
-def _forward_kernel(query, key, value, *refs, call, part, first, gate):
+def _forward_kernel(query, key, value, *refs, call, part, last, gate):
   """One block of queries, one resident part of keys and values."""
   refs = list(refs)
   logits = refs.pop(0) if gate else None
@@ -279,18 +278,23 @@ def _forward_kernel(query, key, value, *refs, call, part, first, gate):
   blocks, rule, h = call.blocks, call.rule, call.head_dim
   block, step = blocks.queries, blocks.keys
   i, j = pl.program_id(2), pl.program_id(3)
-  begin, near = i * block, (first(i) + j) * part  # positions
+  begin, near = i * block, (last(i) - j) * part  # positions
   scale = call.scale * math.log2(math.e)
+  # All queries see the first strip of the diagonal, which lies in the part
+  # that comes first: there is nothing before it that sums must start from.
+  whole = rule.causal and not rule.window and part % block == 0
+  whole = whole and call.queries <= call.keys
 
   @pl.when(j == 0)
   def _():
-    top[...] = jnp.full_like(top, cut.FLOOR)
-    total[...] = jnp.zeros_like(total)
-    sums[...] = jnp.zeros_like(sums)
+    if not whole:
+      top[...] = jnp.full_like(top, cut.FLOOR)
+      total[...] = jnp.zeros_like(total)
+      sums[...] = jnp.zeros_like(sums)
     if segments is not None:
       columns[0][...] = cut.to_column(segments[0][0])
 
-  def piece(start, width, rows, offset):
+  def piece(start, width, rows, offset, fresh=False):
     """Keys start.. of the part, for a static slice of the queries."""
     lo, hi = rows
     keys = pl.ds(start, width)
@@ -305,28 +309,19 @@ def _forward_kernel(query, key, value, *refs, call, part, first, gate):
     if same is not None or offset is not None:
       hidden = cut.hide(s[:edge], rule, offset, 0, same)
       s = jnp.concatenate([hidden, s[edge:]]) if edge < hi - lo else hidden
-    before = top[lo:hi]
-    now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+    now = jnp.max(s, axis=1, keepdims=True)
+    before = jnp.full((hi - lo, LANES), cut.FLOOR) if fresh else top[lo:hi]
+    now = jnp.maximum(before, now)
     p = jnp.exp2(s - cut.wide(now, width))
-    decay = jnp.exp2(before - now)
     across = sum(p[:, c : c + LANES] for c in range(0, width, LANES))
-    total[lo:hi] = decay * total[lo:hi] + across
     v = value[0, keys]
-    sums[lo:hi] = cut.wide(decay, h) * sums[lo:hi] + cut.product(
-      p.astype(v.dtype), v, (1, 0)
-    )
-    top[lo:hi] = now
+    mixed = cut.product(p.astype(v.dtype), v, (1, 0))
+    if not fresh:
+      decay = jnp.exp2(before - now)
+      across += decay * total[lo:hi]
+      mixed += cut.wide(decay, h) * sums[lo:hi]
+    top[lo:hi], total[lo:hi], sums[lo:hi] = now, across, mixed
 
-  # Keys that all of the queries see, in steps.
-  end = jnp.int32(near + part)
-  start = jnp.int32(near)
-  if rule.causal:
-    early, late = cut.key_steps(rule, block, step)
-    start = jnp.maximum(begin + early, start)
-    end = jnp.minimum(begin + late, end)
-  cut.walk(
-    start - near, end - near, step, lambda at: piece(at, step, (0, block), None)
-  )
   # The diagonal, and the far edge of a window.
   for group in cut.by_span(
     cut.key_strips(rule, block, blocks.strip, step), math.gcd(block, part)
@@ -338,30 +333,45 @@ def _forward_kernel(query, key, value, *refs, call, part, first, gate):
       for strip in group:
         at = pl.multiple_of(base + strip.start - group[0].start, blocks.strip)
         rows = (strip.first, strip.last)
-        piece(at, strip.width, rows, strip.first - strip.start)
+        fresh = whole and strip.start == 0
+        piece(at, strip.width, rows, strip.first - strip.start, fresh)
+
+  # Keys that all of the queries see, in steps.
+  end = jnp.int32(near + part)
+  start = jnp.int32(near)
+  if rule.causal:
+    early, late = cut.key_steps(rule, block, step)
+    start = jnp.maximum(begin + early, start)
+    end = jnp.minimum(begin + late, end)
+  cut.walk(
+    start - near, end - near, step, lambda at: piece(at, step, (0, block), None)
+  )
 
   @pl.when(j == pl.num_programs(3) - 1)
   def _():
-    weight = jnp.sum(total[...], axis=1, keepdims=True)
+    # One number a row: as rows, these are few vectors to compute with.
+    weight = cut.to_row(jnp.sum(total[...], axis=1, keepdims=True))
     empty = weight == 0
-    y = sums[...] * jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, weight))
+    # The logarithm of zero is what it should be.
+    lse[0, 0] = (jnp.log2(weight) + cut.to_row(top[...])) * math.log(2)
+    share = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, weight))
+    y = sums[...] * cut.wide(cut.to_column(share), h)
     if gate:
       y = _gate_block(y, logits, call, output.dtype)
     output[0] = y.astype(output.dtype)
-    log = jnp.where(empty, -jnp.inf, top[...] + jnp.log2(weight))
-    lse[0, 0] = cut.to_row(log) * math.log(2)
 
 
 def _gate_block(y, logits, call, dtype):
   """act(logits) on a block of the output, rounded as the spec says."""
-  if call.gated == 'elementwise':
-    scores = gate_scores(logits[0], call.gate).astype(jnp.float32)
-  else:
-    row = logits[0, 0]
-    if call.gate.model_dtype:
-      row = row.astype(dtype)
-    row = gate_scores(row, call.gate).astype(jnp.float32)
-    scores = cut.wide(cut.to_column(row), call.head_dim)
+  value = cut.activation_of(call.gate.activation, dtype).value
+  scores = value(
+    (logits[0] if call.gated == 'elementwise' else logits[0, 0]).astype(
+      jnp.float32
+    )
+  )
   if call.gate.model_dtype:
+    scores = scores.astype(dtype).astype(jnp.float32)
     y = y.astype(dtype).astype(jnp.float32)
+  if call.gated == 'headwise':
+    scores = cut.wide(cut.to_column(scores), call.head_dim)
   return apply_scores(y, scores, call.gate)

@@ -172,6 +172,11 @@ def _kernel(*refs, call, part, many):
   final = j == parts - 1
   near, begin = (parts - 1 - j) * part, i * many  # positions
   scale = call.scale * math.log2(math.e)
+  # Where parts are squares, a query meets the keys of its own square first,
+  # those of its own block before others: its prologue stands there, among
+  # matrix products that hide it, and dQ needs no zeros to start from.
+  square = rule.causal and not rule.window and part == many
+  square = square and call.queries == call.keys
 
   @pl.when((g == 0) & (i == 0))
   def _():
@@ -180,7 +185,7 @@ def _kernel(*refs, call, part, many):
     if segments is not None:
       columns[0][...] = cut.to_column(segments[1][0])
 
-  @pl.when(j == 0)
+  @pl.when((j == 0) & (not square))
   def _():
     sum_q[slot] = jnp.zeros(sum_q.shape[1:], jnp.float32)
 
@@ -191,6 +196,7 @@ def _kernel(*refs, call, part, many):
       kept[0, rows],
       _columns(logits, rows, call, kept.dtype) if gated else None,
       call.gate,
+      cut.activation_of(call.gate.activation, kept.dtype),
     )
     d_output[rows] = d_y
     delta[:, rows] = cut.to_row(column) - d_lse[0, 0, :, rows]
@@ -203,7 +209,7 @@ def _kernel(*refs, call, part, many):
     elif gated:
       d_gate[0, 0, :, rows] = cut.to_row(d_logits.astype(jnp.float32))
 
-  def piece(at, width, chunk, keys, offset):
+  def piece(at, width, chunk, keys, offset, fresh=False):
     """Queries at.. of the part, for a slice of the keys from chunk."""
     lo, hi = keys
     rows, columns_ = pl.ds(at, width), pl.ds(chunk + lo, hi - lo)
@@ -227,11 +233,29 @@ def _kernel(*refs, call, part, many):
     d_s = p * (cut.product(v, d_y, (1, 1)) - delta[:, rows])
     d_s = d_s.astype(q.dtype)
     sum_k[columns_] += cut.product(d_s, q, (1, 0))
-    sum_q[slot, rows] += cut.product(d_s, k, (0, 0))
+    d_q = cut.product(d_s, k, (0, 0))
+    sum_q[slot, rows] = d_q if fresh else sum_q[slot, rows] + d_q
 
-  def chunk_of_keys(chunk):
-    """All queries of the part that see the keys from chunk."""
+  def chunk_of_keys(at):
+    """All queries of the part that see one block of its keys, from the last."""
+    chunk = part - block - at
     place = near + chunk
+    for group in cut.by_span(
+      cut.query_strips(rule, block, blocks.back_strip, step),
+      math.gcd(block, many),
+    ):
+      base = place + group[0].start - begin
+
+      @pl.when((base >= 0) & (base < many))
+      def _(group=group, base=base):
+        for strip in group:
+          at = base + strip.start - group[0].start
+          at = pl.multiple_of(at, blocks.back_strip)
+          if square and strip.start % step == 0:
+            prologue(at)
+          keys = (strip.first, strip.last)
+          piece(at, strip.width, chunk, keys, strip.start - strip.first, square)
+
     start, end = jnp.int32(begin), jnp.int32(begin + many)
     if rule.causal:
       early, late = cut.query_steps(rule, block, step)
@@ -243,30 +267,24 @@ def _kernel(*refs, call, part, many):
       step,
       lambda at: piece(at, step, chunk, (0, block), None),
     )
-    for group in cut.by_span(
-      cut.query_strips(rule, block, blocks.back_strip, step),
-      math.gcd(block, many),
-    ):
-      base = place + group[0].start - begin
-
-      @pl.when((base >= 0) & (base < many))
-      def _(group=group, base=base):
-        for strip in group:
-          at = pl.multiple_of(
-            base + strip.start - group[0].start, blocks.back_strip
-          )
-          keys = (strip.first, strip.last)
-          piece(at, strip.width, chunk, keys, strip.start - strip.first)
 
   live = True
   if rule.causal:
     live = begin + many > near
   if rule.window:
     live &= begin < near + part + rule.window - 1
+  if square:
+    # In one part, all prologues stand on the diagonal.
+    apart = (begin > near) if call.keys > part else False
+  else:
+    apart = final | live
 
-  @pl.when(final | live)
+  @pl.when(apart)
   def _():
     cut.walk(0, many, step, prologue)
+
+  @pl.when(live)
+  def _():
     cut.walk(0, part, block, chunk_of_keys)
 
   @pl.when(final)

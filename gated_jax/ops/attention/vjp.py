@@ -32,9 +32,9 @@ from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.gate import ACTIVATIONS
+from gated_jax.ops.gate import Activation
 from gated_jax.ops.gate import GateSpec
 from gated_jax.ops.gate import apply_gate
-from gated_jax.ops.gate import gate_scores
 
 
 @runtime_checkable
@@ -86,6 +86,7 @@ def gate_backward(
   kept: Float[Array, '*R H'],
   gate: Float[Array, '*R #H'] | None,
   spec: GateSpec,
+  activation: Activation | None = None,
 ) -> tuple[
   Float[Array, '*R H'],
   Float[Array, '*R 1'],
@@ -100,6 +101,7 @@ def gate_backward(
     kept: the gated output, or the ungated one where `keeps_gated` says no.
     gate: logits, or None.
     spec: how they were applied.
+    activation: another form of the spec's, for a kernel that has a faster.
   """
   wide = jnp.promote_types(d_gated.dtype, jnp.float32)
   gradient = d_gated.astype(wide)
@@ -108,9 +110,11 @@ def gate_backward(
   if gate is None:
     return d_gated, delta(product), None
   headwise = gate.shape[-1] == 1
-  activation = ACTIVATIONS[spec.activation]
+  activation = activation or ACTIVATIONS[spec.activation]
   logits = gate.astype(wide)
-  scores = gate_scores(gate, spec).astype(wide)
+  scores = activation.value(logits)
+  if spec.model_dtype:
+    scores = scores.astype(gate.dtype).astype(wide)
   if spec.additive:
     d_output, rowsum = gradient, delta(product)
     d_gate = gradient * activation.derivative(logits)
