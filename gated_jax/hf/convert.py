@@ -165,7 +165,7 @@ def _assemble(
     parts = tensor.split(files.read(tensor.name))
     for leaf, part in zip(tensor.leaves, parts, strict=True):
       for spans, buffer in buffers[leaf].items():
-        _fill(buffer, spans, tensor.index, part)
+        _fill(buffer, spans, tensor.at, part)
 
   def array(leaf: str) -> jax.Array:
     place, filled = places[leaf], buffers.pop(leaf)
@@ -247,7 +247,7 @@ def save(
 
   def read(name: str) -> np.ndarray:
     tensor = listed[name]
-    return tensor.join([_get(flat[x], tensor.index) for x in tensor.leaves])
+    return tensor.join([_get(flat[x], tensor.at) for x in tensor.leaves])
 
   if jax.process_index() != 0:
     for name in listed:

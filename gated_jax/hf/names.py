@@ -119,7 +119,7 @@ class Tensor:
     name: In their files.
     shape: There.
     leaves: Full paths of ours.
-    index: Into the first axes of each leaf (layer, expert); () for the whole.
+    at: Into the first axes of each leaf (layer, expert); () for the whole.
     parts: The shape of each leaf at that index.
     inputs, groups: Of the row, groups as a number.
   """
@@ -127,7 +127,7 @@ class Tensor:
   name: str
   shape: Shape
   leaves: tuple[str, ...]
-  index: tuple[int, ...]
+  at: tuple[int, ...]
   parts: tuple[Shape, ...]
   inputs: int
   groups: int
@@ -181,7 +181,7 @@ def _tensor(
     ),
     shape=shape,
     leaves=leaves,
-    index=index,
+    at=index,
     parts=parts,
     inputs=row.inputs,
     groups=getattr(config, row.groups) if row.groups else 1,
@@ -228,12 +228,12 @@ def _check(result: Sequence[Tensor], shapes: Mapping[str, Shape]) -> None:
       raise ValueError(f'two rows of the table name the tensor {tensor.name}')
     names.add(tensor.name)
     for leaf, part in zip(tensor.leaves, tensor.parts, strict=True):
-      if (leaf, tensor.index) in places:
+      if (leaf, tensor.at) in places:
         raise ValueError(
           f'two rows of the table hold the parameter {leaf}, the second as '
           f'{tensor.name}'
         )
-      places.add((leaf, tensor.index))
+      places.add((leaf, tensor.at))
       held[leaf] += math.prod(part)
   for leaf, count in held.items():
     if count != math.prod(shapes[leaf]):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
@@ -28,10 +29,18 @@ def ours_alone(config):
   )
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_round_trip_is_exact_to_the_bit(case, dtype, make_params, tmp_path):
-  family, config = case
-  config = dataclasses.replace(config, param_dtype=dtype, dtype=dtype)
+def test_a_round_trip_is_exact_to_the_bit(case, make_params, tmp_path):
+  _check_round_trip(*case, make_params, tmp_path)
+
+
+@pytest.mark.parametrize('name', ['gated_headwise', 'qwen3_moe'])
+def test_and_so_it_is_in_bfloat16(name, cases, make_params, tmp_path):
+  family, config = cases[name]
+  config = dataclasses.replace(config, param_dtype='bfloat16', dtype='bfloat16')
+  _check_round_trip(family, config, make_params, tmp_path)
+
+
+def _check_round_trip(family, config, make_params, tmp_path):
   params = make_params(config)
   convert.save(tmp_path / 'theirs', params, config, family)
   found, back = convert.load(tmp_path / 'theirs')
@@ -154,7 +163,7 @@ def test_tied_embeddings_may_be_written_twice_but_not_differ(
   convert.load(tmp_path / 'x')
   tensors['lm_head.weight'][0, 0] += 1
   save_file(tensors, path)
-  with pytest.raises(ValueError, match='lm_head.weight'):
+  with pytest.raises(ValueError, match=r'lm_head\.weight'):
     convert.load(tmp_path / 'x')
 
 
@@ -211,14 +220,11 @@ def test_a_tensor_that_changes_nothing_can_be_ignored(
   family, config = cases['qwen3']
   convert.save(tmp_path / 'x', make_params(config), config, family)
   tensors = load_file(tmp_path / 'x/model.safetensors')
-  tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(4)
-  tensors['mtp.weight'] = np.ones(4, np.float32)
-  save_file(tensors, tmp_path / 'x/model.safetensors')
-  with pytest.raises(ValueError, match='inv_freq has dtype F64'):
-    convert.load(tmp_path / 'x', ignore=['mtp.weight'])
   name = 'model.layers.0.self_attn.rotary_emb.inv_freq'
-  tensors[name] = tensors[name].astype(np.float32)
+  tensors |= {x: np.ones(4, np.float32) for x in (name, 'mtp.weight')}
   save_file(tensors, tmp_path / 'x/model.safetensors')
+  with pytest.raises(ValueError, match=r'mtp\.weight'):
+    convert.load(tmp_path / 'x')
   convert.load(tmp_path / 'x', ignore=['mtp.weight'])
 
 
@@ -328,7 +334,7 @@ def test_torch_files_read_as_safetensors_do(cases, make_params, tmp_path):
   assert bits(back) == bits(params)
   broken = (tmp_path / 'x/pytorch_model.bin').read_bytes()[:2000]
   (tmp_path / 'x/pytorch_model.bin').write_bytes(broken)
-  with pytest.raises(ValueError, match='pytorch_model.bin is truncated'):
+  with pytest.raises(ValueError, match=r'pytorch_model\.bin is truncated'):
     convert.load(tmp_path / 'x')
 
 
@@ -338,6 +344,6 @@ def test_torch_files_without_torch_say_what_to_do(
   family, config = cases['qwen3']
   convert.save(tmp_path / 'x', make_params(config), config, family)
   (tmp_path / 'x/model.safetensors').rename(tmp_path / 'x/pytorch_model.bin')
-  monkeypatch.setitem(__import__('sys').modules, 'torch', None)
-  with pytest.raises(ValueError, match='needs torch|only be read with torch'):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(ValueError, match='can only be read with torch'):
     convert.load(tmp_path / 'x')
