@@ -173,9 +173,11 @@ def make_functions(
   config: RunConfig, model: Decoder, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, Any, Any]:
   """The state's shapes and places; init and step, jitted for them."""
-  key = jax.random.key(config.seed)
+  # Nothing is computed here: the mesh may be of devices that are not there.
+  key = jax.eval_shape(lambda: jax.random.key(config.seed))
   length = config.data.length
-  boxed = jax.eval_shape(model.init, key, jnp.zeros((1, length), jnp.int32))
+  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  boxed = jax.eval_shape(model.init, key, tokens)
   optimizer = make_optimizer(
     config.optimizer, config.steps, meta.unbox(boxed['params'])
   )
