@@ -104,12 +104,15 @@ def sink_per_layer(report: Report) -> 'Figure | None':
   axes.scatter(
     np.repeat(index, heads),
     report.first_token.ravel(),
-    s=10,
+    s=20 if len(layers) <= 12 else 8,
     color=ORANGE,
+    edgecolors='none',
+    alpha=0.8,
     zorder=3,
     label='one head',
   )
-  axes.set_ylim(0, max(0.1, min(1.0, 1.1 * report.first_token.max())))
+  top = _finite(report.first_token).max(initial=0.0)
+  axes.set_ylim(0, max(0.1, min(1.0, 1.1 * top)))
   _layer_ticks(axes.xaxis, len(layers))
   axes.legend(frameon=False)
   return figure
@@ -119,26 +122,35 @@ def gate_histograms(report: Report) -> 'Figure | None':
   """How gate scores are distributed in each layer, and their means."""
   if not len(report.gate_histogram):
     return None
+  import matplotlib.colors
+
   layers, _ = report.gate_histogram.shape
   mean = report.gate_mean.mean(axis=1)
   title = f'Gate scores by layer (mean {mean.mean():.3f})'
   figure, axes = _blank(title, 'score', 'layer', grid=False)
   # The outer bins, below 0 and above 1, are drawn as wide as the rest, and
   # only where an activation reaches them.
-  low, high = report.gate_histogram[:, 0], report.gate_histogram[:, -1]
   width = EDGES[1] - EDGES[0]
-  first, last = int(low.sum() == 0), -1 if high.sum() == 0 else None
   edges = np.concatenate([[-width], EDGES, [1 + width]])
-  shown = report.gate_histogram[:, first:last]
-  shown_edges = edges[first : first + shown.shape[1] + 1]
+  low, high = (bool(report.gate_histogram[:, i].any()) for i in (0, -1))
+  shown = slice(0 if low else 1, None if high else -1)
+  edges = edges[shown]
+  # The root shows small shares too, beside a column that has most of them.
   mesh = axes.pcolormesh(
-    shown_edges, np.arange(layers + 1) - 0.5, shown, cmap='Blues', vmin=0
+    edges,
+    np.arange(layers + 1) - 0.5,
+    report.gate_histogram[:, shown],
+    cmap='Blues',
+    norm=matplotlib.colors.PowerNorm(0.5, 0, report.gate_histogram.max() or 1),
   )
-  inside = np.clip(mean, shown_edges[0], shown_edges[-1])
+  # A mean beyond the edge is drawn in the column that stands for it.
+  inside = np.clip(mean, edges[0] + width / 2, edges[-1] - width / 2)
   axes.plot(inside, np.arange(layers), 'o-', color=ORANGE, ms=4, label='mean')
   _layer_ticks(axes.yaxis, layers)
-  if first == 0 or last is None:
-    axes.set_xlabel('score (outermost columns: below 0, above 1)')
+  ticks = {x: f'{x:g}' for x in (0.2, 0.4, 0.6, 0.8)}
+  ticks |= {-width / 2: '< 0'} if low else {0: '0'}
+  ticks |= {1 + width / 2: '> 1'} if high else {1: '1'}
+  axes.set_xticks(list(ticks), list(ticks.values()))
   axes.legend(frameon=False, loc='upper right')
   figure.colorbar(mesh, ax=axes, label='share of scores')
   return figure
@@ -148,6 +160,8 @@ def activation_per_layer(report: Report) -> 'Figure | None':
   """Largest activation of the residual stream after each layer."""
   if not len(report.activation):
     return None
+  import matplotlib.ticker
+
   figure, axes = _blank(
     f'Largest activation (mean of layers {report.activation.mean():.1f})',
     'layer',
@@ -156,11 +170,17 @@ def activation_per_layer(report: Report) -> 'Figure | None':
   index = np.arange(len(report.activation))
   axes.plot(index, report.activation, 'o-', color=BLUE)
   axes.set_yscale('log')
-  top = report.activation.max()
-  low = report.activation[report.activation > 0].min(initial=top)
+  positive = _finite(report.activation)
+  positive = positive[positive > 0]
+  low, top = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
   # At least one decade, so that flat looks flat.
-  middle = math.sqrt(low * top) if top > 0 else 1.0
-  axes.set_ylim(min(low / 1.2, middle / 3.2), max(top * 1.2, middle * 3.2))
+  middle = math.sqrt(low) * math.sqrt(top)
+  low, top = min(low / 1.2, middle / 3.2), max(top * 1.2, middle * 3.2)
+  axes.set_ylim(low, top)
+  if top < 1e4 * low:
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
   _layer_ticks(axes.xaxis, len(index))
   return figure
 
@@ -181,16 +201,25 @@ def attention_maps(maps: Mapping[int, np.ndarray]) -> 'Figure | None':
     axes.set_axis_off()
   for axes, (layer, weights) in zip(grid, sorted(maps.items()), strict=False):
     mean = np.asarray(weights).mean(axis=0)
+    # What lies in the future stays blank, unlike weights that are zero.
+    mean[np.triu_indices(len(mean), 1)] = np.nan
     # The root shows small weights too; a sink is a bright first column.
     image = axes.imshow(np.sqrt(mean), cmap='magma', vmin=0, vmax=1)
     axes.set_title(f'layer {layer}', fontsize=10)
     axes.set_xlabel('key')
     axes.set_ylabel('query')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.label_outer()
   bar = figure.colorbar(image, ax=grid.tolist(), shrink=0.8)
   bar.set_label('attention weight, mean of heads')
   ticks = np.array([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0])
   bar.set_ticks(np.sqrt(ticks).tolist(), labels=[f'{t:g}' for t in ticks])
   return figure
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+  """Those that are numbers: a model that diverged is drawn as far as it is."""
+  return values[np.isfinite(values)]
 
 
 def _series(

@@ -1,5 +1,6 @@
 """Figures are files with something on them; no display, no matplotlib early."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def drawn(path):
   import matplotlib.image
 
   pixels = matplotlib.image.imread(path)[..., :3]
-  return len(np.unique(pixels.reshape(-1, 3).round(2), axis=0))
+  return len(np.unique((pixels * 100).round() @ [1e6, 1e3, 1]))
 
 
 def test_all_figures_of_a_gated_run_are_drawn(metrics, tmp_path):
@@ -70,6 +71,36 @@ def test_what_is_not_there_is_not_drawn(tmp_path):
     tmp_path / 'missing.jsonl', report(gated=False, maps=False), tmp_path
   )
   assert [p.name for p in paths] == ['sink.png', 'activation.png']
+
+
+def test_models_that_diverged_are_drawn_as_far_as_they_are_numbers(tmp_path):
+  pytest.importorskip('matplotlib')
+  from gated_jax.evals import plot
+
+  whole = report()
+  broken = dataclasses.replace(
+    whole,
+    first_token=np.full((3, 2), np.nan),
+    activation=np.array([2.0, np.inf, np.nan]),
+    gate_mean=np.full((3, 2), np.nan),
+    gate_histogram=np.zeros((3, 22)),
+  )
+  assert len(plot.figures(tmp_path / 'no.jsonl', broken, tmp_path)) == 4
+  low, high = plot.activation_per_layer(broken).axes[0].get_ylim()
+  assert low < 2 < high
+
+
+def test_scores_outside_zero_and_one_have_columns_of_their_own():
+  pytest.importorskip('matplotlib')
+  from gated_jax.evals import plot
+
+  def labels(figure):
+    return {text.get_text() for text in figure.axes[0].get_xticklabels()}
+
+  inside = report()
+  inside.gate_histogram[:, [0, -1]] = 0
+  assert {'0', '1'} < labels(plot.gate_histograms(inside))
+  assert {'< 0', '> 1'} < labels(plot.gate_histograms(report()))
 
 
 def test_curves_leave_out_what_is_no_number(metrics):
