@@ -33,6 +33,7 @@ from gated_jax.ops import probes
 from gated_jax.ops import rope
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention import context
+from gated_jax.ops.attention import decode
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
@@ -51,6 +52,8 @@ class Surroundings(NamedTuple):
   rotation: rope.Rotation | None = None
   segments: Int[Array, 'B T'] | None = None  # documents; 0 is padding
   filled: Int[Array, ' B'] | None = None  # tokens that a cache holds already
+  # Heads whose scores are all below are left out: ops/attention/decode.py.
+  skip_below: Float[Array, ''] | None = None
 
 
 class GatedAttention(nn.Module):
@@ -113,6 +116,7 @@ class GatedAttention(nn.Module):
     def project(name, x, heads, axis):
       shape, axes = (x.shape[-1], heads, width), ('embed', axis, 'head_dim')
       y = Linear(shape, axes, name=name, **self._kinds)(x)
+      y = checkpoint_name(y, f'{name}_projection')
       y = sharding.constrain(y, 'batch', 'length', axis, None)
       return self._gated_at(name, y, x, axis, valid)
 
@@ -144,6 +148,8 @@ class GatedAttention(nn.Module):
     if lse is not None and cache is None:
       self._sow_attention(query, key, lse, around)
     output = self._after(output, logits)
+    if logits is not None and around.skip_below is not None:
+      output = self._leave_out(output, logits, kv_heads, around.skip_below)
     result = Linear(
       (heads, width, self.out_features or inputs_q.shape[-1]),
       ('heads', 'head_dim', 'embed'),
@@ -236,6 +242,19 @@ class GatedAttention(nn.Module):
     if logits is None or self._fused:
       return output
     return self._apply(output, logits)
+
+  def _leave_out(
+    self, output: Array, logits: Array, kv_heads: int, threshold: Array
+  ) -> Array:
+    """The gated output without kv heads that the gate silences."""
+    scores = gates.gate_scores(logits, gate_spec(self.gate))
+    if self.gate.shared:
+      scores = gates.share_over_heads(scores)
+    scores = jnp.broadcast_to(scores, (*output.shape[:2], *scores.shape[2:]))
+    quiet = decode.quiet_heads(scores, kv_heads, output.shape[2], threshold)
+    if self._watched:
+      self.sow('probes', 'quiet_heads', quiet)
+    return decode.leave_out(output, quiet)
 
   def _attend(
     self,

@@ -46,12 +46,20 @@ from gated_jax.ops.attention import context
 from gated_jax.ops.attention.spec import LSE_NAME
 from gated_jax.ops.attention.spec import OUTPUT_NAME
 
-ATTENTION = ('query', 'key', 'value', LOGITS_NAME, OUTPUT_NAME, LSE_NAME)
+GATED = (LOGITS_NAME, OUTPUT_NAME, LSE_NAME)
 # What each policy saves; 'none' is no policy at all.
 SAVED: dict[str, tuple[str, ...]] = {
   'full': (),
-  'attention': ATTENTION,
-  'minimal': (*ATTENTION, 'mlp_gate', 'mlp_up', 'attention_result'),
+  'attention': ('query', 'key', 'value', *GATED),
+  'minimal': (
+    'query_projection',
+    'key_projection',
+    'value_projection',
+    *GATED,
+    'attention_result',
+    'mlp_gate',
+    'mlp_up',
+  ),
 }
 
 
@@ -213,6 +221,8 @@ class Decoder(nn.Module):
     positions: Int[Array, 'B T'] | None = None,
     cache: Cache | None = None,
     deterministic: bool = True,
+    last: bool = False,
+    skip_below: Float[Array, ''] | None = None,
   ) -> Any:
     """Logits of the next token at every position.
 
@@ -224,6 +234,9 @@ class Decoder(nn.Module):
       cache: from `init_cache` or an earlier call; its tokens come before
         these. Padding has to be at the end of a row.
       deterministic: no dropout.
+      last: only of each row's last token that is no padding: T is 1.
+      skip_below: leaves heads out whose gate scores are all below it; see
+        `gated_jax/ops/attention/decode.py`.
 
     Returns:
       [B, T, V] float32, and with a cache the pair of that and the cache that
@@ -231,7 +244,12 @@ class Decoder(nn.Module):
     """
     inputs = {'tokens': tokens, 'segments': segments, 'positions': positions}
     order = self._order(tokens.shape[1], cache)
-    x, cache, _ = self._hidden(_permute(inputs, order), cache, deterministic)
+    x, cache, _ = self._hidden(
+      _permute(inputs, order), cache, deterministic, skip_below
+    )
+    if last:
+      x = x if order is None else x[:, jnp.argsort(order)]
+      x, order = _last_token(x, segments), None
     wide = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.einsum(
       'BTD,VD->BTV' if self.config.tie_embeddings else 'BTD,DV->BTV',
@@ -281,7 +299,11 @@ class Decoder(nn.Module):
     return self.unembed()
 
   def _hidden(
-    self, inputs: dict[str, Any], cache: Cache | None, deterministic: bool
+    self,
+    inputs: dict[str, Any],
+    cache: Cache | None,
+    deterministic: bool,
+    skip_below: Array | None = None,
   ) -> tuple[Array, Cache | None, dict[str, dict[str, Array]]]:
     """Final hidden states; what layers returned beside, stacked."""
     c = self.config
@@ -295,7 +317,7 @@ class Decoder(nn.Module):
         positions += index[:, None]
     spec = rope.RopeSpec(**vars(c.rope))
     around = Surroundings(
-      rope.rotation(positions, c.head_dim, spec), segments, index
+      rope.rotation(positions, c.head_dim, spec), segments, index, skip_below
     )
     valid = None if segments is None else segments != 0
     call = Call(around, valid, deterministic)
@@ -341,6 +363,14 @@ def _place(tied: bool, function: Any, differentiate: bool) -> Any:
   sums: Any = ((), (), (), ())
   outputs = (sums, (tokens, matrix)) if differentiate else sums
   return sharding.per_device(function, (tokens, matrix, rows, rows), outputs)
+
+
+def _last_token(x: Array, segments: Array | None) -> Array:
+  """[B, 1, D] of [B, T, D]; the first where a row is all padding."""
+  if segments is None:
+    return x[:, -1:]
+  at = jnp.max(jnp.arange(x.shape[1]) * (segments != 0), axis=1)
+  return jnp.take_along_axis(x, at[:, None, None], axis=1)
 
 
 def _permute(inputs: dict[str, Any], order: Any) -> dict[str, Any]:

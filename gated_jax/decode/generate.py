@@ -1,0 +1,260 @@
+"""Prompts to tokens: prefill in chunks, then step by step.
+
+    for tokens in generate(model, params, prompts, max_tokens=100): ...
+
+The cache is a value that every call takes and returns, and its memory goes
+from one to the next. Shapes are rounded up to buckets, so that prompts of any
+length run through few compiled programs: one prefill for each size of chunk
+and cache, one step for each size of cache. Rows are padded on the right;
+each has its own length in the cache. Read `sampling.py` for the choice of a
+token, `gated_jax/model/decoder.py` for the cache.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+from gated_jax.config import ModelConfig
+from gated_jax.decode.sampling import Sampling
+from gated_jax.decode.sampling import choose
+from gated_jax.decode.weights import Params
+from gated_jax.model.decoder import Cache
+from gated_jax.model.decoder import Decoder
+from gated_jax.model.decoder import init_cache
+
+CHUNK = 256  # tokens of each row that one call of prefill takes at most
+SMALLEST = 32  # bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+  """The shapes that prompts are padded to."""
+
+  chunk: int  # tokens of a row in one call of prefill
+  chunks: int
+  cache: int  # tokens of a row that the cache has room for
+
+
+def buckets(longest: int, new: int) -> Buckets:
+  """For prompts of at most `longest` tokens, and `new` ones after them."""
+  chunk = min(CHUNK, _power(longest))
+  chunks = -(-longest // chunk)
+  # The last chunk is written whole, padding included.
+  return Buckets(chunk, chunks, _power(max(longest + new - 1, chunks * chunk)))
+
+
+def _power(n: int) -> int:
+  """The next power of two, or a step of a quarter of one between them."""
+  power = max(SMALLEST, 1 << (n - 1).bit_length())
+  quarter = power // 8
+  return power if power <= CHUNK else -(-n // quarter) * quarter
+
+
+def check_prompts(
+  prompts: Sequence[Sequence[int] | np.ndarray], config: ModelConfig
+) -> None:
+  """ValueError naming what the model cannot read."""
+  if not len(prompts):
+    raise ValueError('there are no prompts')
+  for i, prompt in enumerate(prompts):
+    ids = np.asarray(prompt)
+    if not ids.size:
+      raise ValueError(f'prompt {i} is empty')
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+      raise ValueError(f'prompt {i} must be a list of token ids')
+    if ids.size > config.length:
+      raise ValueError(
+        f'prompt {i} has {ids.size} tokens, and the model is built for '
+        f'{config.length}'
+      )
+    wrong = ids[(ids < 0) | (ids >= config.vocab)]
+    if wrong.size:
+      raise ValueError(
+        f'prompt {i} has the token id {wrong[0]}, which is not in '
+        f'[0, {config.vocab})'
+      )
+
+
+def generate(
+  model: Decoder,
+  params: Params,
+  prompts: Sequence[Sequence[int] | np.ndarray],
+  *,
+  max_tokens: int = 128,
+  sampling: Sampling = Sampling(),
+  seed: int = 0,
+  stop: Collection[int] = (),
+  skip_below: float = 0.0,
+) -> Iterator[Int[np.ndarray, ' B']]:
+  """Yields one token of every row at a time.
+
+  A row ends with a stop token, which is yielded, or where the model's length
+  is reached; then it yields -1 until all rows have ended. The same arguments
+  give the same tokens. On a mesh, call it inside `sharding.activate`.
+
+  Args:
+    model: fastest with `scan=False`; see `weights.py`.
+    params: its parameters.
+    prompts: token ids of each row, of any lengths.
+    max_tokens: new ones of each row.
+    sampling: how they are chosen.
+    seed: of the draws.
+    stop: ids that end a row.
+    skip_below: steps do not read the cache for heads whose gate scores are
+      all below; see docs/decoding.md. 0 is exact.
+
+  Raises:
+    ValueError: a prompt that the model cannot read; at once, not when the
+      first token is asked for.
+  """
+  config = model.config
+  check_prompts(prompts, config)
+  if max_tokens < 1:
+    raise ValueError(f'{max_tokens=} must be positive')
+  if not 0 <= seed < 2**32:
+    raise ValueError(f'{seed=} must lie in [0, 2**32)')
+  check_skip(config, skip_below)
+  return _run(
+    model,
+    params,
+    [np.asarray(p, np.int32) for p in prompts],
+    max_tokens,
+    (sampling, seed, skip_below),
+    frozenset(stop),
+  )
+
+
+def check_skip(config: ModelConfig, skip_below: float) -> None:
+  """ValueError where no bound of the error would hold."""
+  gate = config.gate
+  if not 0 <= skip_below < float('inf'):
+    raise ValueError(f'{skip_below=} must not be negative')
+  fits = gate.has_scores and gate.position == 'sdpa_output'
+  if skip_below and not (fits and gate.mode == 'multiplicative'):
+    raise ValueError(
+      f'{skip_below=} needs a gate that multiplies the attention output, not '
+      f'position={gate.position!r}, kind={gate.kind!r}, mode={gate.mode!r}'
+    )
+
+
+def _run(
+  model: Decoder,
+  params: Params,
+  prompts: list[np.ndarray],
+  max_tokens: int,
+  options: tuple[Sampling, int, float],
+  stop: frozenset[int],
+) -> Iterator[Int[np.ndarray, ' B']]:
+  lengths = np.array([len(p) for p in prompts])
+  # Of the last token only the logits are needed: it takes no place.
+  room = model.config.length - lengths + 1
+  count = int(min(max_tokens, room.max()))
+  logits, cache = prefill(model, params, prompts, count)
+  sampling, seed, threshold = options
+  skip_below = jnp.float32(threshold) if threshold else None
+  draw = np.uint32(seed)
+  tokens = _choose(logits, draw, np.int32(0), sampling=sampling)
+  alive = np.ones(len(prompts), bool)
+  for i in range(count):
+    ahead = tokens
+    if i + 1 < count:
+      # Under way before the host looks at the tokens it follows from.
+      tokens, cache = _step(
+        model,
+        params,
+        cache,
+        ahead,
+        draw,
+        np.int32(i + 1),
+        skip_below,
+        sampling=sampling,
+      )
+    found = np.where(alive, np.asarray(ahead), -1)
+    yield found
+    alive &= ~np.isin(found, list(stop)) & (room > i + 1)
+    if not alive.any():
+      return
+
+
+def prefill(
+  model: Decoder, params: Params, prompts: Sequence[np.ndarray], new: int
+) -> tuple[Float[Array, 'B V'], Cache]:
+  """Logits after each prompt, and a cache with room for `new` tokens more.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    prompts: token ids, checked.
+    new: how many will be generated, the first included.
+  """
+  lengths = np.array([len(p) for p in prompts])
+  shape = buckets(int(lengths.max()), new)
+  tokens = np.zeros((len(prompts), shape.chunks * shape.chunk), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  segments = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
+  cache = _empty(model.config, len(prompts), shape.cache)
+  logits = jnp.zeros((len(prompts), model.config.vocab), jnp.float32)
+  for i in range(shape.chunks):
+    part = slice(i * shape.chunk, (i + 1) * shape.chunk)
+    logits, cache = _extend(
+      model, params, cache, logits, tokens[:, part], segments[:, part]
+    )
+  return logits, cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(config: ModelConfig, batch: int, length: int) -> Cache:
+  return init_cache(config, batch, length)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _extend(
+  model: Decoder,
+  params: Params,
+  cache: Cache,
+  before: Float[Array, 'B V'],
+  tokens: Int[Array, 'B T'],
+  segments: Int[Array, 'B T'],
+) -> tuple[Float[Array, 'B V'], Cache]:
+  """The cache with one chunk more; rows without tokens keep their logits."""
+  found: tuple[Array, Cache] = model.apply(
+    {'params': params}, tokens, segments=segments, cache=cache, last=True
+  )  # type: ignore[assignment]
+  logits, cache = found
+  any_new = jnp.any(segments != 0, axis=1, keepdims=True)
+  return jnp.where(any_new, logits[:, 0].astype(jnp.float32), before), cache
+
+
+_choose = functools.partial(jax.jit, static_argnames='sampling')(choose)
+
+
+@functools.partial(
+  jax.jit, static_argnums=0, static_argnames='sampling', donate_argnums=2
+)
+def _step(
+  model: Decoder,
+  params: Params,
+  cache: Cache,
+  tokens: Int[Array, ' B'],
+  seed: Int[Array, ''],
+  index: Int[Array, ''],
+  skip_below: Float[Array, ''] | None,
+  *,
+  sampling: Sampling,
+) -> tuple[Int[Array, ' B'], Cache]:
+  """The tokens after these, and the cache with these."""
+  found: tuple[Array, Cache] = model.apply(
+    {'params': params}, tokens[:, None], cache=cache, skip_below=skip_below
+  )  # type: ignore[assignment]
+  logits, cache = found
+  return choose(logits[:, 0], seed, index, sampling), cache

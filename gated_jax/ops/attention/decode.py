@@ -1,0 +1,50 @@
+"""One query to a cache of keys, with heads that need not be read.
+
+    y = s * (p V)        |y| <= s * max|V|        s = the gate's score
+
+The gate of a token is known before its attention: softmax weights sum to one,
+so where all scores of the query heads that share a kv head are below a
+threshold, leaving that head out changes no channel by more than the threshold
+times the largest |value|. `quiet_heads` finds those heads.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+
+
+def quiet_heads(
+  scores: Float[Array, 'B T #N #H'],
+  kv_heads: int,
+  heads: int,
+  threshold: Float[Array, ''],
+) -> Bool[Array, 'B T K']:
+  """Kv heads that no query head of a token listens to.
+
+  Args:
+    scores: of the gate, after its activation.
+    kv_heads: K.
+    heads: N, of which N / K read each kv head.
+    threshold: |scores| below it are as good as none; 0: none are.
+  """
+  loudest = jnp.max(jnp.abs(scores), axis=-1)
+  b, t = loudest.shape[:2]
+  loudest = jnp.broadcast_to(loudest, (b, t, heads))
+  groups = loudest.reshape(b, t, kv_heads, heads // kv_heads)
+  return jnp.max(groups, axis=-1) < threshold
+
+
+def leave_out(
+  output: Float[Array, 'B T N H'], quiet: Bool[Array, 'B T K']
+) -> Float[Array, 'B T N H']:
+  """Gated output with zeros for the heads that read a quiet kv head."""
+  per_head = jnp.repeat(quiet, output.shape[2] // quiet.shape[2], axis=2)
+  return jnp.where(per_head[..., None], 0, output)
+
+
+def error_bound(
+  value: Float[Array, 'B S K H'], threshold: Float[Array, '']
+) -> Float[Array, ' K']:
+  """The most that leaving a head out changes a channel of gated output."""
+  return threshold * jnp.max(jnp.abs(value), axis=(0, 1, 3))
