@@ -300,7 +300,7 @@ class Program:
       elif i.op in ('fusion', 'async-start') and i.calls:
         for inner_computation, inner in self._fused(i.calls):
           # The start, the steps and the end of one collective each hold it.
-          key = (inner.op, inner.channel, inner.type)
+          key = (inner.op, inner.channel, _without_layout(inner.type))
           if key not in seen:
             seen.add(key)
             spread = i.op == 'async-start' or 'async' in i.name + i.calls
