@@ -40,6 +40,10 @@ ROOMS = {
     'config ops sharding model training',
     'jax numpy absl ml_collections',
   ),
+  'bench': (
+    'config ops sharding model training',
+    'jax numpy jaxtyping absl torch',
+  ),
   'train.py': ('config training', 'jax absl ml_collections'),
   'configs': ('config', 'ml_collections'),
 }
