@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from flax import linen as nn
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
+from jaxtyping import Int
 
 FILLER = (
   'The grass is green. The sky is blue. The sun is yellow. '
@@ -31,7 +33,13 @@ NEEDLE = 'The pass key is {}. Remember it. '
 QUESTION = 'What is the pass key? The pass key is'
 
 Encode = Callable[[str], Sequence[int]]
-Batch = dict[str, np.ndarray]
+
+
+class Texts(NamedTuple):
+  """Rows of tokens, the last of which are the answer."""
+
+  tokens: Int[np.ndarray, 'B T+1']
+  answers: Int[np.ndarray, ' B']  # how many tokens each row's answer has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +71,7 @@ def passkey(
   """Hides `rows` numbers at each depth of texts of each length.
 
   Args:
-    model: called on a batch it gives logits [B, T, V].
+    model: gives logits [B, T, V] of tokens [B, T], as `Decoder` does.
     params: its parameters.
     encode: text to token ids, without marks for beginning and end.
     lengths: in tokens.
@@ -76,8 +84,9 @@ def passkey(
   for i, length in enumerate(lengths):
     for j, depth in enumerate(depths):
       rng = np.random.default_rng((seed, i, j))
-      batch = hide(encode, length, depth, rows, rng)
-      right, cost = _read(model, params, batch)
+      texts = hide(encode, length, depth, rows, rng)
+      last = int(texts.answers.max())
+      right, cost = _read(model, last, params, texts)
       accuracy[i, j] = np.asarray(right).mean()
       nats[i, j] = float(cost)
   return Recall(tuple(lengths), tuple(depths), accuracy, nats)
@@ -89,8 +98,10 @@ def hide(
   depth: float,
   rows: int,
   rng: np.random.Generator,
-) -> Batch:
-  """Rows that end in the question and its answer; only that has weight.
+) -> Texts:
+  """Rows that end in the question and its answer.
+
+  A model reads `length` tokens of a row: all but the answer's last.
 
   Raises:
     ValueError: the length has no room for needle and question.
@@ -98,7 +109,7 @@ def hide(
   question = list(encode(QUESTION))
   filler = list(encode(FILLER))
   tokens = np.zeros((rows, length + 1), np.int32)
-  weights = np.zeros((rows, length), np.float32)
+  answers = np.zeros(rows, np.int32)
   for row in range(rows):
     key = int(rng.integers(10_000, 100_000))
     needle, answer = list(encode(NEEDLE.format(key))), list(encode(f' {key}'))
@@ -113,24 +124,23 @@ def hide(
     cut = round(depth * room / len(filler)) * len(filler)
     cut = min(cut, room)
     tokens[row] = text[:cut] + needle + text[cut:] + question + answer
-    weights[row, length - len(answer) :] = 1
-  return {
-    'tokens': tokens[:, :-1],
-    'targets': tokens[:, 1:],
-    'segments': np.ones((rows, length), np.int32),
-    'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-    'weights': weights,
-  }
+    answers[row] = len(answer)
+  return Texts(tokens, answers)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _read(
-  model: nn.Module, params: Any, batch: dict[str, Any]
+  model: nn.Module, last: int, params: Any, texts: Any
 ) -> tuple[Bool[Array, ' B'], Float[Array, '']]:
-  logits: Any = model.apply({'params': params}, batch)
-  targets, weights = batch['targets'], batch['weights']
+  """Whether each row's answer is found, and nats per token of the answers."""
+  # Compilers for accelerators move the cut before the product: logits of a
+  # long text would not fit.
+  logits: Any = model.apply({'params': params}, texts.tokens[:, :-1])
+  logits = logits[:, -last:].astype(jnp.float32)
+  targets = texts.tokens[:, -last:]
+  asked = jnp.arange(last) >= last - texts.answers[:, None]
   right = jnp.argmax(logits, axis=-1) == targets
-  found = jnp.all(right | (weights == 0), axis=1)
-  costs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  found = jnp.all(right | ~asked, axis=1)
+  costs = jax.nn.log_softmax(logits, axis=-1)
   costs = -jnp.take_along_axis(costs, targets[..., None], axis=-1)[..., 0]
-  return found, jnp.sum(costs * weights) / jnp.sum(weights)
+  return found, jnp.sum(costs, where=asked) / jnp.sum(asked)

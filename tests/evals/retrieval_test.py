@@ -1,12 +1,16 @@
 """The pass key task: what is asked, and what counts as found."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from gated_jax.config import ModelConfig
 from gated_jax.evals import retrieval
+from gated_jax.model.decoder import Decoder
 
 
 def encode(text):
@@ -17,24 +21,32 @@ def text(tokens):
   return bytes(tokens.tolist()).decode()
 
 
-class Oracle(nn.Module):
-  """Knows the targets, but for the last digit of rows chosen by `wrong`."""
+class Copier(nn.Module):
+  """Goes on as the text did the first time it read the last eight tokens.
+
+  In rows chosen by `wrong` the last token is another one.
+  """
 
   wrong: tuple[int, ...] = ()
 
-  def __call__(self, batch):
-    logits = jax.nn.one_hot(batch['targets'], 128) * 50
+  def __call__(self, tokens):
+    length = tokens.shape[1]
+    same = tokens[:, :, None] == tokens[:, None, :]
+    same = jnp.pad(same, ((0, 0), (7, 0), (7, 0)))
+    runs = [same[:, i : i + length, i : i + length] for i in range(8)]
+    first = jnp.argmax(jnp.all(jnp.stack(runs), axis=0), axis=-1)
+    following = jnp.take_along_axis(jnp.roll(tokens, -1, axis=1), first, axis=1)
     if self.wrong:
-      logits = logits.at[jnp.array(self.wrong), -1].set(0.0)
-    return logits
+      following = following.at[jnp.array(self.wrong), -1].add(1)
+    return jax.nn.one_hot(following, 256) * 50
 
 
 def test_a_row_hides_its_number_once_and_asks_for_it_at_the_end():
-  batch = retrieval.hide(encode, 400, 0.5, 3, np.random.default_rng(0))
+  texts = retrieval.hide(encode, 400, 0.5, 3, np.random.default_rng(0))
+  assert texts.tokens.shape == (3, 401)
   keys = set()
-  for row in range(3):
-    whole = text(np.append(batch['tokens'][row], batch['targets'][row, -1]))
-    answer = text(batch['targets'][row][batch['weights'][row] == 1])
+  for tokens, count in zip(*texts, strict=True):
+    whole, answer = text(tokens), text(tokens[-count:])
     assert len(answer) == 6
     assert answer.startswith(' ')
     assert whole.endswith('The pass key is' + answer)
@@ -42,15 +54,12 @@ def test_a_row_hides_its_number_once_and_asks_for_it_at_the_end():
     assert 120 < whole.index(f'The pass key is{answer}. Remember it.') < 280
     keys.add(answer)
   assert len(keys) == 3
-  np.testing.assert_array_equal(
-    batch['tokens'][:, 1:], batch['targets'][:, :-1]
-  )
 
 
 @pytest.mark.parametrize('depth, low, high', [(0.0, 0, 0), (1.0, 800, 960)])
 def test_depth_places_the_needle(depth, low, high):
-  batch = retrieval.hide(encode, 1000, depth, 1, np.random.default_rng(0))
-  place = text(batch['tokens'][0]).index('Remember') - len(
+  texts = retrieval.hide(encode, 1000, depth, 1, np.random.default_rng(0))
+  place = text(texts.tokens[0]).index('Remember') - len(
     'The pass key is 12345. '
   )
   assert low <= place <= high
@@ -59,7 +68,7 @@ def test_depth_places_the_needle(depth, low, high):
 def test_a_row_counts_only_when_its_whole_answer_is_right():
   results = [
     retrieval.passkey(
-      Oracle(wrong), {}, encode, lengths=(128, 200), depths=(0.0, 1.0), rows=4
+      Copier(wrong), {}, encode, lengths=(128, 200), depths=(0.0, 1.0), rows=4
     )
     for wrong in ((), (1,), (0, 1, 2, 3))
   ]
@@ -70,6 +79,46 @@ def test_a_row_counts_only_when_its_whole_answer_is_right():
     'retrieval/128': 0.75,
     'retrieval/200': 0.75,
   }
+
+
+def test_only_the_tokens_of_an_answer_count_where_answers_differ_in_length():
+  def pairs(words):
+    """Two even digits in a row are one token."""
+    found = re.findall(r'[02468]{2}|.', words)
+    return [int(x) + 128 if len(x) == 2 else ord(x) for x in found]
+
+  class Flat(nn.Module):
+    def __call__(self, tokens):
+      return jnp.zeros((*tokens.shape, 256))
+
+  texts = retrieval.hide(pairs, 200, 0.5, 8, np.random.default_rng(0))
+  assert len(set(texts.answers.tolist())) > 1
+  found = retrieval.passkey(Flat(), {}, pairs, (200,), (0.5,))
+  np.testing.assert_allclose(found.nats, np.log(256), rtol=1e-6)
+  found = retrieval.passkey(Copier(), {}, pairs, (200,), (0.5,))
+  assert found.accuracy == 1
+
+
+def test_a_decoder_of_zeros_finds_every_token_equally_likely():
+  config = ModelConfig(
+    vocab=128,
+    length=128,
+    depth=1,
+    width=16,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp_width=16,
+    dtype='float32',
+    attention='xla',
+  )
+  model = Decoder(config)
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
+  params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes['params'])
+  found = retrieval.passkey(model, params, encode, (100,), (0.5,), rows=2)
+  assert found.accuracy == 0
+  np.testing.assert_allclose(found.nats, np.log(128), rtol=1e-6)
 
 
 def test_a_length_without_room_is_refused_with_what_it_takes():
