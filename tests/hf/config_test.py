@@ -1,0 +1,225 @@
+"""hf/config.py: config.json there and back, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from gated_jax.config import GateConfig
+from gated_jax.config import ModelConfig
+from gated_jax.config import MoEConfig
+from gated_jax.hf.config import choose_family
+from gated_jax.hf.config import family_named
+from gated_jax.hf.config import find_family
+from gated_jax.hf.config import read_config
+from gated_jax.hf.config import write_config
+
+QWEN3 = {
+  'architectures': ['Qwen3ForCausalLM'],
+  'model_type': 'qwen3',
+  'vocab_size': 64,
+  'max_position_embeddings': 32,
+  'num_hidden_layers': 4,
+  'hidden_size': 32,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'head_dim': 8,
+  'intermediate_size': 48,
+  'rms_norm_eps': 1e-6,
+  'rope_theta': 1e6,
+  'bos_token_id': 151643,
+  'transformers_version': '4.51.0',
+}
+MOE = {
+  'model_type': 'qwen3_moe',
+  'num_experts': 4,
+  'num_experts_per_tok': 2,
+  'moe_intermediate_size': 24,
+}
+NEXT = {'model_type': 'qwen3_next', 'num_experts': 0}
+FULL = ['full_attention'] * 4
+
+
+def read(**changes):
+  values = {k: v for k, v in (QWEN3 | changes).items() if v != 'absent'}
+  return read_config(values, find_family(values))
+
+
+def test_reading_back_gives_the_same_model(case):
+  family, config = case
+  kind = family_named(family)
+  values = write_config(config, kind)
+  assert find_family(values).name == family
+  assert read_config(values, kind) == config
+
+
+@pytest.mark.parametrize('key', [k for k in QWEN3 if k not in (
+  'architectures', 'bos_token_id', 'transformers_version')])  # fmt: skip
+def test_a_required_key_that_is_missing_is_named(key):
+  with pytest.raises(ValueError, match=f'has no {key}'):
+    read(**{key: 'absent'})
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'hidden_act': 'gelu'}, "hidden_act='gelu'.*only 'silu'"),
+    ({'attention_bias': True}, 'attention_bias=True'),
+    ({'attention_dropout': 0.1}, r'attention_dropout=0\.1'),
+    ({'quantization_config': {'bits': 4}}, 'quantization_config='),
+    ({'rope_scaling': {'rope_type': 'llama3'}}, "rope_type 'llama3'"),
+    ({'rope_scaling': {'type': 'dynamic'}}, "rope_type 'dynamic'"),
+    ({'rope_scaling': {'rope_type': 'linear'}}, 'rope parameters .*no factor'),
+    ({'rope_scaling': {'type': 'default', 'why': 1}}, 'why=1, which is not known'),
+    ({'rope_scaling': 4}, 'rope parameters are no object'),
+    ({'partial_rotary_factor': 0.5}, r'partial_rotary_factor=0\.5'),
+    ({'softcap': 30.0}, 'softcap=30.0, which is not known.*--ignore=softcap'),
+    ({'model_type': 'llama'}, "model_type 'llama'; only afmoe, qwen3,"),
+    ({'hidden_size': 'wide'}, "model.width='wide' must be of type int"),
+    ({'num_hidden_layers': 2.5}, r'depth=2\.5 is no integer'),
+    ({'num_key_value_heads': 3}, r'model\.kv_heads=3'),
+    ({'dtype': 'float8'}, "model.dtype='float8'"),
+    ({'layer_types': FULL[:3]}, '3 layer_types for num_hidden_layers=4'),
+    ({'layer_types': [*FULL[:3], 'mamba']}, "layer 3 is 'mamba'"),
+    ({'layer_types': ['sliding_attention'] * 4}, "layer 0 is 'sliding_attention'"),
+    ({**MOE, 'num_experts': 'absent'}, 'has no num_experts'),
+    ({**MOE, 'decoder_sparse_step': 2}, 'decoder_sparse_step=2'),
+    ({**MOE, 'mlp_only_layers': [0]}, r'mlp_only_layers=\[0\]'),
+    ({**MOE, 'num_experts_per_tok': 5}, r'moe\.top_k=5'),
+    (NEXT, "layer 0 is 'linear_attention'"),
+    ({**NEXT, 'layer_types': [*FULL[:3], 'linear_attention']}, "layer 3 is 'lin"),
+    ({**NEXT, 'layer_types': FULL, 'num_experts': 8}, 'num_experts=8.*shared_expert_gate'),
+    ({**NEXT, 'layer_types': FULL, 'output_gate_type': 'swish'}, 'output_gate_type'),
+    ({'model_type': 'qwen3_5_text'}, "layer 0 is 'linear_attention'"),
+    ({'model_type': 'afmoe'}, 'num_dense_layers=1 of 4.*sigmoid scores'),
+    ({'model_type': 'afmoe', 'num_dense_layers': 4, 'mup_enabled': True}, 'mup_enabled'),
+  ],
+)  # fmt: skip
+def test_what_the_decoder_cannot_compute_is_refused_by_name(changes, message):
+  with pytest.raises(ValueError, match=message):
+    read(**changes)
+
+
+def test_a_key_can_be_ignored():
+  values = QWEN3 | {'seq_length': 9}
+  read_config(values, find_family(values), ignore=['seq_length'])
+
+
+@pytest.mark.parametrize(
+  ('changes', 'expected'),
+  [
+    ({}, {'windows': (0,)}),
+    # transformers 5 puts the base inside.
+    (
+      {'rope_theta': None, 'rope_parameters': {'rope_theta': 5e5}},
+      {'rope.base': 5e5},
+    ),
+    # A window without use_sliding_window does nothing.
+    ({'sliding_window': 7}, {'windows': (0,)}),
+    (
+      {'sliding_window': 7, 'use_sliding_window': True, 'max_window_layers': 1},
+      {'windows': (0, 7, 7, 7)},
+    ),
+    (
+      {
+        'sliding_window': 7,
+        'use_sliding_window': True,
+        'layer_types': ['sliding_attention', 'full_attention'] * 2,
+      },
+      {'windows': (7, 0)},
+    ),
+    (
+      {'rope_scaling': {'type': 'yarn', 'factor': None,
+                        'original_max_position_embeddings': 8}},
+      {'rope.factor': 4.0, 'rope.original_length': 8, 'rope.beta_fast': 32.0},
+    ),
+    (
+      {'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0, 'mscale': 0.7,
+                        'mscale_all_dim': 0.9, 'truncate': False}},
+      {'rope.factor': 2.0, 'rope.original_length': 32, 'rope.mscale': 0.7,
+       'rope.truncate': False},
+    ),
+    ({**MOE}, {'moe.experts': 4, 'moe.normalize': False}),
+    ({**MOE, 'num_experts': None, 'num_local_experts': 8}, {'moe.experts': 8}),
+    (
+      {**NEXT, 'layer_types': FULL},
+      {'rope.fraction': 0.25, 'norm_zero_centered': True,
+       'gate.position': 'sdpa_output', 'gate.activation': 'sigmoid'},
+    ),
+    (
+      {**NEXT, 'num_experts': 8, 'mlp_only_layers': [0, 1, 2, 3],
+       'full_attention_interval': 1},
+      {'moe.experts': 0},
+    ),
+    (
+      {'model_type': 'afmoe', 'num_dense_layers': 4, 'sliding_window': 7},
+      {'windows': (7, 7, 7, 0), 'global_rope': False, 'norm': 'sandwich'},
+    ),
+  ],
+)  # fmt: skip
+def test_settings_read(changes, expected):
+  config = read(**changes)
+  for name, value in expected.items():
+    found = config
+    for part in name.split('.'):
+      found = getattr(found, part)
+    assert found == value, name
+
+
+def with_gate(**changes):
+  return ModelConfig(gate=GateConfig(**changes))
+
+
+@pytest.mark.parametrize(
+  ('config', 'family', 'message'),
+  [
+    (ModelConfig(), 'qwen3', "model.gate.position='sdpa_output'"),
+    (with_gate(position='value'), 'gated_qwen3', "gate.position='value'"),
+    (with_gate(shared=True), 'gated_qwen3', 'gate.shared=True'),
+    (with_gate(mode='additive'), 'gated_qwen3', "gate.mode='additive'"),
+    (with_gate(channels=12), 'gated_qwen3', 'gate.channels=12'),
+    (with_gate(source='parameter'), 'gated_qwen3', "gate.source='parameter'"),
+    (with_gate(kind='silu'), 'gated_qwen3', "gate.kind='silu'"),
+    (with_gate(granularity='headwise'), 'afmoe', "gate.granularity='headwise'"),
+    (ModelConfig(), 'qwen3_next', 'model.norm_zero_centered=False'),
+    (ModelConfig(norm='sandwich'), 'gated_qwen3', "model.norm='sandwich'"),
+    (ModelConfig(windows=(4, 8)), 'gated_qwen3', r'model.windows=\[4, 8\]'),
+    (ModelConfig(moe=MoEConfig(experts=8)), 'gated_qwen3', 'model.moe.experts=8'),
+    (
+      ModelConfig(moe=MoEConfig(experts=8, shared_width=4)),
+      'qwen3_moe', 'model.moe.shared_width=4',
+    ),
+  ],
+)  # fmt: skip
+def test_what_a_family_has_no_words_for_is_named(config, family, message):
+  with pytest.raises(ValueError, match=f'{family} has no words for.*{message}'):
+    write_config(config, family_named(family))
+
+
+def test_settings_that_change_nothing_are_no_reason_to_refuse():
+  config = ModelConfig(
+    windows=(0, 0),
+    remat='full',
+    dropout=0.1,
+    gate=GateConfig(position='none', granularity='headwise'),
+    moe=MoEConfig(top_k=3),
+  )
+  assert choose_family(config).name == 'qwen3'
+
+
+def test_the_family_is_chosen_by_what_it_can_say(case):
+  family, config = case
+  chosen = choose_family(config).name
+  same = {'qwen3_next': 'qwen3_5'}  # without experts they are one model
+  if config.gate.position == 'none' and config.qk_norm:
+    assert chosen in ('qwen3', 'qwen3_moe')
+  else:
+    assert chosen == same.get(family, family)
+  with pytest.raises(ValueError, match=r'no family describes.*\n.*value'):
+    choose_family(
+      dataclasses.replace(config, gate=GateConfig(position='value'))
+    )
+
+
+def test_an_unknown_family_lists_the_known():
+  with pytest.raises(ValueError, match="no family 'gpt'; there are qwen3, "):
+    family_named('gpt')
