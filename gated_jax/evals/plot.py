@@ -162,8 +162,11 @@ def activation_per_layer(report: Report) -> 'Figure | None':
     return None
   import matplotlib.ticker
 
+  mean = np.format_float_positional(
+    report.activation.mean(), precision=3, fractional=False, trim='-'
+  )
   figure, axes = _blank(
-    f'Largest activation (mean of layers {report.activation.mean():.1f})',
+    f'Largest activation (mean of layers {mean})',
     'layer',
     'largest |activation|',
   )
