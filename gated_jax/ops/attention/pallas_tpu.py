@@ -328,7 +328,7 @@ def _forward_kernel(query, key, value, *refs, call, part, last, gate):
   ):
     base = begin + group[0].start - near
 
-    @pl.when((base >= 0) & (base < part) & (near + base < call.keys))
+    @pl.when((base >= 0) & (base < part) & (near + base >= 0))
     def _(group=group, base=base):
       for strip in group:
         at = pl.multiple_of(base + strip.start - group[0].start, blocks.strip)
@@ -338,7 +338,7 @@ def _forward_kernel(query, key, value, *refs, call, part, last, gate):
 
   # Keys that all of the queries see, in steps.
   end = jnp.int32(near + part)
-  start = jnp.int32(near)
+  start = jnp.maximum(near, 0)  # below it, a step that has nothing to do
   if rule.causal:
     early, late = cut.key_steps(rule, block, step)
     start = jnp.maximum(begin + early, start)

@@ -7,7 +7,9 @@ Each product is computed once: a resident part of keys and values meets all
 queries that see it, in turn for each query head of the group, so that dK and
 dV are summed in VMEM and nothing is repeated for grouped heads. dQ is summed
 in VMEM over the parts of keys. Matrices are held transposed, keys by queries,
-so that delta and the log-sum-exp are rows, as they lie in memory.
+so that delta and the log-sum-exp are rows, as they lie in memory. Where dQ of
+a whole group does not fit, queries are taken a range at a time, one call for
+each, and the ranges' dK and dV are added.
 
 The prologue turns (gradient of Y', Y' or Y, gate logits) into dY, delta and
 the gradient of the gate by `vjp.gate_backward`. With long keys it is repeated
@@ -44,31 +46,71 @@ def backward(
     rows: log-sum-exp and its gradient, [B, N, 1, T'].
     segments: document numbers [B, 1, T'] and [B, 1, S'], or None.
   """
+  blocks = call.blocks
+  fitting = int(blocks.dq_mib * 2**20) // (4 * call.group * call.head_dim)
+  many = cut.resident_part(
+    call.queries, blocks.back_queries, min(blocks.back_resident, fitting)
+  )
+  count = cut.resident_part(call.queries, many, fitting)
+  ranges = [
+    _some_queries(call, [*arrays, *rows], segments, (start, count, many))
+    for start in range(0, call.queries, count)
+  ]
+  if len(ranges) == 1:
+    return ranges[0]
+  d_query, d_key, d_value, d_gate = zip(*ranges, strict=True)
+  along = -1 if call.gated == 'headwise' else 1
+  return (
+    jnp.concatenate(d_query, axis=1),
+    _add(d_key, arrays[0]),
+    _add(d_value, arrays[1]),
+    jnp.concatenate(d_gate, axis=along) if call.gated != 'none' else None,
+  )
+
+
+def _add(ranges, like):
+  """The sum, where early queries see only the keys before them."""
+  total = ranges[-1]
+  for part in ranges[:-1]:
+    total = total.at[:, : part.shape[1]].add(part)
+  rest = like.shape[1] - total.shape[1]
+  return jnp.pad(total, ((0, 0), (0, rest), (0, 0))).astype(like.dtype)
+
+
+def _some_queries(call, inputs, segments, some):
+  """All gradients that queries start..start + count contribute to."""
+  _, count, many = some
   blocks, h = call.blocks, call.head_dim
-  key, query = arrays[0], arrays[2]
-  batch, limit = query.shape[0], blocks.back_resident
-  part = cut.resident_part(call.keys, blocks.back_keys, limit)
-  many = cut.resident_part(call.queries, blocks.back_queries, limit)
-  sizes = call.keys // part, call.queries // many
-  specs = _Specs(call, part, many)
+  key, query = inputs[0], inputs[2]
+  batch, whole = query.shape[0], count == call.queries
+  part = cut.resident_part(call.keys, blocks.back_keys, blocks.back_resident)
+  specs = _Specs(call, part, some)
   gated = call.gated != 'none'
   logits = specs.row if call.gated == 'headwise' else specs.query
   kinds = [specs.kv] * 2 + [specs.query] * 3 + [logits] * gated
-  inputs = [*arrays, *rows]
   in_specs = [kind(specs.part_of_queries) for kind in kinds]
   in_specs += [specs.row(specs.part_of_queries)] * 2
   if segments is not None:
-    inputs += segments
+    inputs = [*inputs, *segments]
     in_specs += specs.segments()
+  keys = (batch, specs.parts * part, key.shape[2])
+  keys_type = key.dtype if whole else jnp.float32
+  shapes = [jax.ShapeDtypeStruct(keys, keys_type)] * 2
   out_specs = [specs.kv(None)] * 2 + [specs.query(specs.once)]
-  shapes = [key, key, query]
+  shapes.append(
+    jax.ShapeDtypeStruct((batch, count, query.shape[2]), query.dtype)
+  )
   if gated:
     out_specs.append(logits(specs.once))
-    shapes.append(arrays[5])
+    shape = shapes[-1].shape
+    if call.gated == 'headwise':
+      shape = (batch, call.heads, 1, count)
+    shapes.append(jax.ShapeDtypeStruct(shape, inputs[5].dtype))
+  sum_q = (call.group * (count // many), many, h)
   scratch = [
     pltpu.VMEM((part, h), jnp.float32),
     pltpu.VMEM((part, h), jnp.float32),
-    pltpu.VMEM((call.group * sizes[1], many, h), jnp.float32),
+    pltpu.VMEM(sum_q, jnp.float32),
     pltpu.VMEM((many, h), query.dtype),
     pltpu.VMEM((1, many), jnp.float32),
     pltpu.VMEM((1, many), jnp.float32),
@@ -76,15 +118,15 @@ def backward(
   if segments is not None:
     scratch.append(pltpu.VMEM((part, LANES), jnp.int32))
   d_key, d_value, d_query, *d_gate = pl.pallas_call(
-    functools.partial(_kernel, call=call, part=part, many=many),
-    grid=(batch, call.kv_heads, sizes[0], call.group, sizes[1]),
+    functools.partial(_kernel, call=call, part=part, some=some),
+    grid=(batch, call.kv_heads, specs.parts, call.group, count // many),
     in_specs=in_specs,
     out_specs=out_specs,
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+    out_shape=shapes,
     scratch_shapes=scratch,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel',) * 2 + ('arbitrary',) * 3,
-      vmem_limit_bytes=blocks.vmem_mib << 20,
+      vmem_limit_bytes=(blocks.vmem_mib << 20) + 4 * math.prod(sum_q),
     ),
     interpret=call.interpret,
     name='gated_attention_backward',
@@ -95,9 +137,15 @@ def backward(
 class _Specs:
   """Which block of each array a grid step (b, k, j, g, i) sees."""
 
-  def __init__(self, call: Call, part: int, many: int):
-    self.call, self.part, self.many = call, part, many
+  def __init__(self, call: Call, part: int, some: tuple[int, int, int]):
+    self.call, self.part = call, part
+    start, count, self.many = some
+    self.start, self.count = start // self.many, count // self.many
+    # Keys after the last query are seen by none, but their gradient, zero,
+    # is written by whoever writes all.
     self.parts = call.keys // part
+    if call.rule.causal and count < call.queries:
+      self.parts = min(self.parts, -(-(start + count) // part))
 
   def part_of_keys(self, j):
     """The last part first: part 0, which all queries see, comes last."""
@@ -106,15 +154,18 @@ class _Specs:
   def part_of_queries(self, j, g, i):
     """Those that see none of the keys are not fetched, until the end."""
     rule = self.call.rule
-    start = self.part_of_keys(j) * self.part
-    count = self.call.queries // self.many
-    first, last = 0, count - 1
+    begin = self.part_of_keys(j) * self.part
+    first, last = 0, self.count - 1
     if rule.causal:
-      first = cut.part_of(start, self.many, count)
+      first = self._within(begin)
     if rule.window:
-      last = start + self.part + rule.window - 2
-      last = cut.part_of(last, self.many, count)
-    return g, jnp.where(j == self.parts - 1, i, jnp.clip(i, first, last))
+      last = self._within(begin + self.part + rule.window - 2)
+    i = jnp.where(j == self.parts - 1, i, jnp.clip(i, first, last))
+    return g, self.start + i
+
+  def _within(self, position):
+    begin = self.start * self.many
+    return cut.part_of(position - begin, self.many, self.count)
 
   def once(self, j, g, i):
     """For outputs that the last part of keys completes."""
@@ -153,7 +204,7 @@ class _Specs:
     ]
 
 
-def _kernel(*refs, call, part, many):
+def _kernel(*refs, call, part, some):
   """One resident part of keys, one of the queries of one head."""
   refs = list(refs)
   gated = call.gated != 'none'
@@ -170,7 +221,8 @@ def _kernel(*refs, call, part, many):
   parts, count = pl.num_programs(2), pl.num_programs(4)
   slot = g * count + i
   final = j == parts - 1
-  near, begin = (parts - 1 - j) * part, i * many  # positions
+  first, _, many = some
+  near, begin = (parts - 1 - j) * part, first + i * many  # positions
   scale = call.scale * math.log2(math.e)
   # Where parts are squares, a query meets the keys of its own square first,
   # those of its own block before others: its prologue stands there, among

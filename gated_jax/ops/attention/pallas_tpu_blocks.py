@@ -41,12 +41,12 @@ class Blocks:
   resident: int = 4096  # keys and values that lie in VMEM
   # Backward: a block of keys walks over queries.
   back_queries: int = 512
-  back_keys: int = 1024
+  back_keys: int = 2048
   back_strip: int = 256
   back_resident: int = 4096  # queries, and keys, that lie in VMEM
   # Of VMEM: what a kernel may use, and dQ in float32 out of that.
   vmem_mib: int = 48
-  dq_mib: int = 16
+  dq_mib: float = 16
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -355,7 +355,7 @@ def _up(x: int, unit: int) -> int:
 # Chosen by the compiler's schedules (docs/kernels.md). The key is what JAX
 # calls the device; others get the first row's.
 TABLE: dict[str, Blocks] = {
-  '': Blocks(queries=1024, back_resident=2048, vmem_mib=16, dq_mib=4),
+  '': Blocks(queries=1024, back_keys=1024, back_resident=1024),
   'TPU v5 lite': Blocks(),
   'TPU v5': Blocks(),
   'TPU v5p': Blocks(),
