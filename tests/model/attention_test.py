@@ -1,0 +1,281 @@
+"""The attention module against float64 NumPy, gradients too, gate by gate."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.core import meta
+
+from gated_jax import GateConfig
+from gated_jax import GatedAttention
+from gated_jax.model.attention import Surroundings
+
+B, T, S, D, E = 2, 5, 7, 12, 10
+N, K, H = 4, 2, 6
+
+# Every position, granularity and sharing that GateConfig allows, then every
+# activation, sum and source where the paper has them.
+GATES = [
+  GateConfig(position='none'),
+  GateConfig(kind='rms_norm'),
+  GateConfig(kind='silu'),
+  GateConfig(position='dense_output'),
+  *(
+    GateConfig(position=position, granularity=granularity)
+    for position, granularity in itertools.product(
+      ('query', 'key', 'value', 'sdpa_output'), ('elementwise', 'headwise')
+    )
+  ),
+  *(GateConfig(position=p, shared=True) for p in ('value', 'sdpa_output')),
+  *(
+    GateConfig(activation=name, mode=mode)
+    for name, mode in itertools.product(
+      ('silu', 'identity', 'ns_sigmoid', 'two_sigmoid', 'softplus'),
+      ('multiplicative', 'additive'),
+    )
+  ),
+  GateConfig(source='parameter'),
+  GateConfig(source='parameter', granularity='headwise', position='value'),
+  GateConfig(channels=3),
+  GateConfig(channels=3, granularity='headwise'),
+  GateConfig(position='dense_output', channels=5, mode='additive'),
+]
+
+
+def label(gate):
+  plain = GateConfig()
+  changed = {k: v for k, v in vars(gate).items() if v != getattr(plain, k)}
+  return '-'.join(map(str, changed.values())) or 'default'
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+ACT = {
+  'sigmoid': sigmoid,
+  'silu': lambda x: x * sigmoid(x),
+  'identity': lambda x: x,
+  'ns_sigmoid': lambda x: 0.5 + 0.5 * sigmoid(x),
+  'two_sigmoid': lambda x: 2 * sigmoid(x),
+  'softplus': lambda x: np.log(1 + np.exp(x)),
+}
+
+
+def reference(p, x, y, mask, gate, qk_norm=False):
+  """Head by head in loops; complex numbers pass through, for derivatives."""
+
+  def gated(name, z, source):
+    if gate.position != name or gate.kind != 'gate':
+      return z
+    if gate.source == 'parameter':
+      g = np.broadcast_to(
+        p['gate']['scores'], (*z.shape[:2], *p['gate']['scores'].shape)
+      )
+    else:
+      w = p['gate']['kernel']
+      flat = source[..., : len(w)] @ w.reshape(len(w), -1)
+      g = flat.reshape(*z.shape[:2], *w.shape[1:])
+    if gate.granularity == 'headwise':
+      g = g[..., None]
+    s = ACT[gate.activation](g)
+    if gate.shared:
+      s = sum(s[:, :, n] for n in range(s.shape[2]))[:, :, None] / z.shape[2]
+    return z + s if gate.mode == 'additive' else z * s
+
+  def heads(name, source):
+    w = p[name]['kernel']
+    z = (source @ w.reshape(len(w), -1)).reshape(*source.shape[:2], -1, H)
+    return gated(name, z, source)
+
+  def rms(z, name):
+    mean = np.sum(z * z, axis=-1, keepdims=True) / z.shape[-1]
+    return z / np.sqrt(mean + 1e-6) * p[name]['scale']
+
+  q, k, v = heads('query', x), heads('key', y), heads('value', y)
+  if qk_norm:
+    q, k = rms(q, 'query_norm'), rms(k, 'key_norm')
+  out = np.zeros((*x.shape[:2], N, H), np.result_type(q, k, v))
+  for b, n, t in itertools.product(range(len(x)), range(N), range(x.shape[1])):
+    logits = k[b, :, n * K // N] @ q[b, t, n] / np.sqrt(H)
+    w = np.exp(logits) * mask[b, t]
+    out[b, t, n] = w @ v[b, :, n * K // N] / np.sum(w)
+  out = gated('sdpa_output', out, x)
+  if gate.kind == 'rms_norm':
+    out = rms(out, 'output_norm')
+  if gate.kind == 'silu':
+    out = ACT['silu'](out)
+  w = p['out']['kernel']
+  z = out.reshape(*x.shape[:2], -1) @ w.reshape(N * H, -1)
+  return gated('dense_output', z, x)
+
+
+def tree_step(tree, direction, size):
+  return jax.tree.map(lambda a, d: a + size * d, tree, direction)
+
+
+@pytest.mark.parametrize('gate', GATES, ids=label)
+def test_values_and_gradients_are_those_of_float64_loops(gate):
+  rng = np.random.default_rng(0)
+  cross = gate.position in ('none', 'key', 'value')
+  mask = rng.random((B, T, S if cross else T)) < 0.6
+  mask[..., 0] = True
+  x = rng.normal(size=(B, T, D))
+  y = rng.normal(size=(B, S, E)) if cross else x
+  with jax.enable_x64(True):
+    layer = GatedAttention(
+      num_heads=N,
+      num_kv_heads=K,
+      qkv_features=N * H,
+      gate=gate,
+      init_std=0.4,
+      dtype='float64',
+      param_dtype='float64',
+    )
+    inputs = (x, y) if cross else (x,)
+    kinds = {'mask': mask[:, None], 'deterministic': True}
+    shapes = jax.eval_shape(
+      lambda key: layer.init(key, *inputs, **kinds), jax.random.key(1)
+    )
+    params = jax.tree.map(
+      lambda a: 0.4 * rng.normal(size=a.shape), meta.unbox(shapes)['params']
+    )
+    weights = rng.normal(size=(B, T, D))
+
+    def scalar(params, *inputs):
+      return jnp.sum(
+        weights * layer.apply({'params': params}, *inputs, **kinds)
+      )
+
+    found = jax.jit(lambda *a: layer.apply({'params': a[0]}, *a[1:], **kinds))(
+      params, *inputs
+    )
+    expected = reference(params, x, y, mask, gate)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+
+    # Along random directions: exact derivatives by an imaginary step.
+    points = (params, *inputs)
+    gradients = jax.jit(jax.grad(scalar, tuple(range(len(points)))))(*points)
+    for which in range(len(points)):
+      for path in range(2 if which else 4):
+        leaves = jax.tree.map(lambda a: rng.normal(size=a.shape), points[which])
+        if not which and path < 3:  # one kind of parameter at a time
+          keep = ('gate', 'value', 'key')[path]
+          leaves = {
+            n: jax.tree.map(lambda d, n=n, keep=keep: d * (n == keep), sub)
+            for n, sub in leaves.items()
+          }
+        moved = list(points)
+        moved[which] = tree_step(points[which], leaves, 1e-30j)
+        p, first, *rest = moved
+        slope = reference(p, first, rest[0] if rest else first, mask, gate)
+        slope = np.sum(weights * slope.imag) / 1e-30
+        terms = jax.tree.map(
+          lambda g, d: np.sum(g * d), gradients[which], leaves
+        )
+        total = sum(jax.tree.leaves(terms))
+        np.testing.assert_allclose(total, slope, rtol=1e-8, atol=1e-8)
+
+
+def test_stands_where_flax_attention_stood():
+  """Same names, same masks: parameters of the one fit the other."""
+  x = jax.random.normal(jax.random.key(0), (2, 6, 16))
+  theirs = nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False)
+  mask = nn.make_causal_mask(x[..., 0])
+  params = theirs.init(jax.random.key(1), x, mask=mask)
+  ours = GatedAttention(num_heads=4, gate=GateConfig(position='none'))
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+    jnp.shape, meta.unbox(ours.init(jax.random.key(1), x, mask=mask))
+  )
+  np.testing.assert_allclose(
+    ours.apply(params, x, mask=mask),
+    theirs.apply(params, x, mask=mask),
+    atol=1e-6,
+  )
+
+
+def test_a_zero_two_sigmoid_gate_leaves_a_trained_layer_as_it_was():
+  x = jax.random.normal(jax.random.key(0), (1, 6, 16))
+  plain = GatedAttention(num_heads=4, gate=GateConfig(position='none'))
+  params = meta.unbox(plain.init(jax.random.key(1), x))['params']
+  gate = GateConfig(activation='two_sigmoid', init='zeros')
+  gated = GatedAttention(num_heads=4, gate=gate)
+  zeros = {'gate': {'kernel': jnp.zeros((16, 4, 4))}}
+  np.testing.assert_array_equal(
+    gated.apply({'params': {**params, **zeros}}, x),
+    plain.apply({'params': params}, x),
+  )
+
+
+def test_dropout_drops_only_when_asked_to():
+  x = jax.random.normal(jax.random.key(0), (1, 6, 16))
+  layer = GatedAttention(num_heads=4, dropout_rate=0.5)
+  params = layer.init({'params': jax.random.key(1)}, x, deterministic=True)
+  still = layer.apply(params, x, deterministic=True)
+  rngs = [{'dropout': jax.random.key(i)} for i in (2, 2, 3)]
+  a, b, c = (layer.apply(params, x, deterministic=False, rngs=r) for r in rngs)
+  np.testing.assert_array_equal(a, b)
+  assert np.abs(a - still).max() > 1e-3
+  assert np.abs(a - c).max() > 1e-3
+  with pytest.raises(ValueError, match='deterministic'):
+    layer.apply(params, x)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'num_heads': 3, 'num_kv_heads': 2, 'qkv_features': 12}, 'num_heads=3'),
+    ({'num_heads': 5}, 'qkv_features=16 must be a multiple of num_heads=5'),
+    ({'num_heads': 4, 'implementation': 'fast'}, "implementation='fast'"),
+  ],
+)
+def test_sizes_and_names_that_do_not_fit_are_refused(fields, message):
+  layer = GatedAttention(**fields)
+  with pytest.raises(ValueError, match=message):
+    layer.init(jax.random.key(0), jnp.zeros((1, 2, 16)))
+
+
+def test_gate_in_bfloat16_rounds_once_unless_told_otherwise():
+  x = jax.random.normal(jax.random.key(0), (1, 64, 16)).astype(jnp.bfloat16)
+
+  def run(kind):
+    layer = GatedAttention(
+      num_heads=4, gate=GateConfig(dtype=kind), dtype='bfloat16', init_std=0.5
+    )
+    params = layer.init(jax.random.key(1), x)
+    exact = layer.clone(dtype='float32')
+    return layer.apply(params, x), exact.apply(params, x.astype(jnp.float32))
+
+  wide, exact = run('float32')
+  narrow, _ = run('model')
+  assert (wide != narrow).any()
+  error = [float(jnp.abs(y - exact).mean()) for y in (wide, narrow)]
+  assert error[0] < error[1]
+
+
+def test_queries_of_one_document_do_not_see_another():
+  segments = jnp.array([[1, 1, 1, 2, 2, 0]])
+  x = jax.random.normal(jax.random.key(0), (1, 6, 16))
+  layer = GatedAttention(num_heads=4, causal=True)
+  params = layer.init(jax.random.key(1), x)
+  around = Surroundings(segments=segments)
+
+  def at(t):
+    return lambda x: layer.apply(params, x, around=around)[0, t].sum()
+
+  gradients = jax.jit(lambda x: [jax.grad(at(t))(x) for t in range(6)])(x)
+  seen = (np.abs(np.stack(gradients))[:, 0].sum(-1) > 0).astype(int)
+  np.testing.assert_array_equal(
+    seen,
+    [
+      [1, 0, 0, 0, 0, 0],
+      [1, 1, 0, 0, 0, 0],
+      [1, 1, 1, 0, 0, 0],
+      [0, 0, 0, 1, 0, 0],
+      [0, 0, 0, 1, 1, 0],
+      [0, 0, 0, 0, 0, 1],
+    ],
+  )

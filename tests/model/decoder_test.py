@@ -1,0 +1,257 @@
+"""The whole model: what a token can see, how layers are stacked, the loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from gated_jax import Decoder
+from gated_jax import GateConfig
+from gated_jax import ModelConfig
+from gated_jax.config import MoEConfig
+from gated_jax.config import RopeConfig
+from gated_jax.model.decoder import SAVED
+
+SMALL = ModelConfig(
+  vocab=61,
+  length=32,
+  depth=2,
+  width=16,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  mlp_width=24,
+  dtype='float32',
+  init_std=0.2,
+)
+ROWS = {
+  'segments': np.array([[1, 1, 1, 1, 2, 2, 2, 0]]),
+  'positions': np.array([[0, 1, 2, 3, 0, 1, 2, 0]]),
+  'weights': np.array([[1, 1, 1, 0, 1, 1, 0, 0]], np.float32),
+}
+# Who sees whom: causality, and no document but one's own.
+VISIBLE = np.array(
+  [
+    [1, 0, 0, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0, 0],
+    [1, 1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0, 0, 0],
+    [0, 0, 0, 0, 1, 0, 0, 0],
+    [0, 0, 0, 0, 1, 1, 0, 0],
+    [0, 0, 0, 0, 1, 1, 1, 0],
+    [0, 0, 0, 0, 0, 0, 0, 1],
+  ]
+)
+VARIANTS = {
+  'plain': {},
+  'ungated': {'gate': GateConfig(position='none')},
+  'headwise': {'gate': GateConfig(granularity='headwise')},
+  'value': {'gate': GateConfig(position='value')},
+  'key': {'gate': GateConfig(position='key')},
+  'query': {'gate': GateConfig(position='query')},
+  'dense_output': {'gate': GateConfig(position='dense_output')},
+  'untied': {'tie_embeddings': False},
+  'sandwich': {'norm': 'sandwich', 'norm_zero_centered': True},
+  'pattern': {'windows': (3, 0), 'global_rope': False, 'depth': 4},
+  'experts': {'moe': MoEConfig(experts=4, top_k=2, width=8, shared_width=8)},
+  'yarn': {
+    'rope': RopeConfig(scaling='yarn', factor=4.0, original_length=8),
+  },
+}
+
+
+def config_of(name, **more):
+  return dataclasses.replace(SMALL, **VARIANTS[name], **more)
+
+
+def make(config, seed=0):
+  model = Decoder(config)
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  params = meta.unbox(jax.jit(model.init)(jax.random.key(seed), tokens))
+  return model, params['params']
+
+
+def batch_of(seed=0, rows=1):
+  tokens = np.random.default_rng(seed).integers(0, 61, (rows, 9))
+  repeated = {k: np.repeat(v, rows, axis=0) for k, v in ROWS.items()}
+  return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], **repeated}
+
+
+def loss_of(model, params, batch):
+  run = jax.jit(lambda p, b: model.apply({'params': p}, b, method='loss'))
+  return run(params, batch)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_a_token_sees_its_own_document_up_to_itself(name):
+  config = config_of(name)
+  model, params = make(config)
+  batch = batch_of()
+  table = params['embed']['embedding']
+  inputs = table[batch['tokens'][0]]
+
+  # Each token gets a row of its own, so that its gradient is known apart.
+  def logits_of(rows):
+    own = {**params, 'embed': {'embedding': table.at[:8].set(rows)}}
+    found = model.apply(
+      {'params': own},
+      jnp.arange(8)[None],
+      segments=batch['segments'],
+      positions=batch['positions'],
+    )
+    # Tied logits depend on every row: look at one that is no input.
+    return found[0, :, 20]
+
+  @jax.jit
+  def jacobian_of(rows):
+    # Row by row: grouped matmuls cannot be batched over this axis.
+    found, pullback = jax.vjp(logits_of, rows)
+    return jax.lax.map(lambda e: pullback(e)[0], jnp.eye(len(found)))
+
+  jacobian = jacobian_of(inputs)
+  seen = (np.abs(jacobian).sum(-1) > 0).astype(int)
+  np.testing.assert_array_equal(seen, VISIBLE)
+
+
+def test_a_window_hides_what_is_farther_back():
+  model, params = make(dataclasses.replace(SMALL, windows=(3,), depth=1))
+  table = params['embed']['embedding']
+
+  def logits_of(rows):
+    own = {**params, 'embed': {'embedding': table.at[:6].set(rows)}}
+    return model.apply({'params': own}, jnp.arange(6)[None])[0, :, 20]
+
+  seen = np.abs(jax.jit(jax.jacrev(logits_of))(table[:6])).sum(-1) > 0
+  np.testing.assert_array_equal(
+    seen.astype(int), np.tri(6, dtype=int) - np.tri(6, k=-3, dtype=int)
+  )
+
+
+@pytest.mark.parametrize('name', ('plain', 'pattern', 'experts'))
+def test_scanned_layers_are_the_unscanned_ones(name):
+  config = config_of(name)
+  model, params = make(config)
+  batch = batch_of(rows=2)
+  loss = loss_of(model, params, batch)
+  pattern = len(config.windows)
+  flat = {k: v for k, v in params.items() if k != 'layers'}
+  for layer in range(config.depth):
+    tree = params['layers']
+    if pattern > 1:
+      tree = tree[f'block_{layer % pattern}']
+    flat[f'layers_{layer}'] = jax.tree.map(
+      lambda x, layer=layer: x[layer // pattern], tree
+    )
+  alone = Decoder(dataclasses.replace(config, scan=False))
+  found = loss_of(alone, flat, batch)
+  np.testing.assert_allclose(found.total, loss.total, rtol=1e-6)
+  assert found.metrics.keys() == loss.metrics.keys()
+
+
+@pytest.mark.parametrize('policy', SAVED)
+def test_remat_changes_nothing_but_memory(policy):
+  config = config_of('plain')
+  model, params = make(config)
+  batch = batch_of()
+
+  def gradient(remat):
+    other = Decoder(dataclasses.replace(config, remat=remat))
+
+    def total(p):
+      return other.apply({'params': p}, batch, method='loss').total
+
+    return jax.jit(jax.grad(total))(params)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+    gradient(policy),
+    gradient('none'),
+  )
+
+
+def test_policies_save_less_and_less():
+  config = dataclasses.replace(config_of('plain'), depth=4)
+
+  def saved(remat):
+    model = Decoder(dataclasses.replace(config, remat=remat))
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    params = meta.unbox(shapes)['params']
+
+    def total(p):
+      return model.apply({'params': p}, batch_of(), method='loss').total
+
+    _, pullback = jax.eval_shape(lambda p: jax.vjp(total, p), params)
+    return sum(x.size for x in jax.tree.leaves(pullback))
+
+  sizes = [saved(r) for r in ('none', 'minimal', 'attention', 'full')]
+  assert sizes == sorted(set(sizes), reverse=True), sizes
+
+
+@pytest.mark.parametrize('tied', (True, False))
+def test_loss_is_the_mean_over_the_tokens_that_count(tied):
+  """In float64 NumPy, from the logits; z-loss too."""
+  config = dataclasses.replace(
+    SMALL, tie_embeddings=tied, z_loss=0.3, logit_chunk=5
+  )
+  model, params = make(config)
+  batch = batch_of(rows=3)
+  logits = jax.jit(model.apply)(
+    {'params': params},
+    batch['tokens'],
+    segments=batch['segments'],
+    positions=batch['positions'],
+  )
+  logits = np.asarray(logits, np.float64)
+  lse = np.log(np.exp(logits).sum(-1))
+  at = np.take_along_axis(logits, batch['targets'][..., None], -1)[..., 0]
+  weights = batch['weights'] / batch['weights'].sum()
+  nll, z = ((lse - at) * weights).sum(), (lse**2 * weights).sum()
+  found = loss_of(model, params, batch)
+  np.testing.assert_allclose(found.nll, nll, rtol=1e-5)
+  np.testing.assert_allclose(found.total, nll + 0.3 * z, rtol=1e-5)
+  assert found.weight == batch['weights'].sum()
+
+
+def test_no_array_of_a_large_vocabulary_holds_the_batch():
+  config = dataclasses.replace(SMALL, vocab=151_936, logit_chunk=256)
+  model = Decoder(config)
+  rows = {
+    name: jax.ShapeDtypeStruct((4, 1024), kind)
+    for name, kind in (
+      ('tokens', 'int32'),
+      ('targets', 'int32'),
+      ('segments', 'int32'),
+      ('positions', 'int32'),
+      ('weights', 'float32'),
+    )
+  }
+  params = jax.eval_shape(model.init, jax.random.key(0), rows['tokens'])
+  params = meta.unbox(params)['params']
+
+  def total(p, batch):
+    return model.apply({'params': p}, batch, method='loss').total
+
+  text = str(jax.make_jaxpr(jax.grad(total))(params, rows))
+  assert 'f32[256,151936]' in text
+  assert '4096,151936' not in text
+  assert '1024,151936' not in text
+
+
+def test_the_first_step_is_the_one_it_always_was():
+  """Guards against silent changes of initialisation or arithmetic."""
+  model, params = make(config_of('plain'), seed=7)
+  batch = batch_of(7)
+
+  def total(p):
+    return model.apply({'params': p}, batch, method='loss').total
+
+  loss, gradient = jax.jit(jax.value_and_grad(total))(params)
+  norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradient)))
+  gate = np.linalg.norm(gradient['layers']['attention']['gate']['kernel'])
+  np.testing.assert_allclose(
+    [loss, norm, gate], [4.356481, 7.366482, 0.972148], rtol=1e-5
+  )
