@@ -13,7 +13,9 @@ import os
 import pathlib
 import re
 import shlex
+import socket
 import sys
+import threading
 
 # JAX's C++ side prints warnings before Python is heard; users can raise this.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -24,6 +26,7 @@ from ml_collections import config_flags
 
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
+from gated_jax.platform import skip_absent_tpu
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -34,7 +37,9 @@ flags.DEFINE_bool('distributed', False, 'Several processes, found by JAX.')
 flags.DEFINE_string('coordinator', '', 'host:port of process 0.')
 flags.DEFINE_integer('processes', 0, 'How many there are; 0: found by JAX.')
 flags.DEFINE_integer('process_id', -1, 'Which one this is; -1: found by JAX.')
-flags.DEFINE_integer('join_timeout', 300, 'Seconds to wait for the others.')
+flags.DEFINE_integer(
+  'join_timeout', 300, 'Seconds to wait for the others.', lower_bound=1
+)
 flags.DEFINE_bool('debug', False, 'Show where in the code an error arose.')
 
 
@@ -115,16 +120,39 @@ def join_processes() -> None:
     where['num_processes'] = FLAGS.processes
   if FLAGS.process_id >= 0:
     where['process_id'] = FLAGS.process_id
+  # JAX ends the process with a stack trace when its own time is over.
+  patience = threading.Timer(FLAGS.join_timeout, _give_up)
+  patience.daemon = True
+  patience.start()
   try:
     jax.distributed.initialize(
-      **where, initialization_timeout=FLAGS.join_timeout
+      **where, initialization_timeout=2 * FLAGS.join_timeout + 60
     )
   except (RuntimeError, ValueError) as error:
-    raise RuntimeError(
-      f'process {FLAGS.process_id} of {FLAGS.processes} could not join the '
-      f'others at {FLAGS.coordinator or "the address JAX found"} within '
-      f'{FLAGS.join_timeout} s: {" ".join(str(error).split())[:200]}'
-    ) from error
+    reason = ' '.join(str(error).split())[:200]
+    raise RuntimeError(f'{_who_joins()}: {reason}') from error
+  finally:
+    patience.cancel()
+
+
+def _who_joins() -> str:
+  here = '' if FLAGS.process_id < 0 else f' {FLAGS.process_id}'
+  all_of_them = f' of {FLAGS.processes}' if FLAGS.processes else ''
+  return (
+    f'process{here}{all_of_them}, on {socket.gethostname()}, could not join '
+    f'the others at {FLAGS.coordinator or "the address that JAX found"}'
+  )
+
+
+def _give_up() -> None:
+  """Ends the process from a thread: the main one waits inside JAX."""
+  print(
+    f'error: {_who_joins()} within {FLAGS.join_timeout} s: not all of them '
+    'are up, or the address is not that of process 0',
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)
 
 
 def _mute_late_readers() -> None:
@@ -147,6 +175,7 @@ def main(argv: list[str]) -> int:
   _mute_late_readers()
   try:
     config = read_flags(argv)
+    skip_absent_tpu()
     join_processes()
     from gated_jax.training import loop
 

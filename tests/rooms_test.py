@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Room: the rooms it may import, and the libraries beside the standard one.
 ROOMS = {
   'config': ('', ''),
+  'platform': ('', 'jax'),
   'ops': ('', 'jax numpy jaxtyping'),
   'sharding': ('config', 'jax numpy flax'),
   'data': (
@@ -29,7 +30,7 @@ ROOMS = {
     'jax numpy jaxtyping flax optax orbax tqdm tensorboardX wandb',
   ),
   'decode': (
-    'config ops sharding data model training',
+    'config ops platform sharding data model training',
     'jax numpy jaxtyping flax absl',
   ),
   'hf': (
@@ -44,7 +45,7 @@ ROOMS = {
     'config ops sharding model training',
     'jax numpy jaxtyping absl torch',
   ),
-  'train.py': ('config training', 'jax absl ml_collections'),
+  'train.py': ('config platform training', 'jax absl ml_collections'),
   'configs': ('config', 'ml_collections'),
 }
 BACKENDS = ('xla', 'cudnn', 'splash', 'pallas_tpu')

@@ -27,6 +27,7 @@ from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.decode.generate import generate
 from gated_jax.decode.sampling import Sampling
 from gated_jax.decode.weights import load
+from gated_jax.platform import skip_absent_tpu
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,6 +150,7 @@ def _print(
 def main(argv: list[str]) -> int:
   """The exit code: 2 for what the user has to change, 1 for other failures."""
   absl.logging.set_verbosity(absl.logging.FATAL)
+  skip_absent_tpu()
   try:
     run(read_flags(argv))
   except BrokenPipeError:

@@ -1,0 +1,33 @@
+"""Spares machines without a TPU the search for one.
+
+Where libtpu is installed and no TPU is there, looking for one prints alarming
+lines. Programs call this before they touch a device; libraries do not.
+"""
+
+import glob
+import importlib.util
+import os
+import pathlib
+
+import jax
+
+GOOGLE = '0x1ae0'  # as PCI vendor
+
+
+def has_tpu_chip() -> bool:
+  """Whether this machine has, or is told of, TPU chips."""
+  told = ('TPU_ACCELERATOR_TYPE', 'TPU_WORKER_HOSTNAMES', 'TPU_NAME')
+  if any(os.environ.get(name) for name in told) or glob.glob('/dev/accel*'):
+    return True
+  vendors = pathlib.Path('/sys/bus/pci/devices').glob('*/vendor')
+  return any(path.read_text().strip() == GOOGLE for path in vendors)
+
+
+def skip_absent_tpu() -> None:
+  """Leaves only the CPU to be found where libtpu is all else there is."""
+  others = ('jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin')
+  known = any(importlib.util.find_spec(name) for name in others)
+  if jax.config.jax_platforms or known or has_tpu_chip():
+    return
+  if importlib.util.find_spec('libtpu'):
+    jax.config.update('jax_platforms', 'cpu')
