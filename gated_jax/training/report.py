@@ -43,7 +43,7 @@ def _rows(parts: Parts, outcome: Outcome) -> list[tuple[str, str]]:
   ]
   if outcome.report is not None:
     numbers += outcome.report.summary()
-  numbers.append(('tokens/s', outcome.tokens_per_second, '{:,.0f}'))
+  numbers.append(('tokens/s', outcome.tokens_per_second or math.nan, '{:,.0f}'))
   clock = parts.clock
   lost = ', '.join(
     f'{name} {clock.total.get(name, 0.0) / clock.seconds:.1%}'
