@@ -114,8 +114,8 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     **write_rope(config.rope),
     **family.write(config),
   }
-  if family.fraction == 1 and values['partial_rotary_factor'] == 1:
-    del values['partial_rotary_factor']
+  if family.fraction == 1:
+    del values['partial_rotary_factor']  # a class that does not read it
   back = read_config(values, family)
   changed = {
     name: old

@@ -166,16 +166,17 @@ def _assemble(
     for leaf, part in zip(tensor.leaves, parts, strict=True):
       for spans, buffer in buffers[leaf].items():
         _fill(buffer, spans, tensor.at, part)
+  return {leaf: _placed(place, buffers[leaf]) for leaf, place in places.items()}
 
-  def array(leaf: str) -> jax.Array:
-    place, filled = places[leaf], buffers.pop(leaf)
-    return jax.make_array_from_callback(
-      place.shape,
-      place.sharding,
-      lambda index: filled[_spans(index, place.shape)],
-    )
 
-  return {leaf: array(leaf) for leaf in places}
+def _placed(place: jax.ShapeDtypeStruct, parts: dict[Any, Any]) -> jax.Array:
+  array = jax.make_array_from_callback(
+    place.shape,
+    place.sharding,
+    lambda index: parts[_spans(index, place.shape)],
+  )
+  parts.clear()  # what the array still needs it holds itself
+  return array
 
 
 Spans = tuple[tuple[int, int], ...]

@@ -43,7 +43,7 @@ def theirs(cases, make_params, tmp_path):
 
 def test_import_then_export_gives_the_same_files(theirs, tmp_path, capsys):
   assert run('import', theirs, tmp_path / 'ours', '--mesh=fsdp=4,data=2') == 0
-  assert '4 layers, 35,136 parameters' in capsys.readouterr().out
+  assert '4 layers, 35,168 parameters' in capsys.readouterr().out
   assert run('export', tmp_path / 'ours', tmp_path / 'back') == 0
   names = {p.name for p in theirs.iterdir()}
   assert names == {'config.json', 'model.safetensors', 'tokenizer.json'}

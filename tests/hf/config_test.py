@@ -7,6 +7,7 @@ import pytest
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
+from gated_jax.config import RopeConfig
 from gated_jax.hf.config import choose_family
 from gated_jax.hf.config import family_named
 from gated_jax.hf.config import find_family
@@ -180,6 +181,7 @@ def with_gate(**changes):
     (with_gate(source='parameter'), 'gated_qwen3', "gate.source='parameter'"),
     (with_gate(kind='silu'), 'gated_qwen3', "gate.kind='silu'"),
     (with_gate(granularity='headwise'), 'afmoe', "gate.granularity='headwise'"),
+    (ModelConfig(rope=RopeConfig(fraction=0.5)), 'qwen3', r'rope\.fraction=0\.5'),
     (ModelConfig(), 'qwen3_next', 'model.norm_zero_centered=False'),
     (ModelConfig(norm='sandwich'), 'gated_qwen3', "model.norm='sandwich'"),
     (ModelConfig(windows=(4, 8)), 'gated_qwen3', r'model.windows=\[4, 8\]'),
