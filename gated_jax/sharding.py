@@ -211,9 +211,39 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(split('batch'), split('length')))
 
 
-def check_batch(mesh: Mesh, batch: int, length: int) -> None:
-  """ValueError where rows of tokens cannot be split over the mesh."""
-  spec_of(dict(mesh.shape), ('batch', 'length'), (batch, length), 'a batch')
+def check_batch(
+  mesh: Mesh, batch: int, length: int, accumulate: int = 1
+) -> None:
+  """ValueError where rows of tokens cannot be split over the mesh.
+
+  Args:
+    mesh: from `make_mesh`.
+    batch: rows of one step.
+    length: tokens of a row; each device takes one chunk from its beginning
+      and one from its end, so that causal work is even.
+    accumulate: parts that the batch is worked through in.
+  """
+  sizes = dict(mesh.shape)
+
+  def check(what: str, size: int, name: str, pieces: int, why: str):
+    split = [axis for axis in RULES[name] if sizes[axis] > 1]
+    parts = math.prod(sizes[axis] for axis in split)
+    if parts > 1 and size % (parts * pieces):
+      shown = ' x '.join(f'{axis} {sizes[axis]}' for axis in split)
+      raise ValueError(
+        f'{what}={size} must be a multiple of {parts * pieces}: mesh '
+        f'{shown}{why}'
+      )
+
+  parts_of_batch = f', optimizer.accumulate {accumulate}'
+  check(
+    'data.batch',
+    batch,
+    'batch',
+    accumulate,
+    parts_of_batch if accumulate > 1 else '',
+  )
+  check('data.length', length, 'length', 2, ', two chunks for each')
 
 
 def _lenient(axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:

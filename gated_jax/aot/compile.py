@@ -2,7 +2,7 @@
 
 The step, its state and their shardings are the ones that training uses; only
 the devices differ. What is chosen by platform ('auto') is chosen as it would
-be on a TPU.
+be on a TPU. The same for the loss alone, as evaluation computes it.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from gated_jax import sharding
 from gated_jax.config import RunConfig
+from gated_jax.evals import likelihood
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops.attention import api
 from gated_jax.training import build
@@ -78,8 +79,15 @@ def on_tpu(config: RunConfig) -> list[RunConfig]:
   ]
 
 
-def compile_step(config: RunConfig, devices: list[Any]) -> Compiled:
+def compile_step(
+  config: RunConfig, devices: list[Any], train: bool = True
+) -> Compiled:
   """Compiles the train step of `config` for `devices`.
+
+  Args:
+    config: every setting.
+    devices: of a topology.
+    train: False: the loss of held-out text in its place.
 
   Raises:
     ValueError: the config does not fit the devices.
@@ -89,25 +97,30 @@ def compile_step(config: RunConfig, devices: list[Any]) -> Compiled:
   candidates = on_tpu(config)
   for candidate in candidates:
     try:
-      return _compile(candidate, devices)
+      return _compile(candidate, devices, train)
     except NotImplementedError:
       if candidate is candidates[-1]:
         raise
   raise AssertionError('there is at least one candidate')
 
 
-def _compile(config: RunConfig, devices: list[Any]) -> Compiled:
+def _compile(config: RunConfig, devices: list[Any], train: bool) -> Compiled:
   mesh = sharding.make_mesh(config.mesh, devices)
   rows = sharding.batch_sharding(mesh)
   shape = (config.data.batch, config.data.length)
-  rows.shard_shape(shape)  # refuses a batch that does not divide
+  sharding.check_batch(mesh, *shape, config.optimizer.accumulate)
   batch = {
     name: jax.ShapeDtypeStruct(shape, kind, sharding=rows)
     for name, kind in BATCH.items()
   }
   with sharding.activate(mesh):
-    state, _, step = build.make_functions(config, Decoder(config.model), mesh)
-    compiled = step.lower(state, batch).compile()
+    model = Decoder(config.model)
+    state, _, step = build.make_functions(config, model, mesh)
+    if train:
+      compiled = step.lower(state, batch).compile()
+    else:
+      state = state.replace(opt_state=())
+      compiled = likelihood.sums.lower(model, state.params, batch).compile()
   parameters = shard_bytes(state.params)
   memory = Memory(
     parameters=parameters,

@@ -8,6 +8,7 @@ import dataclasses
 import pathlib
 import tempfile
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,41 +82,47 @@ def check_same_config(config: RunConfig) -> None:
       )
 
 
-def rows_of_process(
-  where: jax.sharding.Sharding, batch: int, length: int
-) -> tuple[int, int]:
-  """Which of how many equal parts of a batch this process has to read.
+class Share(NamedTuple):
+  """The rows of every batch that a process reads, and its place for them."""
 
-  Processes that hold the same rows (they share a tensor axis, say) get the
-  same answer.
+  part: int
+  parts: int
+  rows: tuple[int, ...]  # in the global batch, of each row that it reads
+
+
+def share_of_process(
+  where: jax.sharding.Sharding, batch: int, length: int, process: int = -1
+) -> Share:
+  """What a process (-1: this one) has to read.
+
+  Processes that hold the same rows (they share a tensor axis, say) read the
+  same. The rows need not stand together: a pod's mesh follows its network.
   """
-  own = where.addressable_devices_indices_map((batch, length)).values()
-  spans = [index[0].indices(batch)[:2] for index in own if index]
-  first, last = min(s[0] for s in spans), max(s[1] for s in spans)
-  rows = last - first
-  if batch % rows or first % rows:
-    raise ValueError(
-      f'this process holds rows {first} to {last} of data.batch={batch}, '
-      'which is no equal share: choose another mesh'
-    )
-  return first // rows, batch // rows
+  held: dict[int, set[int]] = {}
+  for device, index in where.devices_indices_map((batch, length)).items():
+    rows = range(batch)[index[0]]
+    held.setdefault(device.process_index, set()).update(rows)
+  sets = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if any(len(rows) * len(sets) != batch for rows in sets):
+    # Some rows are shared and others not: everyone reads everything.
+    return Share(0, 1, tuple(range(batch)))
+  own = held[jax.process_index() if process < 0 else process]
+  part = sets.index(tuple(sorted(own)))
+  return Share(part, len(sets), sets[part])
 
 
 def to_devices(
-  batch: dict[str, np.ndarray],
-  where: jax.sharding.Sharding,
-  part: int,
-  parts: int,
+  batch: dict[str, np.ndarray], where: jax.sharding.Sharding, share: Share
 ) -> dict[str, jax.Array]:
   """Global arrays of which this process provides its rows."""
+  places = {row: place for place, row in enumerate(share.rows)}
 
   def place(rows: np.ndarray) -> jax.Array:
-    first = part * len(rows)
-    shape = (len(rows) * parts, *rows.shape[1:])
+    shape = (len(rows) * share.parts, *rows.shape[1:])
 
     def shard(index):
-      begin, end, _ = index[0].indices(shape[0])
-      return rows[(slice(begin - first, end - first), *index[1:])]
+      chosen = [places[row] for row in range(shape[0])[index[0]]]
+      return rows[(chosen, *index[1:])]
 
     return jax.make_array_from_callback(shape, where, shard)
 
@@ -128,15 +135,17 @@ def build(config: RunConfig, workdir: pathlib.Path, console: Console) -> Parts:
   check_same_config(config)
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   clock = Clock()
-  rows = sharding.batch_sharding(mesh)
-  part, parts = rows_of_process(rows, config.data.batch, config.data.length)
-  reading = {'shard': part, 'shards': parts, 'vocab': config.model.vocab}
-  data = make_pipeline(config.data, 'train', **reading)
-  data.start()
-
+  shape = (config.data.batch, config.data.length)
+  sharding.check_batch(mesh, *shape, config.optimizer.accumulate)
   model = Decoder(config.model)
   with sharding.activate(mesh):
     abstract, init, step = make_functions(config, model, mesh)
+
+  rows = sharding.batch_sharding(mesh)
+  share = share_of_process(rows, *shape)
+  data = read(config, 'train', share)
+  data.start()
+  with sharding.activate(mesh):
     checkpoints = Checkpoints(workdir / 'checkpoints', config, say=console.say)
     found = checkpoints.restore(abstract)
     if found is None:
@@ -151,7 +160,7 @@ def build(config: RunConfig, workdir: pathlib.Path, console: Console) -> Parts:
       for name, (old, new) in changed.items():
         console.say(f'changed since: {name} {old!r} -> {new!r}')
 
-  evaluation = _evaluation(config, model, rows, reading)
+  evaluation = _evaluation(config, model, rows, share)
   return Parts(
     config=config,
     workdir=workdir,
@@ -205,23 +214,31 @@ def make_functions(
   )
 
 
+def read(config: RunConfig, split: str, share: Share) -> Pipeline:
+  """This process's share of a split's batches."""
+  return make_pipeline(
+    config.data,
+    split,
+    shard=share.part,
+    shards=share.parts,
+    vocab=config.model.vocab,
+  )
+
+
 def _evaluation(
-  config: RunConfig, model: Decoder, rows: Any, reading: dict[str, int]
+  config: RunConfig, model: Decoder, rows: Any, share: Share
 ) -> Evaluation:
   """Reads the held-out batches, once."""
   if not config.data.validation:
     return Evaluation(model, [], 0.0)
-  with make_pipeline(config.data, 'validation', **reading) as pipeline:
+  with read(config, 'validation', share) as pipeline:
     batches = [
       batch
       for batch, _ in zip(pipeline, range(config.eval_batches), strict=False)
     ]
     known = target_bytes(batches, pipeline.tokenizer.byte_lengths())
-  if reading['shards'] > 1:
+  if share.parts > 1:
     sums = np.asarray(multihost_utils.process_allgather(np.float64(known)))
-    known = float(sums.sum()) * reading['shards'] / jax.process_count()
-  placed = [
-    to_devices(batch, rows, reading['shard'], reading['shards'])
-    for batch in batches
-  ]
+    known = float(sums.sum()) * share.parts / jax.process_count()
+  placed = [to_devices(batch, rows, share) for batch in batches]
   return Evaluation(model, placed, known)

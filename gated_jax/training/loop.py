@@ -26,7 +26,7 @@ from gated_jax.model.accounting import flops_per_token
 from gated_jax.training import report
 from gated_jax.training.build import Parts
 from gated_jax.training.build import build
-from gated_jax.training.build import rows_of_process
+from gated_jax.training.build import share_of_process
 from gated_jax.training.build import to_devices
 from gated_jax.training.console import Console
 from gated_jax.training.console import StopRequest
@@ -61,7 +61,7 @@ class Loop:
     self._trained = 0.0  # seconds of steps alone
     self._profiling = False
     self._rows = sharding.batch_sharding(parts.mesh)
-    self._share = rows_of_process(
+    self._share = share_of_process(
       self._rows, parts.config.data.batch, parts.config.data.length
     )
 
@@ -89,7 +89,7 @@ class Loop:
         parts.checkpoints.wait()
         return False
       self._profile()
-      batch = to_devices(next(parts.data), self._rows, *self._share)
+      batch = to_devices(next(parts.data), self._rows, self._share)
       parts.state, metrics = step(parts.state, batch)
       self.done += 1
       self._after_step(metrics)
