@@ -24,21 +24,24 @@ ROOMS = {
     'grain numpy jaxtyping array_record pyarrow sentencepiece tokenizers',
   ),
   'model': ('config ops sharding', 'jax numpy jaxtyping flax'),
-  'evals': ('config ops model', 'jax numpy jaxtyping flax matplotlib'),
+  'evals': (
+    'config ops sharding model',
+    'jax numpy jaxtyping flax matplotlib lm_eval',
+  ),
   'training': (
     'config ops sharding data model evals',
     'jax numpy jaxtyping flax optax orbax tqdm tensorboardX wandb',
   ),
   'decode': (
-    'config ops platform sharding data model training',
-    'jax numpy jaxtyping flax absl',
+    'config ops sharding data model training hf',
+    'jax numpy jaxtyping flax absl torch transformers',
   ),
   'hf': (
     'config sharding model training',
     'jax numpy flax absl ml_dtypes safetensors torch',
   ),
   'aot': (
-    'config ops sharding model training',
+    'config ops sharding model evals training',
     'jax numpy absl ml_collections',
   ),
   'bench': (

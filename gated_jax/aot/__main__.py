@@ -26,6 +26,7 @@ config_flags.DEFINE_config_file(
   'config', None, 'File in configs/, with --config.name=value on top.'
 )
 flags.DEFINE_string('topology', '', 'Pod, for example v5e:16x16.')
+flags.DEFINE_bool('evaluation', False, 'The loss of held-out text alone.')
 flags.DEFINE_bool('search', False, 'Try meshes, remat and batches.')
 flags.DEFINE_float('minutes', 60, 'After which --search starts nothing new.')
 flags.DEFINE_string('text', '', 'File for the compiled program, to read.')
@@ -61,7 +62,7 @@ def run(config: RunConfig) -> int:
     print(f'\n{report.CAVEAT}\n{search.table(found)}')
     return 0 if found else 1
   try:
-    result = report.examine(config, devices)
+    result = report.examine(config, devices, train=not FLAGS.evaluation)
   except report.DoesNotFit as error:
     print(f'{report.CAVEAT}\n{error}')
     return 1

@@ -68,8 +68,15 @@ def examine(
   config: RunConfig,
   devices: list[Any],
   kernel_cycles: dict[str, float] | None = None,
+  train: bool = True,
 ) -> Report:
   """Compiles a config's train step and reads what came out.
+
+  Args:
+    config: every setting.
+    devices: of a topology.
+    kernel_cycles: of one call of a kernel, by its name.
+    train: False: evaluation in place of the step.
 
   Raises:
     DoesNotFit: the compiler found no way to place it in memory. A program
@@ -78,18 +85,20 @@ def examine(
   """
   chip = chip_of(devices)
   try:
-    compiled = compile_step(config, devices)
+    compiled = compile_step(config, devices, train)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     raise DoesNotFit(_explain(str(error), chip)) from None
   program = Program(compiled.text)
+  flops = flops_per_token(config.model, config.data.length)
   return Report(
     compiled,
     program,
     predict(program, compiled.mesh, chip, kernel_cycles),
     chip,
-    flops_per_token(config.model, config.data.length),
+    # Forward is a third of what training costs.
+    {k: v / (1 if train else 3) for k, v in flops.items()},
   )
 
 

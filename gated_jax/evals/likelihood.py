@@ -67,16 +67,17 @@ def evaluate(
     text_bytes: that the targets of all batches stand for; 0: not known.
   """
   # Read one batch behind: the next is on its way while the host adds.
-  sums = [_sums(model, params, batch) for batch in batches]
-  nats = sum((float(nll) for nll, _ in sums), 0.0)
-  tokens = sum((float(weight) for _, weight in sums), 0.0)
+  found = [sums(model, params, batch) for batch in batches]
+  nats = sum((float(nll) for nll, _ in found), 0.0)
+  tokens = sum((float(weight) for _, weight in found), 0.0)
   return Likelihood(nats, tokens, text_bytes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(
+def sums(
   model: nn.Module, params: Any, batch: dict[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
+  """Nats of one batch's tokens, and the tokens."""
   found: Any = model.apply(
     {'params': params}, batch, method='loss', deterministic=True
   )
