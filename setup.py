@@ -29,6 +29,7 @@ EXTRAS = {
     'pyarrow>=18',  # Parquet text
     'array-record>=0.8',  # ArrayRecord shards
   ],
+  'eval': ['lm-eval>=0.4.9,<0.5'],  # tasks for evals/harness.py
   'plot': ['matplotlib>=3.9'],  # figures at the end of a run
 }
 EXTRAS['dev'] = [

@@ -33,7 +33,7 @@ ROOMS = {
     'jax numpy jaxtyping flax optax orbax tqdm tensorboardX wandb',
   ),
   'decode': (
-    'config ops sharding data model training hf',
+    'config ops platform sharding data model training hf',
     'jax numpy jaxtyping flax absl torch transformers',
   ),
   'hf': (

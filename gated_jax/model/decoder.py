@@ -395,8 +395,13 @@ def init_cache(
 
   def layer(*stacked):
     axes = (*[None] * len(stacked), 'batch', 'kv_length', 'kv_heads', None)
-    zeros = jnp.zeros((*stacked, *shape), kind)
-    return KV(*(sharding.constrain(zeros, *axes) for _ in KV._fields))
+    # Two arrays, so that both can be donated.
+    return KV(
+      *(
+        sharding.constrain(jnp.zeros((*stacked, *shape), kind), *axes)
+        for _ in KV._fields
+      )
+    )
 
   pattern = len(config.windows)
   layers: Any

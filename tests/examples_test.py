@@ -1,0 +1,55 @@
+"""The examples in docs/ do what they say."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'docs/examples'
+
+
+def load(name):
+  spec = importlib.util.spec_from_file_location(name, FOLDER / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_a_linen_model_learns_with_gated_attention():
+  first, last = load('linen_model').train()
+  assert first > 1.5
+  assert last < 0.5
+
+
+def test_an_nnx_model_learns_through_the_bridge():
+  first, last = load('nnx_bridge').train()
+  assert last < 0.7 * first
+
+
+def test_plain_functions_under_grad_vmap_and_shard_map():
+  example = load('plain_jax')
+  query, key, value, gate = example.arrays()
+  expected = example.attend(query, key, value, gate)
+
+  # d/dg of (y s(g))^2 is 2 (y s)^2 (1 - s).
+  gradient = 2 * expected**2 * jax.nn.sigmoid(-gate)
+  np.testing.assert_allclose(
+    example.gradient_of_the_gate(), gradient, rtol=1e-5, atol=1e-6
+  )
+
+  gates = jnp.stack([gate, jnp.full_like(gate, 100.0)])
+  both = example.several_gates_at_once(gates)
+  np.testing.assert_allclose(both[0], expected, rtol=1e-6, atol=1e-6)
+  opened = example.gated_dot_product_attention(query, key, value).output
+  np.testing.assert_allclose(both[1], opened, rtol=1e-6, atol=1e-6)
+
+  mesh = jax.make_mesh((2,), ('heads',), devices=jax.devices()[:2])
+  split = example.heads_over_devices(mesh)
+  np.testing.assert_allclose(split, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_every_example_is_tested():
+  tested = {'linen_model', 'nnx_bridge', 'plain_jax'}
+  assert {path.stem for path in FOLDER.glob('*.py')} == tested
