@@ -33,6 +33,11 @@ REFUSES = {
     'offset_window': 'query offset',
     'f16': 'float16',
   },
+  'pallas_tpu': {
+    'offset': 'query offset',
+    'offset_window': 'query offset',
+    'f16': 'float16',
+  },
 }
 # Cases that would show nothing new about splash, whose gate is that of
 # `plain`; interpreting it takes seconds each.
@@ -45,6 +50,32 @@ SAME_FOR_SPLASH = (
   'cross_causal',
   'ungrouped',
   *(n for n in SMALL if '_times_' in n or '_plus_' in n),
+)
+
+# What every run asks of the own TPU kernels; the rest is nightly, for the same
+# seconds. `pallas_tpu_test.py` has the long sequences.
+OFTEN_FOR_PALLAS_TPU = (
+  'window_of_one',
+  'packed_window',
+  'blind',
+  'blind_full',
+  'odd_length',
+  'one_token',
+  'cross',
+  'cross_longer_queries',
+  'cross_window',
+  'one_kv_head',
+  'head_dim_256',
+  'head_dim_odd',
+  'bf16_headwise',
+  'bf16_rounded',
+  'bf16_rounded_headwise',
+  'elementwise_times_silu',
+  'elementwise_times_softplus',
+  'elementwise_plus_silu',
+  'headwise_times_ns_sigmoid',
+  'headwise_times_identity',
+  'headwise_plus_softplus',
 )
 
 
@@ -241,8 +272,16 @@ def check(name, case):
     close(gradient, expected[2][argument], case.dtype, argument)
 
 
-@pytest.mark.parametrize('case_name', SMALL)
-@pytest.mark.parametrize('name', NAMES)
+def pairs():
+  """Every backend with every case, some of them marked as nightly."""
+  for name in NAMES:
+    for case_name in SMALL:
+      rare = name == 'pallas_tpu' and case_name not in OFTEN_FOR_PALLAS_TPU
+      marks = [pytest.mark.nightly] if rare else []
+      yield pytest.param(name, case_name, marks=marks)
+
+
+@pytest.mark.parametrize('name, case_name', pairs())
 def test_backend_agrees_with_float64_matrices(name, case_name):
   if name == 'splash' and case_name in SAME_FOR_SPLASH:
     pytest.skip('nothing new about splash')
@@ -266,7 +305,7 @@ def test_what_a_backend_cannot_do_it_refuses_by_name(name, case_name, reason):
     evaluate(name, case, case.arrays(), *gradients_of_results(case))
 
 
-@pytest.mark.parametrize('name', ['xla', 'splash', 'cudnn'])
+@pytest.mark.parametrize('name', api.BACKENDS)
 @pytest.mark.parametrize(
   'masking, spec, reason',
   [
