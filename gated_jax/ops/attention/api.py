@@ -30,7 +30,7 @@ BACKENDS: dict[str, Callable[..., Result]] = {
 # What automatic choice tries on each platform, in this order. `xla` refuses
 # nothing, so it ends every list.
 PREFERENCE = {
-  'tpu': ('splash', 'xla'),
+  'tpu': ('pallas_tpu', 'splash', 'xla'),
   'gpu': ('cudnn', 'xla'),
   'cpu': ('xla',),
 }

@@ -131,8 +131,7 @@ def _forward(call, inputs, gate, segments):
   if gate is not None and inside:
     arrays.append(lay_gate(gate, call))
   kept, lse = forward(call, arrays, segments, gated=inside)
-  kept = unlay(kept, inputs[0].shape)
-  kept = checkpoint_name(kept, OUTPUT_NAME)
+  kept = unlay(checkpoint_name(kept, OUTPUT_NAME), inputs[0].shape)
   lse = checkpoint_name(lse[:, :, 0, :length], LSE_NAME)
   # Where backward needs the ungated output, that is what is kept, and the
   # gate is a product of its own which remat can repeat.

@@ -353,10 +353,10 @@ def _up(x: int, unit: int) -> int:
 
 
 # Chosen by the compiler's schedules (docs/kernels.md). The key is what JAX
-# calls the device; others get the first row's.
+# calls the device; the first row is for hosts that compile for one.
 TABLE: dict[str, Blocks] = {
   '': Blocks(queries=1024, back_keys=1024, back_resident=1024),
-  'TPU v5 lite': Blocks(),
+  'TPU v5 lite': Blocks(strip=128),
   'TPU v5': Blocks(),
   'TPU v5p': Blocks(),
   'TPU v6 lite': Blocks(),
@@ -370,4 +370,8 @@ def for_device() -> Blocks:
   kind = devices.device_kind if devices else ''
   if not kind and jax.default_backend() == 'tpu':
     kind = jax.devices()[0].device_kind
+  if kind.startswith('TPU') and kind not in TABLE:
+    raise NotImplementedError(
+      f'pallas_tpu attention cannot do this: no block sizes for {kind}'
+    )
   return TABLE.get(kind, TABLE[''])
