@@ -18,7 +18,6 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from gated_jax.ops.attention import pallas_tpu_blocks as cut

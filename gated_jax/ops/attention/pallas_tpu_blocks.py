@@ -356,11 +356,11 @@ def _up(x: int, unit: int) -> int:
 # calls the device; the first row is for hosts that compile for one.
 TABLE: dict[str, Blocks] = {
   '': Blocks(queries=1024, back_keys=1024, back_resident=1024),
-  'TPU v5 lite': Blocks(strip=128),
+  'TPU v5 lite': Blocks(strip=128, dq_mib=32),
   'TPU v5': Blocks(),
   'TPU v5p': Blocks(),
-  'TPU v6 lite': Blocks(),
-  'TPU v6e': Blocks(),
+  'TPU v6 lite': Blocks(dq_mib=32),
+  'TPU v6e': Blocks(dq_mib=32),
 }
 
 

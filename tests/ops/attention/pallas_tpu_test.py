@@ -100,3 +100,87 @@ def test_long_sequences_are_the_sum_of_their_parts(name):
     jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
   ):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+  st.integers(0, 5), st.integers(0, 2), st.integers(0, 2), st.integers(0, 2600)
+)
+def test_strips_and_steps_hold_every_visible_pair_once(a, b, c, window):
+  width = 128
+  step, block = width << b, width << (b + c)
+  rule = cut.Rule(causal=True, window=window, segments=False)
+  begin, length = a * block, 6 * block
+  t, s = np.arange(length)[:, None], np.arange(length)[None]
+  seen = (s <= t) & ((t - s < window) if window else True)
+  for axis, strips, steps in (
+    (0, cut.key_strips, cut.key_steps),
+    (1, cut.query_strips, cut.query_steps),
+  ):
+    covered = np.zeros((block, length), int)
+    plain = np.zeros((block, length), bool)
+    early, late = (x + begin for x in steps(rule, block, step))
+    inside = slice(max(early, 0), max(min(late, length), 0))
+    covered[:, inside] += 1
+    plain[:, inside] = True
+    for strip in strips(rule, block, width, step):
+      start = begin + strip.start
+      if 0 <= start < length:
+        covered[strip.first : strip.last, start : start + width] += 1
+    rows = slice(begin, begin + block)
+    visible = seen[rows] if axis == 0 else seen[:, rows].T
+    assert (covered <= 1).all()
+    assert covered[visible].all()
+    assert visible[plain].all()
+
+
+@pytest.mark.parametrize(
+  'sizes, message',
+  [
+    ({'queries': 300}, 'queries=300 must be a power of two'),
+    ({'strip': 1024}, 'strip must not exceed keys'),
+    ({'vmem_mib': 0}, 'vmem_mib=0 must be positive'),
+  ],
+)
+def test_blocks_that_cannot_be_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    cut.Blocks(**sizes)
+
+
+PROGRAM = """
+import sys
+from gated_jax.ops.attention import bench
+kind, gate, length = sys.argv[1:]
+bench.compile_for(kind, 'pallas_tpu', gate, int(length))
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+  'kind, gate, length',
+  [
+    ('v5e', 'headwise', 4096),
+    ('v5e', 'elementwise', 32_768),
+    ('v5p', 'elementwise', 32_768),
+    ('v6e', 'elementwise', 131_072),
+  ],
+)
+def test_real_shapes_compile_for_tpu(kind, gate, length):
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('libtpu is not installed')
+  environment = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'TPU_SKIP_MDS_QUERY': '1',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'PYTHONPATH': os.pathsep.join(sys.path),
+  }
+  done = subprocess.run(
+    [sys.executable, '-c', PROGRAM, kind, gate, str(length)],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
