@@ -26,6 +26,7 @@ WORDS = {
   'smoke': [''],
   'dense_1b7': ['', *dense_1b7.BLOCKS],
   'moe_15b_a2b': [''],
+  'evidence_gpu': ['', 'baseline', 'headwise,high', 'elementwise,low'],
   'gate_sweep': [
     *ROWS,
     *(f'{row},smoke' for row in ROWS if row != 'experts_132'),
@@ -48,6 +49,9 @@ COUNTS = {
   'dense_1b7:28': 1_728_177_152,
   'dense_1b7:48': 1_715_369_472,
   'moe_15b_a2b': 15_779_078_144,
+  'evidence_gpu:baseline': 100_888_064,
+  'evidence_gpu:headwise': 101_035_520,
+  'evidence_gpu:elementwise': 100_888_064,
   'gate_sweep:baseline': 15_577_751_552,
   'gate_sweep:dense28_baseline': 1_720_837_120,
   'gate_sweep:dense48_baseline': 1_705_932_288,

@@ -1,0 +1,1 @@
+"""How fast it is on the device at hand. `python -m gated_jax.bench --help`."""

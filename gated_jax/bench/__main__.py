@@ -1,0 +1,253 @@
+"""Speed of attention and of the train step on this device.
+
+    python -m gated_jax.bench attention --shapes=4k,16k --backends=cudnn,xla
+    python -m gated_jax.bench step --model=400m --batch=8
+    python -m gated_jax.bench peer --model=1b7 --batch=4 --repeats=2
+
+`attention` compares gates on each backend; `step` whole updates, by gate;
+`profile` says which kernels an update spends its time in; `peer` compares one
+workload with the same in PyTorch, in processes that take turns, for neither
+can have the device's memory while the other does. Every line of JSON is one
+measurement; the table at the end shows them. --out keeps the lines.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import jax
+
+from gated_jax.bench import attention
+from gated_jax.bench import profile
+from gated_jax.bench import step
+from gated_jax.bench.step import Workload
+
+Record = dict[str, Any]
+COLUMNS = {
+  'matmul': ('shape', 'dtype', 'ms', 'tflops', 'spread'),
+  'attention': (
+    'shape', 'rows', 'backend', 'gate', 'direction', 'ms', 'tflops',
+    'overhead', 'spread',
+  ),
+  'step': (
+    'framework', 'name', 'model', 'batch', 'rows', 'ms', 'tokens_per_second',
+    'mfu', 'memory_gib', 'overhead', 'spread', 'compile_s', 'failed',
+  ),
+  'profile': ('group', 'kernel', 'operation', 'ms', 'share', 'launches'),
+  'peer': ('model', 'gate', 'batch', 'ours', 'peer', 'ratio'),
+}  # fmt: skip
+FORMS = {
+  'mfu': '.3f',
+  'share': '.1%',
+  'spread': '.1%',
+  'overhead': '+.2%',
+  'ratio': '.3f',
+}
+
+
+def words(text: str) -> list[str]:
+  return [word for word in text.split(',') if word]
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line; a workload's fields are flags of their names."""
+  top = argparse.ArgumentParser(
+    prog='python -m gated_jax.bench',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  kinds = top.add_subparsers(dest='kind', required=True)
+  shared = argparse.ArgumentParser(add_help=False)
+  shared.add_argument('--out', default='', help='file for the JSON lines')
+  shared.add_argument('--rounds', type=int, default=7)
+  shared.add_argument('--matmul', type=int, default=8192)
+  found = kinds.add_parser('attention', parents=[shared])
+  found.add_argument('--shapes', type=words, default=['4k', '16k'])
+  found.add_argument('--backends', type=words, default=['auto'])
+  found.add_argument('--rows', choices=('whole', 'packed'), default='whole')
+  for name in ('step', 'profile', 'peer'):
+    found = kinds.add_parser(name, parents=[shared])
+    found.add_argument('--steps', type=int, default=5, help='in a turn')
+    for field in dataclasses.fields(Workload):
+      if field.name == 'gate' and name == 'step':
+        found.add_argument('--gates', type=words, default=attention.GATES)
+      elif type(field.default) is bool:
+        found.add_argument(
+          f'--{field.name}',
+          action=argparse.BooleanOptionalAction,
+          default=field.default,
+        )
+      else:
+        found.add_argument(
+          f'--{field.name}', type=type(field.default), default=field.default
+        )
+  found.add_argument('--repeats', type=int, default=2, help='processes of each')
+  return top
+
+
+def workload(options: argparse.Namespace, **change: Any) -> Workload:
+  fields = {f.name for f in dataclasses.fields(Workload)}
+  given = {n: v for n, v in vars(options).items() if n in fields}
+  return Workload(**given | change)
+
+
+def run_attention(options: argparse.Namespace) -> Iterator[Record]:
+  """A product of matrices, then every shape on every backend."""
+  yield attention.matmul(options.matmul, options.rounds)
+  segments = 'none' if options.rows == 'whole' else 'packed'
+  for shape in options.shapes:
+    for backend in options.backends:
+      try:
+        yield from attention.bench(shape, backend, segments, options.rounds)
+      except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        yield {
+          'bench': 'attention',
+          'shape': shape,
+          'backend': backend,
+          'failed': str(error).splitlines()[0][:200],
+        }
+
+
+def run_step(options: argparse.Namespace) -> Iterator[Record]:
+  """A product of matrices, then the gates in turns."""
+  product = attention.matmul(options.matmul, options.rounds)
+  yield product
+  works = {gate: workload(options, gate=gate) for gate in options.gates}
+  yield from step.bench(
+    works, options.rounds, options.steps, product['tflops'] * 1e12
+  )
+
+
+def run_profile(options: argparse.Namespace) -> Iterator[Record]:
+  """The largest kernels, then the groups that they all belong to."""
+  found = profile.kernels(workload(options))
+  yield from found[:40]
+  yield from profile.groups(found)
+
+
+def run_peer(options: argparse.Namespace) -> Iterator[Record]:
+  """Both frameworks by turns, each time in a new process."""
+  work = workload(options)
+  counts = [str(options.rounds), str(options.steps)]
+  flags = [
+    f'--{"" if value is not False else "no-"}{name}'
+    + ('' if isinstance(value, bool) else f'={value}')
+    for name, value in dataclasses.asdict(work).items()
+    if name != 'gate'
+  ]
+  with tempfile.TemporaryDirectory() as folder:
+    lines = pathlib.Path(folder) / 'lines'
+    commands = {
+      'peer': ['peer_torch', json.dumps(dataclasses.asdict(work)), *counts],
+      'ours': [
+        '', 'step', f'--gates={work.gate}', f'--out={lines}', *flags,
+        f'--rounds={options.rounds}', f'--steps={options.steps}',
+        f'--matmul={options.matmul}',
+      ],
+    }  # fmt: skip
+    speeds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(options.repeats):
+      for name, (module, *rest) in commands.items():
+        for record in _measure(name, module, rest, lines, folder):
+          yield record
+          if 'tokens_per_second' in record:
+            speeds[name].append(record['tokens_per_second'])
+  middle = {
+    name: statistics.median(found) if found else 0.0
+    for name, found in speeds.items()
+  }
+  yield {
+    'bench': 'peer',
+    **dataclasses.asdict(work),
+    **middle,
+    'ratio': middle['ours'] / middle['peer'] if middle['peer'] else 0.0,
+  }
+
+
+def _measure(
+  name: str, module: str, rest: list[str], lines: pathlib.Path, folder: str
+) -> Iterator[Record]:
+  """What one process has to say; its compilers remember what they did."""
+  environment = dict(os.environ)
+  if name == 'peer':
+    environment['JAX_PLATFORMS'] = 'cpu'  # PyTorch has the device for itself
+  else:
+    environment.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/jax')
+  lines.unlink(missing_ok=True)
+  where = '.'.join(filter(None, ('gated_jax.bench', module)))
+  done = subprocess.run(
+    [sys.executable, '-m', where, *rest],
+    env=environment,
+    stdout=subprocess.PIPE,
+    text=True,
+    check=False,
+  )
+  text = lines.read_text() if lines.exists() else done.stdout
+  found = [
+    json.loads(line) for line in text.splitlines() if line.startswith('{')
+  ]
+  if done.returncode:
+    found.append(
+      {'bench': 'step', 'name': name, 'failed': f'exit {done.returncode}'}
+    )
+  yield from (record for record in found if 'bench' in record)
+
+
+def table(records: list[Record]) -> str:
+  """One block of aligned columns for each kind of record."""
+  blocks = []
+  for kind, names in COLUMNS.items():
+    chosen = [r for r in records if r['bench'] == kind]
+    names = tuple(n for n in names if any(n in r for r in chosen))
+    rows = [names] + [
+      tuple(_cell(name, record.get(name, '')) for name in names)
+      for record in chosen
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    blocks += [
+      '  '.join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()
+      for row in rows
+      if chosen
+    ]
+  return '\n'.join(blocks)
+
+
+def _cell(name: str, value: Any) -> str:
+  if not isinstance(value, float):
+    return str(value)
+  return format(value, FORMS.get(name, ',.0f' if value >= 1e4 else '.4g'))
+
+
+def main(arguments: list[str]) -> int:
+  """The exit code."""
+  options = parser().parse_args(arguments)
+  run = {
+    'attention': run_attention,
+    'step': run_step,
+    'profile': run_profile,
+    'peer': run_peer,
+  }
+  records = []
+  for record in run[options.kind](options):
+    line = json.dumps(record)
+    print(line, flush=True)
+    records.append(record)
+    if options.out:
+      with open(options.out, 'a', encoding='utf-8') as file:
+        file.write(line + '\n')
+  print(table(records))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
