@@ -3,15 +3,21 @@
 cuDNN has causality and a window of its own. It has no segment ids: those, and
 any other mask, become a [B, 1, T, S] array of numbers that it adds to the
 logits, which costs memory and time that grow with T * S (not with N). Its
-log-sum-exp carries no gradient.
+log-sum-exp carries no gradient. Backward keeps the ungated output and the
+log-sum-exp, under names that remat policies know, and makes the rest again.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 
+from gated_jax.ops.attention.spec import LSE_NAME
+from gated_jax.ops.attention.spec import OUTPUT_NAME
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
@@ -47,20 +53,8 @@ def attend(
       'dropout': spec.dropout > 0,
     },
   )
-  mask = _mask(masking)
-  if spec.return_lse:
-    output, lse = _with_lse(query, key, value, mask, spec)
-  else:
-    output, lse = _without_lse(query, key, value, mask, spec), None
-  if mask is not None:
-    # Where all logits are masked cuDNN averages over them.
-    empty = _sees_nothing(mask, t, spec)
-    output = jnp.where(jnp.swapaxes(empty, 1, 2)[..., None], 0, output)
-    if lse is not None:
-      lse = jnp.where(empty, -jnp.inf, lse)
-  if gate is not None:
-    output = apply_gate(output, gate, spec.gate)
-  return Result(output, lse)
+  output, lse = _gated(spec, (query, key, value), gate, masking)
+  return Result(output, lse if spec.return_lse else None)
 
 
 def _is_hopper() -> bool:
@@ -83,9 +77,12 @@ def _mask(masking: Masking) -> Bool[Array, '#B #N T S'] | None:
 
 
 def _sees_nothing(
-  mask: Bool[Array, '#B #N #T S'], queries: int, spec: AttentionSpec
-) -> Bool[Array, '#B #N T']:
-  """Queries for which no key is left."""
+  masking: Masking, queries: int, spec: AttentionSpec
+) -> Bool[Array, '#B #N #T'] | None:
+  """Queries for which no key is left; None: every one sees some."""
+  mask = _mask(masking)
+  if mask is None:
+    return None
   t = jnp.arange(queries)[:, None]
   s = jnp.arange(mask.shape[3])
   if spec.causal:
@@ -96,32 +93,10 @@ def _sees_nothing(
   return jnp.broadcast_to(empty, (*empty.shape[:2], queries))
 
 
-def _without_lse(
-  query: Array,
-  key: Array,
-  value: Array,
-  mask: Array | None,
-  spec: AttentionSpec,
-) -> Float[Array, 'B T N H']:
-  return jax.nn.dot_product_attention(
-    query,
-    key,
-    value,
-    mask=mask,
-    scale=spec.logit_scale(query.shape[3]),
-    is_causal=spec.causal,
-    local_window_size=(spec.window - 1, 0) if spec.window else None,
-    implementation='cudnn',
-  )
-
-
-def _with_lse(
-  query: Array,
-  key: Array,
-  value: Array,
-  mask: Array | None,
-  spec: AttentionSpec,
+def _attend(
+  query: Array, key: Array, value: Array, masking: Masking, spec: AttentionSpec
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]:
+  """Output and log-sum-exp as cuDNN gives them, without a gate."""
   # jax.nn has return_residual, but rounds the log-sum-exp to the dtype of the
   # output: an error of 1% and more in the probabilities made from it.
   from jax._src.cudnn import fused_attention_stablehlo as fused
@@ -131,10 +106,57 @@ def _with_lse(
     query,
     key,
     value,
-    mask=mask,
+    mask=_mask(masking),
     scale=spec.logit_scale(query.shape[3]),
     mask_type=causal,
     sliding_window_length=spec.window or None,
     return_residual=True,
   )
-  return output, jax.lax.stop_gradient(lse.astype(jnp.float32))
+  return output, lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(spec, inputs, gate, masking):
+  return _forward(spec, inputs, gate, masking)[0]
+
+
+def _forward(spec, inputs, gate, masking):
+  output, lse = _attend(*inputs, masking, spec)
+  # The gated output is one product away from these, which backward needs.
+  output = checkpoint_name(output, OUTPUT_NAME)
+  lse = checkpoint_name(lse, LSE_NAME)
+  gated, seen_lse = _finish(spec, output, lse, gate, masking)
+  return (gated, seen_lse), (inputs, gate, masking, output, lse)
+
+
+def _finish(spec, output, lse, gate, masking):
+  """The gate, and zeros where cuDNN averages over masked logits."""
+  empty = _sees_nothing(masking, output.shape[1], spec)
+  if empty is not None:
+    output = jnp.where(jnp.swapaxes(empty, 1, 2)[..., None], 0, output)
+    lse = jnp.where(empty, -jnp.inf, lse)
+  if gate is not None:
+    output = apply_gate(output, gate, spec.gate)
+  return output, lse
+
+
+def _backward(spec, saved, gradients):
+  inputs, gate, masking, output, lse = saved
+
+  def finish(output, gate):
+    return _finish(spec, output, lse, gate, masking)[0]
+
+  _, pull = jax.vjp(finish, output, gate)
+  d_output, d_gate = pull(gradients[0])
+  # What this forward gives is replaced by what was saved, so it never runs.
+  found, pull = jax.vjp(
+    lambda *inputs: _attend(*inputs, masking, spec), *inputs
+  )
+  saved_for = {
+    id(new): old for new, old in zip(found, (output, lse), strict=True)
+  }
+  pull = jax.tree.map(lambda x: saved_for.pop(id(x), x), pull)
+  return pull((d_output, jnp.zeros_like(lse))), d_gate, None
+
+
+_gated.defvjp(_forward, _backward)
