@@ -1,12 +1,23 @@
 """Attention over a sequence that is split over devices, inside shard_map.
 
 With P devices the sequence is cut into 2 P equal chunks, and device i holds
-chunks i and 2 P - 1 - i: then all of them have the same number of visible
-(query, key) pairs under a causal mask. Keys and values are gathered, queries,
-gates and outputs stay where they are. `zigzag` is the order of positions that
-puts chunks there, for whoever lays out the batch.
+chunks i and 2 P - 1 - i. Keys and values are gathered, queries, gates and
+outputs stay where they are. `zigzag` is the order of positions that puts
+chunks there, for whoever lays out the batch.
+
+Each chunk attends to itself causally, and to all of every chunk before it.
+Chunk i has i before it and chunk 2 P - 1 - i the rest of 2 P - 1, so on every
+device the same number of equal squares is to be computed: one call, of a
+kernel that need not know about offsets, on a batch 2 P - 1 times as large.
+What the squares give is joined by their log-sum-exp, then gated. No product
+is computed twice or in vain. The price is memory: queries and outputs of all
+squares, as large as those of the whole sequence.
+
+With a window most squares would be empty. There both chunks attend to all
+keys, by a backend that takes offsets.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +30,7 @@ from jaxtyping import Float
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
+from gated_jax.ops.gate import apply_gate
 
 
 def zigzag(length: int, parts: int) -> np.ndarray:
@@ -35,8 +47,7 @@ def zigzag(length: int, parts: int) -> np.ndarray:
       f'for each of {parts} devices on the context axis'
     )
   chunks = np.arange(length).reshape(2 * parts, -1)
-  order = [c for i in range(parts) for c in (i, 2 * parts - 1 - i)]
-  return chunks[order].reshape(-1)
+  return chunks[_order(parts)].reshape(-1)
 
 
 def attend(
@@ -52,8 +63,8 @@ def attend(
   """Causal self-attention of this device's two chunks to all keys.
 
   Args:
-    function: (query, key, value, gate, masking, spec) -> Result, on whole
-      keys and queries that begin at masking.query_offset.
+    function: (query, key, value, gate, masking, spec) -> Result. With a
+      window it is given whole keys and a masking.query_offset.
     query: this device's part, in zigzag order, as the other arrays.
     key: likewise.
     value: likewise.
@@ -66,16 +77,101 @@ def attend(
     raise NotImplementedError(
       'a sequence split over devices is attended to causally, without a mask'
     )
+  form = _by_offset if spec.window else _by_squares
+  return form(function, (query, key, value), gate, masking, spec, axis)
+
+
+def _by_squares(function, inputs, gate, masking, spec, axis):
   parts, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+
+  def call(causal, q, k, v, ids, kv_ids):
+    """Squares [C, B, t, ...], as one batch."""
+    flat = [None if x is None else _flat(x) for x in (q, k, v, ids, kv_ids)]
+    output, lse = function(
+      *flat[:3],
+      None,
+      Masking(*flat[3:], dropout_key=masking.dropout_key),
+      dataclasses.replace(spec, causal=causal, return_lse=True),
+    )
+    lse = jnp.swapaxes(lse, 1, 2)
+    return output.reshape(q.shape), lse.reshape(q.shape[:-1])
+
+  halves = [
+    None if x is None else jnp.stack(jnp.split(x, 2, axis=1))
+    for x in (*inputs, masking.query_segments)
+  ]
+  q, k, v, ids = halves
+  diagonal = call(True, q, k, v, ids, ids)
+  # Square j: the first chunk and chunk j of the keys, until that has no more
+  # before it; then the second chunk and chunk j - index.
+  j = jnp.arange(2 * parts - 1)
+  second = j >= index
+  place = jnp.asarray(np.argsort(_order(parts)))
+  chunk = place[j - index * second]
+
+  def queries(x):
+    return None if x is None else _choose(second, x)
+
+  def keys(x):
+    if x is None:
+      return None
+    everyone = jax.lax.all_gather(x, axis, tiled=True)
+    return jnp.take(everyone, chunk, axis=0, mode='clip')
+
+  squares = call(False, queries(q), keys(k), keys(v), queries(ids), keys(ids))
+  output, lse = _join(diagonal, squares, second)
+  output, lse = (jnp.concatenate(list(x), axis=1) for x in (output, lse))
+  if gate is None or spec.gate.model_dtype:
+    output = output.astype(inputs[0].dtype)
+  if gate is not None:
+    output = apply_gate(output, gate, spec.gate).astype(inputs[0].dtype)
+  return Result(output, jnp.swapaxes(lse, 1, 2) if spec.return_lse else None)
+
+
+def _order(parts: int) -> list[int]:
+  """Chunks in the order of the devices that hold them."""
+  return [c for i in range(parts) for c in (i, 2 * parts - 1 - i)]
+
+
+def _flat(x: Array) -> Array:
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _choose(second: Array, x: Array) -> Array:
+  """x[1] where `second` says so, else x[0]: [2, ...] to [C, ...]."""
+  return jnp.where(second.reshape(-1, *[1] * (x.ndim - 1)), x[1], x[0])
+
+
+def _join(diagonal, squares, second):
+  """Softmax over the parts of a row: outputs [2, B, t, N, H], lse without H."""
+  (own, own_lse), (others, lse) = diagonal, squares
+
+  def per_half(reduce, x, nothing):
+    mask = second.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.stack(
+      [reduce(jnp.where(here, x, nothing), axis=0) for here in (~mask, mask)]
+    )
+
+  top = jnp.maximum(own_lse, per_half(jnp.max, lse, -jnp.inf))
+  top = jax.lax.stop_gradient(top)
+  own_weight = jnp.exp(own_lse - top)
+  weight = jnp.exp(lse - _choose(second, top))
+  total = own_weight + per_half(jnp.sum, weight, 0.0)
+  weighted = others.astype(lse.dtype) * weight[..., None]
+  output = own * own_weight[..., None] + per_half(jnp.sum, weighted, 0.0)
+  return output / total[..., None], top + jnp.log(total)
+
+
+def _by_offset(function, inputs, gate, masking, spec, axis):
+  parts, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+  query, key, value = inputs
   batch, half = query.shape[0], query.shape[1] // 2
-  chunks = np.arange(2 * parts)
-  # Chunk c lies at this place of the gathered array.
-  where = np.argsort([c for i in range(parts) for c in (i, 2 * parts - 1 - i)])
+  where = np.argsort(_order(parts))
 
   def whole(x: Array) -> Array:
     x = jax.lax.all_gather(x, axis, axis=1, tiled=True)
     pieces = jnp.split(x, 2 * parts, axis=1)
-    return jnp.concatenate([pieces[where[c]] for c in chunks], axis=1)
+    return jnp.concatenate([pieces[place] for place in where], axis=1)
 
   keys, values = whole(key), whole(value)
   segments = masking.query_segments
