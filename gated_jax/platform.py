@@ -27,7 +27,7 @@ def skip_absent_tpu() -> None:
   """Leaves only the CPU to be found where libtpu is all else there is."""
   others = ('jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin')
   known = any(importlib.util.find_spec(name) for name in others)
-  if jax.config.jax_platforms or known or has_tpu_chip():
+  if getattr(jax.config, 'jax_platforms', '') or known or has_tpu_chip():
     return
   if importlib.util.find_spec('libtpu'):
     jax.config.update('jax_platforms', 'cpu')

@@ -115,6 +115,7 @@ def _compile(config: RunConfig, devices: list[Any], train: bool) -> Compiled:
   }
   with sharding.activate(mesh):
     model = Decoder(config.model)
+    state: Any
     state, _, step = build.make_functions(config, model, mesh)
     if train:
       compiled = step.lower(state, batch).compile()

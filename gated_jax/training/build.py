@@ -99,7 +99,8 @@ def share_of_process(
   same. The rows need not stand together: a pod's mesh follows its network.
   """
   held: dict[int, set[int]] = {}
-  for device, index in where.devices_indices_map((batch, length)).items():
+  everywhere: Any = where.devices_indices_map((batch, length))
+  for device, index in everywhere.items():
     rows = range(batch)[index[0]]
     held.setdefault(device.process_index, set()).update(rows)
   sets = sorted({tuple(sorted(rows)) for rows in held.values()})
