@@ -37,7 +37,10 @@ EXTRAS['dev'] = [
   *EXTRAS['plot'],
   'beartype>=0.20',  # checks jaxtyping's shapes at run time
   'hypothesis>=6.100',  # property-based tests
+  'ipykernel>=6.29',  # what the notebooks of colab/ run in
   'mypy>=1.15',  # static types
+  'nbclient>=0.10',  # runs them from top to bottom
+  'nbformat>=5.10',  # reads them
   'pre-commit>=4',  # the checks before a commit
   'pytest>=8',  # test runner
   'pytest-timeout>=2.3',  # a hanging test names itself
