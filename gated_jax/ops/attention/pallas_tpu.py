@@ -14,6 +14,7 @@ the gradients of Y and of G, and delta, from Y' (`vjp.py` has the algebra).
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,11 +151,11 @@ def _backward(call, saved, gradients):
     arrays.append(lay_gate(gate, call))
   pad = ((0, 0), (0, 0), (0, call.queries - lse.shape[2]))
   rows = [jnp.pad(x, pad)[:, :, None] for x in (lse, d_lse)]
-  *d_inputs, d_gate = pallas_tpu_backward.backward(call, arrays, rows, segments)
+  *found, d_gate = pallas_tpu_backward.backward(call, arrays, rows, segments)
   d_inputs = tuple(
-    unlay(d, x.shape) for d, x in zip(d_inputs, inputs, strict=True)
+    unlay(d, x.shape) for d, x in zip(found, inputs, strict=True)
   )
-  if gate is not None:
+  if d_gate is not None:
     d_gate = unlay_gate(d_gate, gate)
   return d_inputs, d_gate, None
 
@@ -270,10 +271,10 @@ def _parts(call, part):
 
 def _forward_kernel(query, key, value, *refs, call, part, last, gate):
   """One block of queries, one resident part of keys and values."""
-  refs = list(refs)
-  logits = refs.pop(0) if gate else None
-  segments = (refs.pop(0), refs.pop(0)) if call.rule.segments else None
-  output, lse, top, total, sums, *columns = refs
+  queue: list[Any] = list(refs)
+  logits = queue.pop(0) if gate else None
+  segments = (queue.pop(0), queue.pop(0)) if call.rule.segments else None
+  output, lse, top, total, sums, *columns = queue
   blocks, rule, h = call.blocks, call.rule, call.head_dim
   block, step = blocks.queries, blocks.keys
   i, j = pl.program_id(2), pl.program_id(3)
@@ -285,7 +286,7 @@ def _forward_kernel(query, key, value, *refs, call, part, last, gate):
   whole = whole and call.queries <= call.keys
 
   @pl.when(j == 0)
-  def _():
+  def begin_sums():
     if not whole:
       top[...] = jnp.full_like(top, cut.FLOOR)
       total[...] = jnp.zeros_like(total)
@@ -347,7 +348,7 @@ def _forward_kernel(query, key, value, *refs, call, part, last, gate):
   )
 
   @pl.when(j == pl.num_programs(3) - 1)
-  def _():
+  def finish():
     # One number a row: as rows, these are few vectors to compute with.
     weight = cut.to_row(jnp.sum(total[...], axis=1, keepdims=True))
     empty = weight == 0

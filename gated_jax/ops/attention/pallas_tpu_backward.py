@@ -18,6 +18,7 @@ for each resident part: less work than keeping dY.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -206,15 +207,15 @@ class _Specs:
 
 def _kernel(*refs, call, part, some):
   """One resident part of keys, one of the queries of one head."""
-  refs = list(refs)
+  queue: list[Any] = list(refs)
   gated = call.gated != 'none'
-  key, value, query, d_gated, kept = (refs.pop(0) for _ in range(5))
-  logits = refs.pop(0) if gated else None
-  lse, d_lse = refs.pop(0), refs.pop(0)
-  segments = (refs.pop(0), refs.pop(0)) if call.rule.segments else None
-  d_key, d_value, d_query = (refs.pop(0) for _ in range(3))
-  d_gate = refs.pop(0) if gated else None
-  sum_k, sum_v, sum_q, d_output, delta, log, *columns = refs
+  key, value, query, d_gated, kept = (queue.pop(0) for _ in range(5))
+  logits = queue.pop(0) if gated else None
+  lse, d_lse = queue.pop(0), queue.pop(0)
+  segments = (queue.pop(0), queue.pop(0)) if call.rule.segments else None
+  d_key, d_value, d_query = (queue.pop(0) for _ in range(3))
+  d_gate = queue.pop(0) if gated else None
+  sum_k, sum_v, sum_q, d_output, delta, log, *columns = queue
   blocks, rule = call.blocks, call.rule
   block, step = blocks.back_keys, blocks.back_queries
   j, g, i = pl.program_id(2), pl.program_id(3), pl.program_id(4)
@@ -231,14 +232,14 @@ def _kernel(*refs, call, part, some):
   square = square and call.queries == call.keys
 
   @pl.when((g == 0) & (i == 0))
-  def _():
+  def start_keys():
     sum_k[...] = jnp.zeros_like(sum_k)
     sum_v[...] = jnp.zeros_like(sum_v)
     if segments is not None:
       columns[0][...] = cut.to_column(segments[1][0])
 
   @pl.when((j == 0) & (not square))
-  def _():
+  def start_queries():
     sum_q[slot] = jnp.zeros(sum_q.shape[1:], jnp.float32)
 
   def prologue(at):
@@ -256,9 +257,11 @@ def _kernel(*refs, call, part, some):
     lifted = lse[0, 0, :, rows]
     lifted = jnp.where(lifted == -jnp.inf, -cut.FLOOR, lifted)
     log[:, rows] = lifted * math.log2(math.e)
+    if d_gate is None or d_logits is None:
+      return
     if call.gated == 'elementwise':
       d_gate[0, rows] = d_logits
-    elif gated:
+    else:
       d_gate[0, 0, :, rows] = cut.to_row(d_logits.astype(jnp.float32))
 
   def piece(at, width, chunk, keys, offset, fresh=False):
@@ -332,19 +335,19 @@ def _kernel(*refs, call, part, some):
     apart = final | live
 
   @pl.when(apart)
-  def _():
-    cut.walk(0, many, step, prologue)
+  def prologues():
+    cut.walk(jnp.int32(0), many, step, prologue)
 
   @pl.when(live)
-  def _():
-    cut.walk(0, part, block, chunk_of_keys)
+  def products():
+    cut.walk(jnp.int32(0), part, block, chunk_of_keys)
 
   @pl.when(final)
-  def _():
+  def end_queries():
     d_query[0] = (sum_q[slot] * call.scale).astype(d_query.dtype)
 
   @pl.when((g == pl.num_programs(3) - 1) & (i == count - 1))
-  def _():
+  def end_keys():
     d_key[0] = (sum_k[...] * call.scale).astype(d_key.dtype)
     d_value[0] = sum_v[...].astype(d_value.dtype)
 

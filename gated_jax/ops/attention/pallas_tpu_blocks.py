@@ -198,7 +198,7 @@ def query_steps(rule: Rule, block: int, step: int) -> tuple[int, int]:
 
 
 def walk(
-  start: Array, end: Array, step: int, piece: Callable[[Array], None]
+  start: Array, end: Array | int, step: int, piece: Callable[[Array], None]
 ) -> None:
   """Calls piece(start), piece(start + step), .. below end; maybe never."""
 
