@@ -90,7 +90,7 @@ def _by_squares(function, inputs, gate, masking, spec, axis):
     output, lse = function(
       *flat[:3],
       None,
-      Masking(*flat[3:], dropout_key=masking.dropout_key),
+      Masking(flat[3], flat[4], dropout_key=masking.dropout_key),
       dataclasses.replace(spec, causal=causal, return_lse=True),
     )
     lse = jnp.swapaxes(lse, 1, 2)

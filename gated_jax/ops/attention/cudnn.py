@@ -121,7 +121,8 @@ def _gated(spec, inputs, gate, masking):
 
 
 def _forward(spec, inputs, gate, masking):
-  output, lse = _attend(*inputs, masking, spec)
+  query, key, value = inputs
+  output, lse = _attend(query, key, value, masking, spec)
   # The gated output is one product away from these, which backward needs.
   output = checkpoint_name(output, OUTPUT_NAME)
   lse = checkpoint_name(lse, LSE_NAME)
@@ -150,7 +151,7 @@ def _backward(spec, saved, gradients):
   d_output, d_gate = pull(gradients[0])
   # What this forward gives is replaced by what was saved, so it never runs.
   found, pull = jax.vjp(
-    lambda *inputs: _attend(*inputs, masking, spec), *inputs
+    lambda q, k, v: _attend(q, k, v, masking, spec), *inputs
   )
   saved_for = {
     id(new): old for new, old in zip(found, (output, lse), strict=True)
