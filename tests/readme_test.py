@@ -1,0 +1,33 @@
+"""What the README shows runs, and what it names exists."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = (ROOT / 'README.md').read_text()
+EXAMPLES = re.findall(r'```python\n(.*?)```', TEXT, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize('index', range(len(EXAMPLES)))
+def test_examples_run(index):
+  exec(compile(EXAMPLES[index], 'README.md', 'exec'), {'__name__': 'readme'})
+
+
+def test_there_are_three_ways_in():
+  assert len(EXAMPLES) == 3
+
+
+def test_files_it_links_to_exist():
+  links = re.findall(r'\]\(([^)#:]+)\)', TEXT)
+  assert links
+  assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_map_names_what_is_there():
+  names = re.findall(r'^ {4,8}(\S+/|\S+\.py) ', TEXT, flags=re.MULTILINE)
+  homes = (ROOT, ROOT / 'gated_jax', ROOT / 'gated_jax/ops')
+  missing = [n for n in names if not any((h / n).exists() for h in homes)]
+  assert len(names) > 12
+  assert missing == []
