@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +82,17 @@ CASES = {
 
 @functools.cache
 def built(config):
+  """Random parameters, made without compiling anything."""
   tokens = jnp.zeros((1, 1), jnp.int32)
-  params = jax.jit(Decoder(config).init)(jax.random.key(1), tokens)['params']
-  return meta.unbox(params)
+  shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
+  rng = np.random.default_rng(1)
+
+  def draw(path, leaf):
+    center = 1.0 if 'scale' in jax.tree_util.keystr(path) else 0.0
+    return rng.normal(center, config.init_std, leaf.shape).astype(leaf.dtype)
+
+  shapes = meta.unbox(shapes['params'])
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def tokens_of(shape, seed=0):
@@ -146,7 +155,7 @@ def test_prompts_of_different_lengths_go_on_as_each_would_alone():
 
 def test_a_mesh_gives_the_same_tokens():
   prompts = [tokens_of(n, seed=n) for n in (3, 9)]
-  config = dataclasses.replace(BASE, scan=False)
+  config = dataclasses.replace(BASE, vocab=64, scan=False)
   params = built(config)
   model = Decoder(config)
   call = functools.partial(generate, max_tokens=6)
@@ -165,8 +174,10 @@ def test_a_prompt_of_many_chunks_fills_the_cache_as_one_does(monkeypatch):
   config, params = for_decoding(BASE, built(BASE))
   prompts = [tokens_of(n, seed=n) for n in (50, 3, 32)]
   once, _ = prefill(Decoder(config), params, prompts, 4)
-  monkeypatch.setattr('gated_jax.decode.generate.CHUNK', 16)
-  monkeypatch.setattr('gated_jax.decode.generate.SMALLEST', 16)
+  # The package's name for it is the function.
+  module = importlib.import_module('gated_jax.decode.generate')
+  monkeypatch.setattr(module, 'CHUNK', 16)
+  monkeypatch.setattr(module, 'SMALLEST', 16)
   assert buckets(50, 4).chunks == 4
   parts, cache = prefill(Decoder(config), params, prompts, 4)
   np.testing.assert_allclose(once, parts, rtol=1e-4, atol=1e-5)
@@ -310,7 +321,7 @@ def test_the_command_prints_prompt_and_text_the_same_each_time(run, capsys):
   assert first.startswith('def f') and len(first) > 6
   assert main(draw) == 0
   assert capsys.readouterr().out == first
-  two = ['--prompt=class', '--tensor=2', '--temperature=0']
+  two = ['--prompt=class', '--fsdp=2', '--temperature=0']
   assert main([*flags, *two]) == 0
   both = capsys.readouterr().out
   assert '[0] def f' in both and '[1] class' in both

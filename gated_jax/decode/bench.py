@@ -30,6 +30,7 @@ from gated_jax.decode.generate import generate
 from gated_jax.decode.weights import Params
 from gated_jax.decode.weights import for_decoding
 from gated_jax.model.decoder import Decoder
+from gated_jax.platform import skip_absent_tpu
 
 PROMPT = 32
 # Says how long the last call took, prefill left out: seconds.
@@ -189,6 +190,7 @@ def main() -> None:
   parser.add_argument('--width', type=int, default=512)
   parser.add_argument('--dtype', default='float32')
   flags = parser.parse_args()
+  skip_absent_tpu()
   config = settings(flags)
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = jax.jit(Decoder(config).init)(jax.random.key(0), tokens)['params']

@@ -29,6 +29,7 @@ from gated_jax.decode.generate import check_skip
 from gated_jax.decode.weights import Params
 from gated_jax.decode.weights import load
 from gated_jax.model.decoder import Decoder
+from gated_jax.platform import skip_absent_tpu
 
 THRESHOLDS = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)
 
@@ -108,6 +109,7 @@ def main() -> None:
   parser.add_argument('--checkpoint', required=True)
   parser.add_argument('--batches', type=int, default=8)
   flags = parser.parse_args()
+  skip_absent_tpu()
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   config, model, params = load(flags.checkpoint, mesh)
   batches = held_out(config, flags.batches)
