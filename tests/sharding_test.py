@@ -25,6 +25,7 @@ from gated_jax.config import RunConfig
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.decoder import init_cache
 from gated_jax.training.build import make_functions
+from gated_jax.training.build import share_of_process
 
 BATCH, LENGTH = 8, 32
 MODEL = ModelConfig(
@@ -404,3 +405,38 @@ def test_slices_lie_outermost_on_their_axis(config, axis, known):
   slices = np.vectorize(lambda chip: chip.id // 4)(made.devices)
   halves = np.split(slices, 2, axis=axis)
   assert [set(half.ravel().tolist()) for half in halves] == [{0}, {1}]
+
+
+class Rows:
+  """A sharding that gives each process these rows, a device for each."""
+
+  def __init__(self, *processes):
+    self._processes = processes
+
+  def devices_indices_map(self, shape):
+    pairs = [(i, row) for i, rows in enumerate(self._processes) for row in rows]
+    return {
+      Chip(at, process_index=i): (slice(row, row + 1), slice(0, shape[1]))
+      for at, (i, row) in enumerate(pairs)
+    }
+
+
+@pytest.mark.parametrize(
+  ('processes', 'expected'),
+  [
+    # As on a torus, where a process's chips are a square.
+    (
+      ((0, 1, 4, 5), (2, 3, 6, 7)),
+      ((0, 2, (0, 1, 4, 5)), (1, 2, (2, 3, 6, 7))),
+    ),
+    # Two share their rows (a tensor axis between them).
+    (((0, 2), (1, 3), (0, 2), (1, 3)), ((0, 2, (0, 2)), (1, 2, (1, 3))) * 2),
+    # Neither alike nor apart: everyone reads everything.
+    (((0, 1), (1, 2), (2, 3)), ((0, 1, (0, 1, 2, 3)),) * 3),
+  ],
+)
+def test_a_process_reads_the_rows_that_it_holds(processes, expected):
+  batch = 1 + max(max(rows) for rows in processes)
+  for process, share in enumerate(expected):
+    found = share_of_process(Rows(*processes), batch, 16, process)
+    assert tuple(found) == share
