@@ -25,7 +25,8 @@ from gated_jax.model.accounting import parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.training.build import make_functions
 
-# The paper's dense model, a middle one of the same heads, one for a CPU.
+# The paper's dense model, a middle one of the same heads, configs/smoke.py's,
+# and one for tests.
 MODELS = {
   '1b7': ModelConfig(),
   '400m': ModelConfig(
@@ -35,6 +36,16 @@ MODELS = {
     heads=8,
     kv_heads=4,
     mlp_width=3584,
+  ),
+  'smoke': ModelConfig(
+    vocab=257,
+    depth=4,
+    width=128,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    mlp_width=384,
+    dtype='float32',
   ),
   'tiny': ModelConfig(
     vocab=300,
@@ -49,12 +60,27 @@ MODELS = {
 }
 
 
+GATES = {
+  'none': GateConfig(position='none'),
+  'headwise': GateConfig(granularity='headwise'),
+  'elementwise': GateConfig(),
+  'shared': GateConfig(shared=True),
+  'parameter': GateConfig(source='parameter', init='zeros'),
+  'rms_norm': GateConfig(kind='rms_norm'),
+  'silu': GateConfig(kind='silu'),
+  **{
+    position: GateConfig(position=position)
+    for position in ('query', 'key', 'value', 'dense_output')
+  },
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
   """What one step is given, and how it is compiled."""
 
   model: str = '400m'
-  gate: str = 'elementwise'  # or 'headwise', 'none'
+  gate: str = 'elementwise'  # of GATES
   batch: int = 8
   length: int = 4096
   rows: str = 'whole'  # or 'packed': several documents in each
@@ -66,16 +92,13 @@ class Workload:
 
   def run(self) -> RunConfig:
     """The settings of a run like this."""
-    gate = (
-      GateConfig(position='none')
-      if self.gate == 'none'
-      else GateConfig(granularity=self.gate)
-    )
+    if self.gate not in GATES:
+      raise ValueError(f'gate={self.gate!r} must be one of {", ".join(GATES)}')
     model = dataclasses.replace(
       MODELS[self.model],
       length=self.length,
       depth=self.depth or MODELS[self.model].depth,
-      gate=gate,
+      gate=GATES[self.gate],
       remat=self.remat,
       scan=self.scan,
       logit_chunk=self.logit_chunk,
