@@ -45,7 +45,7 @@ def test_plain_functions_under_grad_vmap_and_shard_map():
   opened = example.gated_dot_product_attention(query, key, value).output
   np.testing.assert_allclose(both[1], opened, rtol=1e-6, atol=1e-6)
 
-  mesh = jax.make_mesh((2,), ('heads',), devices=jax.devices()[:2])
+  mesh = jax.sharding.Mesh(jax.devices()[:2], ('heads',))
   split = example.heads_over_devices(mesh)
   np.testing.assert_allclose(split, expected, rtol=1e-6, atol=1e-6)
 

@@ -22,8 +22,10 @@ class Block(nnx.Module):
     self.attention = nnx.bridge.ToNNX(
       GatedAttention(num_heads=4, num_kv_heads=2, causal=True), rngs=rngs
     )
-    # A linen module learns its sizes from the first input.
-    nnx.bridge.lazy_init(self.attention, jnp.zeros((1, 4, width)))
+    # A linen module learns its sizes from the first input. Its parameters know
+    # axes by name, and without a mesh there is nothing to place them on.
+    with nnx.use_eager_sharding(False):
+      nnx.bridge.lazy_init(self.attention, jnp.zeros((1, 4, width)))
 
   def __call__(self, x):
     return x + self.attention(self.norm(x))

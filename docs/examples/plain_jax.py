@@ -8,6 +8,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
 from gated_jax import gated_dot_product_attention
@@ -59,5 +60,5 @@ def heads_over_devices(mesh):
 if __name__ == '__main__':
   print('gradient', gradient_of_the_gate().shape)
   print('gates', several_gates_at_once(jnp.zeros((3, B, T, N, H))).shape)
-  mesh = jax.make_mesh((min(K, jax.device_count()),), ('heads',))
+  mesh = Mesh(jax.devices()[: min(K, jax.device_count())], ('heads',))
   print('sharded', heads_over_devices(mesh).shape)

@@ -147,13 +147,13 @@ def _kernel(*refs, number, scale, spec):
   row, head, i = (pl.program_id(axis) for axis in range(3))
 
   @pl.when(i == 0)
-  def _():
+  def start():
     top[...] = jnp.full_like(top, LOWEST)
     total[...] = jnp.zeros_like(total)
     mixed[...] = jnp.zeros_like(mixed)
 
   @pl.when(wanted[number(row, head, i)] != 0)
-  def _():
+  def mix():
     logits = scale * jax.lax.dot_general(
       query[0, 0],
       key[0],
@@ -180,7 +180,7 @@ def _kernel(*refs, number, scale, spec):
     top[...] = jnp.broadcast_to(now, top.shape)
 
   @pl.when(i == pl.num_programs(2) - 1)
-  def _():
+  def finish():
     sums = total[:, :1]
     # Nothing was read for a head that is left out: its output is zero.
     result = mixed[...] / jnp.where(sums == 0, 1.0, sums)
