@@ -41,9 +41,9 @@ def test_parameters_have_these_names_shapes_and_logical_axes():
   found = {k: (v.value.shape, v.names) for k, v in flat.items()}
   assert found == {
     'router/kernel': ((8, 4), ('embed', None)),
-    'gate_proj': ((4, 8, 6), ('experts', 'embed', 'mlp')),
-    'up': ((4, 8, 6), ('experts', 'embed', 'mlp')),
-    'down': ((4, 6, 8), ('experts', 'mlp', 'embed')),
+    'gate_proj': ((4, 8, 6), ('experts', 'expert_embed', 'mlp')),
+    'up': ((4, 8, 6), ('experts', 'expert_embed', 'mlp')),
+    'down': ((4, 6, 8), ('experts', 'mlp', 'expert_embed')),
     'shared/gate_proj/kernel': ((8, 5), ('embed', 'mlp')),
     'shared/up/kernel': ((8, 5), ('embed', 'mlp')),
     'shared/down/kernel': ((5, 8), ('mlp', 'embed')),
