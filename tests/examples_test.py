@@ -25,7 +25,7 @@ def test_a_linen_model_learns_with_gated_attention():
 
 def test_an_nnx_model_learns_through_the_bridge():
   first, last = load('nnx_bridge').train()
-  assert last < 0.7 * first
+  assert last < 0.1 * first
 
 
 def test_plain_functions_under_grad_vmap_and_shard_map():

@@ -31,12 +31,12 @@ class Block(nnx.Module):
     return x + self.attention(self.norm(x))
 
 
-def train(steps=30):
-  """Fits the tokens before; losses of the first and the last step."""
+def train(steps=150):
+  """Learns to add the mean so far; losses of the first and the last step."""
   block = Block(16, nnx.Rngs(0))
   optimizer = nnx.Optimizer(block, optax.adam(1e-2), wrt=nnx.Param)
   x = jax.random.normal(jax.random.key(1), (8, 12, 16))
-  target = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+  target = x + jnp.cumsum(x, axis=1) / jnp.arange(1, 13)[:, None]
 
   @nnx.jit
   def step(block, optimizer):
