@@ -21,7 +21,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from gated_jax.evals.harness import Harness  # noqa: E402
 
 CONFIG = ModelConfig(
-  vocab=257,
+  vocab=264,  # bytes, rounded up for a mesh
   length=32,
   depth=1,
   width=16,
