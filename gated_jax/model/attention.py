@@ -298,10 +298,14 @@ class GatedAttention(nn.Module):
 
     rows = ('batch', 'length')
     kv_axes = ('batch', 'kv_length' if cached else 'length', 'kv_heads', None)
-    mask_axes = () if mask is None else tuple(
-      name if size > 1 else None
-      for name, size in zip(
-        ('batch', 'heads', 'length', 'kv_length'), mask.shape, strict=True
+    mask_axes = (
+      ()
+      if mask is None
+      else tuple(
+        name if size > 1 else None
+        for name, size in zip(
+          ('batch', 'heads', 'length', 'kv_length'), mask.shape, strict=True
+        )
       )
     )
     heads = (*rows, 'heads', None)
