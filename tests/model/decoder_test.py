@@ -154,7 +154,7 @@ def test_scanned_layers_are_the_unscanned_ones(name):
 @pytest.mark.parametrize('policy', SAVED)
 def test_remat_changes_nothing_but_memory(policy):
   config = config_of('plain')
-  model, params = make(config)
+  _, params = make(config)
   batch = batch_of()
 
   def gradient(remat):
