@@ -165,11 +165,12 @@ def test_remat_changes_nothing_but_memory(policy):
 
     return jax.jit(jax.grad(total))(params)
 
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
-    gradient(policy),
-    gradient('none'),
-  )
+  def compare(a, b):
+    # Sums in another order: a few roundings of the largest terms.
+    eps = np.finfo(np.float32).eps
+    np.testing.assert_allclose(a, b, rtol=0, atol=32 * eps * np.abs(b).max())
+
+  jax.tree.map(compare, gradient(policy), gradient('none'))
 
 
 def test_policies_save_less_and_less():
