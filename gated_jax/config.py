@@ -44,19 +44,19 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     raise ValueError(f'{name}={value!r} must be one of {", ".join(allowed)}')
 
 
-def _positive(**values: float) -> None:
+def _positive(**values: int | float) -> None:
   for name, value in values.items():
     if not (math.isfinite(value) and value > 0):
       raise ValueError(f'{name}={value} must be positive')
 
 
-def _not_negative(**values: float) -> None:
+def _not_negative(**values: int | float) -> None:
   for name, value in values.items():
     if not (math.isfinite(value) and value >= 0):
       raise ValueError(f'{name}={value} must not be negative')
 
 
-def _below_one(**values: float) -> None:
+def _below_one(**values: int | float) -> None:
   for name, value in values.items():
     if not 0 <= value < 1:
       raise ValueError(f'{name}={value} must lie in [0, 1)')

@@ -47,7 +47,7 @@ def run(path, folder, monkeypatch, flags):
   book = read(path)
   nbclient.NotebookClient(
     book,
-    timeout=280,
+    timeout=600,
     kernel_name='python3',
     resources={'metadata': {'path': str(folder)}},
   ).execute()

@@ -46,7 +46,7 @@ class Blocks:
   back_resident: int = 4096  # queries, and keys, that lie in VMEM
   # Of VMEM: what a kernel may use, and dQ in float32 out of that.
   vmem_mib: int = 48
-  dq_mib: float = 16
+  dq_mib: float = 16.0
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -356,11 +356,11 @@ def _up(x: int, unit: int) -> int:
 # calls the device; the first row is for hosts that compile for one.
 TABLE: dict[str, Blocks] = {
   '': Blocks(queries=1024, back_keys=1024, back_resident=1024),
-  'TPU v5 lite': Blocks(strip=128, dq_mib=32),
+  'TPU v5 lite': Blocks(strip=128, dq_mib=32.0),
   'TPU v5': Blocks(),
   'TPU v5p': Blocks(),
-  'TPU v6 lite': Blocks(dq_mib=32),
-  'TPU v6e': Blocks(dq_mib=32),
+  'TPU v6 lite': Blocks(dq_mib=32.0),
+  'TPU v6e': Blocks(dq_mib=32.0),
 }
 
 
