@@ -45,7 +45,7 @@ WORDS = {
 # 1720.8M and, gated, 1728.2M parameters.
 COUNTS = {
   'base': 1_838_015_488,
-  'smoke': 886_272,
+  'smoke': 894_336,
   'dense_1b7:28': 1_728_177_152,
   'dense_1b7:48': 1_715_369_472,
   'moe_15b_a2b': 15_779_078_144,
