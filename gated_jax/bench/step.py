@@ -38,7 +38,7 @@ MODELS = {
     mlp_width=3584,
   ),
   'smoke': ModelConfig(
-    vocab=257,
+    vocab=320,
     depth=4,
     width=128,
     heads=4,
