@@ -2,10 +2,11 @@
 
     python train.py --config=configs/smoke.py --workdir=runs/smoke
 
-Any setting can follow: --config.steps=500 --config.model.depth=8. Started
-again with the same workdir, it goes on from the newest checkpoint. On several
-processes, add --distributed (TPU pods and Slurm tell the rest) or say it all:
---coordinator=host:port --processes=2 --process_id=0.
+Any setting can follow: --config.steps=500 --config.model.depth=8; they all
+stand in gated_jax/config.py. Started again with the same workdir, it goes on
+from the newest checkpoint. On several processes, add --distributed (TPU pods
+and Slurm tell the rest) or say it all: --coordinator=host:port --processes=2
+--process_id=0.
 """
 
 import difflib
@@ -72,18 +73,18 @@ def read_flags(argv: list[str]) -> RunConfig:
 def _explain(error: Exception, argv: list[str]) -> str:
   """One line; the nearest setting for a mistyped --config.name."""
   text = ' '.join(str(error).replace('FATAL Flags parsing error:', '').split())
-  for argument in argv[1:]:
-    name, _, value = argument.lstrip('-').partition('=')
-    path = value.split(':')[0]
-    if name == 'config' and not pathlib.Path(path).is_file():
-      return f'there is no config file {path!r}'
-    if not name.startswith('config.') or name[len('config.') :] in _settings():
+  given = _given(argv)
+  path = given.get('config', '').split(':')[0]
+  if path and not pathlib.Path(path).is_file():
+    return f'there is no config file {path!r}'
+  known = _settings()
+  for flag in given:
+    name = flag.removeprefix('config.')
+    if name == flag or name in known:
       continue
-    near = difflib.get_close_matches(
-      name[len('config.') :], _settings(), n=1, cutoff=0.5
-    )
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f'; did you mean --config.{near[0]}?' if near else ''
-    return f'there is no setting --{name}{hint}'
+    return f'there is no setting --{flag}{hint}'
   unknown = re.search(r'Key "(\w+)" does not exist', text)
   if unknown:
     meant = re.search(r'Did you mean "(\w+)"', text)
@@ -91,7 +92,19 @@ def _explain(error: Exception, argv: list[str]) -> str:
     return f'the config file sets {unknown[1]}, which is no setting{hint}'
   if 'Traceback' in text:  # the config file itself refused, for a reason
     text = str(error).strip().splitlines()[-1].removeprefix('ValueError: ')
+  elif not isinstance(error, flags.Error | ValueError):
+    return f'{path} failed: {type(error).__name__}: {text}'
   return text or type(error).__name__
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+  """Flags as they were typed, with '=' or a space before their values."""
+  found = {}
+  for argument, following in zip(argv[1:], [*argv[2:], ''], strict=True):
+    if argument.startswith('-'):
+      name, equals, value = argument.lstrip('-').partition('=')
+      found[name] = value if equals else following
+  return found
 
 
 def _settings() -> list[str]:
@@ -172,6 +185,9 @@ def _mute_late_readers() -> None:
 def main(argv: list[str]) -> int:
   """The exit code: 2 for what the user has to change, 1 for other failures."""
   absl.logging.set_verbosity(absl.logging.FATAL)
+  if not {'--help', '-help', '-h'}.isdisjoint(argv):
+    print(__doc__, FLAGS.main_module_help(), sep='\n')
+    return 0
   _mute_late_readers()
   try:
     config = read_flags(argv)
@@ -179,7 +195,7 @@ def main(argv: list[str]) -> int:
     join_processes()
     from gated_jax.training import loop
 
-    command = shlex.join(['python', *argv])
+    command = shlex.join(sys.orig_argv)  # with the interpreter as typed
     loop.run(config, pathlib.Path(FLAGS.workdir), command)
   except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
     # What JAX itself throws takes many lines, and needs them.

@@ -18,6 +18,12 @@ SMOKE = '--config=configs/smoke.py'
     (['--workdir=W'], '--config is missing'),
     ([SMOKE, '--workdir=gs://b/r'], '--workdir=gs://b/r must be a folder'),
     (['--config=configs/nope.py', '--workdir=W'], "'configs/nope.py'"),
+    (['--config', 'configs/nope.py', '--workdir=W'], "'configs/nope.py'"),
+    (
+      ['--config', 'configs/smoke.py', '--config.stpes', '3'],
+      '--config.stpes; did you mean --config.steps?',
+    ),
+    (['--config=B', '--workdir=W'], 'broken.py failed: ZeroDivisionError: '),
     (
       ['--config=configs/gate_sweep.py:nope', '--workdir=W'],
       "error: row 'nope' must be one of: baseline kv_heads_8",
@@ -45,7 +51,13 @@ SMOKE = '--config=configs/smoke.py'
   ],
 )
 def test_a_mistake_is_one_line(tmp_path, arguments, message):
-  arguments = [x.replace('=W', f'={tmp_path / "run"}') for x in arguments]
+  (tmp_path / 'broken.py').write_text('def get_config():\n  return 1 / 0\n')
+  arguments = [
+    x.replace('=W', f'={tmp_path / "run"}').replace(
+      '=B', f'={tmp_path / "broken.py"}'
+    )
+    for x in arguments
+  ]
   found = subprocess.run(
     [sys.executable, 'train.py', *arguments],
     cwd=ROOT,

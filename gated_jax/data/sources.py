@@ -23,6 +23,7 @@ from typing import runtime_checkable
 
 import numpy as np
 
+_LOG = logging.getLogger(__name__)
 _LOGGED = 10  # files that are named in the log; all are in the report
 
 
@@ -76,9 +77,9 @@ class Skipped:
     if not self._log:
       return
     if count <= _LOGGED:
-      logging.warning('skipped %s: %s', where, line)
+      _LOG.warning('skipped %s: %s', where, line)
     if count == _LOGGED:
-      logging.warning('further skipped files are counted, but not logged')
+      _LOG.warning('further skipped files are counted, but not logged')
 
   def report(self) -> dict[str, str]:
     """What was skipped so far: name to reason, in the order met."""

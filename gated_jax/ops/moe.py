@@ -270,6 +270,15 @@ def _implementation(spec: ExpertSpec) -> str:
   return 'gmm' if jax.default_backend() == 'tpu' else 'ragged_dot'
 
 
+def check_platform(implementation: str, platform: str) -> None:
+  """NotImplementedError where a grouped matmul cannot run."""
+  if implementation == 'gmm' and platform != 'tpu':
+    raise NotImplementedError(
+      f'moe.implementation={implementation!r} needs a TPU and this is a '
+      f'{platform}'
+    )
+
+
 def _tiling(m: int, k: int, n: int) -> tuple[int, int, int]:
   """Tiles of the grouped matmul: as wide as VMEM takes beside two buffers."""
 

@@ -17,12 +17,15 @@ from flax.core import meta
 from jax.experimental import multihost_utils
 
 from gated_jax import sharding
+from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
 from gated_jax.config import to_dict
 from gated_jax.data.pipeline import Pipeline
 from gated_jax.data.pipeline import make_pipeline
 from gated_jax.model.decoder import Decoder
+from gated_jax.ops import moe
+from gated_jax.ops.attention import api as attention
 from gated_jax.training.checkpoint import Checkpoints
 from gated_jax.training.checkpoint import gather
 from gated_jax.training.checkpoint import load_parameters
@@ -82,6 +85,13 @@ def check_same_config(config: RunConfig) -> None:
       )
 
 
+def check_platform(config: ModelConfig, platform: str) -> None:
+  """NotImplementedError where this hardware lacks what is asked for."""
+  attention.check_platform(config.attention, platform)
+  if config.moe.experts:
+    moe.check_platform(config.moe.implementation, platform)
+
+
 class Share(NamedTuple):
   """The rows of every batch that a process reads, and its place for them."""
 
@@ -134,6 +144,7 @@ def build(config: RunConfig, workdir: pathlib.Path, console: Console) -> Parts:
   """Everything a run needs, restored from its newest checkpoint if any."""
   check_workdir(workdir)
   check_same_config(config)
+  check_platform(config.model, jax.devices()[0].platform)
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   clock = Clock()
   shape = (config.data.batch, config.data.length)

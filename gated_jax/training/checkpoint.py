@@ -157,6 +157,7 @@ class Checkpoints:
     self._config = config
     self._say = say
     self._broken = False
+    self._started = -1  # the step whose save was begun last
     self._manager = self._open(config.checkpoint)
 
   def _open(self, config: CheckpointConfig) -> ocp.CheckpointManager:
@@ -199,6 +200,7 @@ class Checkpoints:
       data: This process's place in the data, as JSON values.
       loss: Of validation, which keep-best goes by; inf: not measured.
     """
+    self.wait()
     step = int(state.step)
     if step in self._manager.all_steps():
       return
@@ -222,6 +224,7 @@ class Checkpoints:
       )
     except Exception as error:
       raise self._failed(step, error) from error
+    self._started = step
 
   def wait(self) -> None:
     """Until all that was started is on disk."""
@@ -229,7 +232,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     except Exception as error:
-      raise self._failed(-1, error) from error
+      raise self._failed(self._started, error) from error
 
   def close(self) -> None:
     """Lets go of the threads; a failure that was reported is not again."""
@@ -237,15 +240,14 @@ class Checkpoints:
       self._manager.close()
     except Exception as error:
       if not self._broken:
-        raise self._failed(-1, error) from error
+        raise self._failed(self._started, error) from error
 
   def _failed(self, step: int, error: Exception) -> CheckpointError:
     self._broken = True
     good = self._complete()
     kept = f'; the last good one is {self.path(good[-1])}' if good else ''
-    which = f'step {step}' if step >= 0 else 'the newest step'
     return CheckpointError(
-      f'could not save {which} in {self.folder}{kept}: {_one_line(error)}'
+      f'could not save step {step} in {self.folder}{kept}: {_one_line(error)}'
     )
 
   def _complete(self) -> list[int]:

@@ -89,13 +89,28 @@ class Loop:
         parts.checkpoints.wait()
         return False
       self._profile()
-      batch = to_devices(next(parts.data), self._rows, self._share)
+      batch = to_devices(self._next_batch(), self._rows, self._share)
       parts.state, metrics = step(parts.state, batch)
       self.done += 1
       self._after_step(metrics)
     self._drain()
     self._stop_profile()
     return True
+
+  def _next_batch(self) -> dict[str, np.ndarray]:
+    try:
+      return next(self.parts.data)
+    except ValueError as error:
+      # Files can be mended, so nothing is lost: with several processes only
+      # what came after the last checkpoint, as the others do not stop here.
+      if self.done == self.first or jax.process_count() > 1:
+        raise
+      self._save()
+      self.parts.checkpoints.wait()
+      path = self.parts.checkpoints.path(self.done)
+      raise ValueError(
+        f'{error}; step {self.done} is saved in {path}'
+      ) from None
 
   def _compile(self) -> Any:
     """The step for exactly these shapes; the batch it saw is not lost."""

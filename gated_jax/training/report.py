@@ -87,8 +87,9 @@ def _longer(command: str, steps: int) -> str:
 def closing(parts: Parts, outcome: Outcome, command: str) -> None:
   """Prints what came out, where it lies and what to type next."""
   checkpoint = parts.checkpoints.path(outcome.step)
-  sample = (
-    f'python -m gated_jax.decode --checkpoint={shlex.quote(str(checkpoint))}'
+  python = shlex.split(command)[0] if command else 'python'
+  sample = shlex.join(
+    [python, '-m', 'gated_jax.decode', f'--checkpoint={checkpoint}']
   )
   rows = [
     *_rows(parts, outcome),

@@ -206,7 +206,7 @@ def test_a_save_that_fails_leaves_the_last_good_one(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
     try:
       manager.save(t.state_at(2), 'place 2')
-      manager.wait()
+      manager.save(t.state_at(3), 'place 3')
     except t.checkpoint.CheckpointError as error:
       print(error)
     manager.close()
@@ -220,7 +220,7 @@ def test_a_save_that_fails_leaves_the_last_good_one(tmp_path):
     env=environment,
   )
   (line,) = [x for x in found.stdout.splitlines() if x]
-  assert 'could not save' in line
+  assert 'could not save step 2 in' in line
   assert f'the last good one is {tmp_path / "1"}' in line
   assert 'too large' in line
   state, place, _ = open_at(tmp_path).restore(abstract())

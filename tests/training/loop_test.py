@@ -7,13 +7,17 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
+import numpy as np
 import pytest
 
 from gated_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
+# Most of a tiny run is compilation, and most runs here compile the same.
+COMPILED = tempfile.TemporaryDirectory()
 TINY = {
   'steps': 12,
   'log_every': 1,
@@ -42,7 +46,13 @@ TINY = {
 def start(workdir, **settings):
   """Starts train.py; names with '__' for '.'."""
   chosen = TINY | {k.replace('__', '.'): v for k, v in settings.items()}
-  environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+  environment = {
+    **os.environ,
+    'XLA_FLAGS': '',
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': COMPILED.name,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
   return subprocess.Popen(
     [
       sys.executable,
@@ -178,3 +188,26 @@ def test_a_run_that_turns_non_finite_stops_and_says_where(tmp_path):
   assert re.search(r'not finite in 3 steps in a row, \d+ to \d+', line)
   assert re.search(r'the last good checkpoint is \S+/checkpoints/\d+', line)
   assert 'update skipped' in out
+
+
+def test_data_that_cannot_be_used_costs_no_step_that_was_made(tmp_path):
+  ids = np.tile(np.append(np.arange(49), 256), 40)
+  ids[1000] = 257
+  np.save(tmp_path / 'ids.npy', ids)
+  code, out, err = wait(
+    start(
+      tmp_path / 'run',
+      data__source='tokens',
+      data__paths=tmp_path / 'ids.npy',
+      data__shuffle=False,
+      data__validation=0,
+      checkpoint__every=0,
+    )
+  )
+  assert code == 2, out + err
+  (line,) = err.splitlines()
+  found = re.search(r'token id 257 in (\S+) .*; step (\d+) is saved in', line)
+  assert found, line
+  assert found[1] == str(tmp_path / 'ids.npy')
+  assert int(found[2]) > 4, '1000 tokens are seven steps and more'
+  assert (tmp_path / 'run' / 'checkpoints' / found[2] / 'params').is_dir()

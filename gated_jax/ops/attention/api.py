@@ -20,6 +20,7 @@ from gated_jax.ops.attention import xla
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
+from gated_jax.ops.attention.spec import refuse
 
 BACKENDS: dict[str, Callable[..., Result]] = {
   'xla': xla.attend,
@@ -34,6 +35,19 @@ PREFERENCE = {
   'gpu': ('cudnn', 'xla'),
   'cpu': ('xla',),
 }
+# The only platform that each of these runs on.
+NEEDS = {'cudnn': 'gpu', 'splash': 'tpu', 'pallas_tpu': 'tpu'}
+
+
+def check_platform(implementation: str, platform: str) -> None:
+  """NotImplementedError where a backend cannot run; 'auto' can anywhere.
+
+  For whoever knows the devices before tracing: a kernel for TPUs may be traced
+  on any machine, so by itself it fails only when it is lowered for another.
+  """
+  needed = NEEDS.get(implementation, platform)
+  reason = f'it needs a {needed.upper()} and this is a {platform}'
+  refuse(implementation, **{reason: needed != platform})
 
 
 def gated_dot_product_attention(

@@ -122,3 +122,22 @@ def test_shapes_that_do_not_fit_are_named(name):
 def test_options_that_mean_nothing_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
     AttentionSpec(**options)
+
+
+@pytest.mark.parametrize(
+  ('name', 'platform', 'message'),
+  [
+    ('splash', 'cpu', 'splash attention .* needs a TPU and this is a cpu'),
+    ('pallas_tpu', 'gpu', 'pallas_tpu attention .* needs a TPU .* is a gpu'),
+    ('cudnn', 'tpu', 'cudnn attention .* needs a GPU and this is a tpu'),
+  ],
+)
+def test_a_backend_that_the_hardware_lacks_is_refused(name, platform, message):
+  with pytest.raises(NotImplementedError, match=message):
+    api.check_platform(name, platform)
+
+
+def test_what_automatic_choice_tries_on_a_platform_runs_there():
+  for platform, names in api.PREFERENCE.items():
+    for name in ('auto', *names):
+      api.check_platform(name, platform)

@@ -1,0 +1,54 @@
+"""Rows of a table, and the gradient of a row that many tokens share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gated_jax.ops.embed import EmbedSpec
+from gated_jax.ops.embed import embed
+
+V, D = 6, 4
+TABLE = np.random.default_rng(0).normal(size=(V, D)).astype(np.float32)
+
+
+def gradient(table, tokens, incoming, spec=EmbedSpec()):
+  _, pull = jax.vjp(lambda t: embed(t, tokens, spec), table)
+  return np.asarray(pull(incoming)[0])
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_every_token_gets_its_row_in_the_dtype_asked_for(dtype):
+  tokens = np.array([[5, 0, 0], [2, 3, 5]])
+  found = jax.jit(lambda t: embed(t, tokens, EmbedSpec(dtype)))(TABLE)
+  assert found.dtype == dtype
+  np.testing.assert_array_equal(found, TABLE.astype(dtype)[tokens])
+
+
+def test_a_token_that_is_none_has_zeros_and_teaches_nothing():
+  tokens = np.array([[-1, V, 2, 2**31 - 1]])
+  found = np.asarray(embed(TABLE, tokens))
+  np.testing.assert_array_equal(found[0, 2], TABLE[2])
+  assert not found[0, [0, 1, 3]].any()
+  moved = gradient(TABLE, tokens, np.ones((1, 4, D), np.float32))
+  np.testing.assert_array_equal(moved, np.eye(V)[2][:, None] * np.ones(D))
+
+
+def test_the_gradient_of_a_row_is_the_sum_over_its_tokens():
+  rng = np.random.default_rng(1)
+  tokens = rng.integers(0, V - 1, (3, 50))  # the last row has no token
+  incoming = rng.normal(size=(3, 50, D)).astype(np.float32)
+  one_hot = np.eye(V)[tokens.ravel()]
+  expected = one_hot.T @ incoming.reshape(-1, D).astype(np.float64)
+  found = gradient(TABLE, tokens, incoming)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  assert not found[-1].any()
+
+
+def test_many_small_terms_are_summed_in_float32():
+  """In bfloat16 a sum of ones stops at 256."""
+  tokens = np.zeros((1, 4096), np.int32)
+  incoming = jnp.ones((1, 4096, D), jnp.bfloat16)
+  found = gradient(TABLE, tokens, incoming, EmbedSpec('bfloat16'))
+  assert found.dtype == np.float32
+  np.testing.assert_array_equal(found[0], 4096)

@@ -1,0 +1,42 @@
+"""What is refused before anything is built."""
+
+import pytest
+
+from gated_jax.config import ModelConfig
+from gated_jax.config import MoEConfig
+from gated_jax.training import build
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'attention': 'splash'}, 'splash attention .* this is a cpu'),
+    ({'attention': 'pallas_tpu'}, 'pallas_tpu attention .* this is a cpu'),
+    ({'attention': 'cudnn'}, 'cudnn attention .* this is a cpu'),
+    (
+      {'moe': MoEConfig(experts=8, implementation='gmm')},
+      "moe.implementation='gmm' needs a TPU and this is a cpu",
+    ),
+  ],
+)
+def test_what_this_hardware_lacks_is_named(settings, message):
+  with pytest.raises(NotImplementedError, match=message):
+    build.check_platform(ModelConfig(**settings), 'cpu')
+
+
+def test_what_every_hardware_has_is_taken():
+  for platform in ('cpu', 'gpu', 'tpu'):
+    for attention in ('auto', 'xla'):
+      build.check_platform(
+        ModelConfig(attention=attention, moe=MoEConfig(experts=8)), platform
+      )
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('')
+  for path, reason in ((file, 'File exists'), (file / 'x', 'Not a directory')):
+    with pytest.raises(ValueError, match=f'workdir {path}: {reason}'):
+      build.check_workdir(path)
+  build.check_workdir(tmp_path / 'a' / 'b')
+  assert not list((tmp_path / 'a' / 'b').iterdir())
