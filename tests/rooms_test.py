@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = {
   'config': ('', ''),
   'platform': ('', 'jax'),
-  'ops': ('', 'jax numpy jaxtyping'),
+  'ops': ('', 'jax numpy jaxtyping tokamax'),
   'sharding': ('config', 'jax numpy flax'),
   'data': (
     'config',
@@ -133,6 +133,12 @@ def test_only_plot_imports_matplotlib():
     if any(name.split('.', 1)[0] == 'matplotlib' for name in imports(path))
   ]
   assert found in ([], ['plot.py'])
+
+
+def test_only_the_bench_of_attention_imports_a_peer():
+  for path in files_of('ops'):
+    if path.stem != 'peers':
+      assert not any(n.startswith('tokamax') for n in imports(path)), path.name
 
 
 def test_training_reads_without_gates_and_kernels():

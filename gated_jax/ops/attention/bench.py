@@ -3,46 +3,66 @@
     python -m gated_jax.ops.attention.bench --target=tpu:v5e
     python -m gated_jax.ops.attention.bench --target=device
 
-With a TPU by name nothing runs: its compiler schedules the kernels, and the
-table says how many cycles the schedule takes at least (`schedule.py`). These
-are estimates; waiting for memory is not in them. `device` times whatever is
-there.
+With a TPU by name nothing runs: its compiler schedules the kernels, ours and
+others' (`peers.py`), and the table says how many cycles the schedules take at
+least (`schedule.py`, `counts.py`). These are estimates; waiting for memory is
+not in them. `device` times whatever is there.
 """
 
 import argparse
+import dataclasses
+import functools
+import importlib.metadata
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
+from gated_jax.ops.attention import counts
 from gated_jax.ops.attention import pallas_tpu_blocks as cut
+from gated_jax.ops.attention import peers
 from gated_jax.ops.attention import schedule
 from gated_jax.ops.attention.api import gated_dot_product_attention
 from gated_jax.ops.attention.cases import Case
 
 KINDS = {'v5e': 'TPU v5 lite', 'v5p': 'TPU v5', 'v6e': 'TPU v6 lite'}
-# A backend, and the gates it is shown with. Splash's gate is XLA's, outside.
-ROWS = {
-  'splash': ('none',),
-  'pallas_tpu': ('none', 'headwise', 'elementwise'),
+GATES = ('none', 'headwise', 'elementwise')
+# What libtpu reads when it is loaded: not to ask the cloud who it is, and
+# not to say at length that nobody answered.
+QUIET = {
+  'JAX_PLATFORMS': 'cpu',
+  'TPU_SKIP_MDS_QUERY': '1',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_STDERR_LOG_LEVEL': '3',
+  'TPU_MIN_LOG_LEVEL': '3',
 }
-NAMES = {
-  'splash': ('splash_mha_fwd', 'splash_mha_dkv'),
-  'pallas_tpu': ('gated_attention_forward', 'gated_attention_backward'),
-}
-# Shorter stretches belong to the grid's own bookkeeping, once a step.
-SHORT = 200
+# The program is compiled for many tokens, so that the compiler leaves arrays
+# in HBM, where a model has them; their number does not change the schedule.
+TOKENS = 65_536
+HEADS, KV_HEADS, WIDTH = 16, 8, 128
 
 
-def case_of(length: int, gate: str) -> Case:
+def case_of(length: int, gate: str, tokens: int = 4 * 4096) -> Case:
   """The dense 1.7B model's attention: 16 heads of 128, 8 for keys."""
-  rows = max(1, 4 * 4096 // length)
-  return Case(B=rows, T=length, N=16, K=8, H=128, gate=gate, dtype='bfloat16')
+  return Case(
+    B=max(1, tokens // length),
+    T=length,
+    N=HEADS,
+    K=KV_HEADS,
+    H=WIDTH,
+    gate=gate,
+    dtype='bfloat16',
+  )
 
 
 def gradients(case: Case, backend: str):
@@ -59,109 +79,172 @@ def gradients(case: Case, backend: str):
   return jax.jit(run)
 
 
-def compile_for(kind: str, backend: str, gate: str, length: int) -> None:
-  """Compiles one row; libtpu writes its schedules where it was told to."""
-  device = topologies.get_topology_desc(
-    platform='tpu', topology_name=schedule.CORES[kind].topology
-  ).devices[0]
-  place = jax.sharding.SingleDeviceSharding(device)
-  # The host is no TPU, so the table's row for it becomes the target's.
-  cut.TABLE[''] = cut.TABLE[KINDS[kind]]
+def compile_for(kind: str, gate: str, length: int) -> None:
+  """Compiles our kernels for a TPU by name, forward and backward."""
+  use_blocks_of(kind)
   case = case_of(length, gate)
-  arrays = {
-    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    for name, x in case.abstract().items()
-  }
-  gradients(case, backend).lower(arrays, arrays['query']).compile()
+  run, shapes = ours(case)
+  jax.jit(run).lower(*_abstract(shapes, _place(kind))).compile()
 
 
-def times(backend: str, forward: bool, length: int, blocks: cut.Blocks):
-  """How often (its loop, its largest stretch, others, a step) run, per head.
-
-  For causal attention, and for kernels whose programs are one stretch for
-  the diagonal (splash: for every block) and, ours, a loop for the rest.
-  """
-  if backend == 'splash':
-    n = length // 1024
-    return 0, n * (n + 1) / 2, n, n * n
-  blocks = blocks.fit(length, length)
-  parts = max(1, length // blocks.resident)
-  if forward:
-    n, step = length // blocks.queries, blocks.queries // blocks.keys
-    return step * n * (n - 1) / 2, n, n, n * parts
-  n, step = length // blocks.back_keys, blocks.back_keys // blocks.back_queries
-  return step * n * (n - 1) / 2, n, parts, n + parts * (parts + 1) / 2
+def use_blocks_of(kind: str) -> None:
+  """The host is no TPU, so the table's row for it becomes the target's."""
+  cut.TABLE[''] = cut.TABLE[KINDS[kind]]
 
 
-def cycles(
-  stretches: list[schedule.Stretch], runs: tuple[float, ...], prologue: float
-) -> float:
-  """Stretches times how often each runs."""
-  loop, most, other, step = runs
-  total = 0.0
-  for s in stretches:
-    if s.products > 100:
-      total += s.cycles * (loop if s.loop else most)
-    elif s.loop:
-      total += s.cycles * prologue
-    else:
-      total += s.cycles * (other if s.bundles >= SHORT else step)
-  return total
-
-
-def estimate(kind: str, length: int) -> list[str]:
-  """The table's lines for one length."""
-  core = schedule.CORES[kind]
-  bound = 7 * length * length / 2 / 1024 / 128 * core.square
-  lines = [f'T {length}, cycles per head; matrix units full: {bound:,.0f}']
-  # Of a layer of 16 heads and 16,384 tokens.
-  heads = 16 * max(1, 4 * 4096 // length) / core.cores
-  for backend, gates in ROWS.items():
-    for gate in gates:
-      found = []
-      with tempfile.TemporaryDirectory() as folder:
-        _compile_apart(kind, backend, gate, length, folder)
-        for forward, name in zip((True, False), NAMES[backend], strict=True):
-          path = schedule.find(pathlib.Path(folder), name)
-          if path is None:
-            break
-          blocks = cut.TABLE[KINDS[kind]]
-          runs = times(backend, forward, length, blocks)
-          parts = max(1, length // blocks.back_resident)
-          prologue = length / blocks.back_queries * (parts - 1) / 2
-          stretches = schedule.read(path, core)
-          found.append(cycles(stretches, runs, prologue))
-      if len(found) < 2:
-        lines.append(f'{backend:<12}{gate:<13}other kernels at this length')
-        continue
-      ms = sum(found) * heads / core.clock * 1e3
-      lines.append(
-        f'{backend:<12}{gate:<13}forward {found[0]:>12,.0f}  backward '
-        f'{found[1]:>12,.0f}  both {sum(found):>12,.0f}  {ms:8.2f} ms'
-      )
-  return lines
-
-
-def _compile_apart(kind, backend, gate, length, folder):
-  """In a process of its own: libtpu reads its flags once."""
-  environment = {
-    **os.environ,
-    'JAX_PLATFORMS': 'cpu',
-    'TPU_SKIP_MDS_QUERY': '1',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    'LIBTPU_INIT_ARGS': schedule.FLAGS.format(folder=folder),
-  }
-  row = f'{kind},{backend},{gate},{length}'
-  command = [sys.executable, '-m', 'gated_jax.ops.attention.bench']
-  done = subprocess.run(
-    [*command, f'--compile={row}'],
-    env=environment,
-    capture_output=True,
-    text=True,
-    check=False,
+def _place(kind: str) -> jax.sharding.Sharding:
+  topology = topologies.get_topology_desc(
+    platform='tpu', topology_name=schedule.CORES[kind].topology
   )
-  if done.returncode:
-    raise RuntimeError(f'{row} does not compile:\n{done.stderr[-2000:]}')
+  return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def _abstract(shapes: list[tuple[int, ...]], place: Any) -> list[Any]:
+  return [
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    for shape in shapes
+  ]
+
+
+def ours(case: Case) -> tuple[Callable, list[tuple[int, ...]]]:
+  """All gradients, of arrays [B, T, N H] as projections make them."""
+  shapes = case.shapes
+  both = gradients(case, 'pallas_tpu')
+
+  def run(d_output, *flat):
+    arrays = {
+      name: x.reshape(shape)
+      for (name, shape), x in zip(shapes.items(), flat, strict=True)
+    }
+    found = both(arrays, d_output.reshape(shapes['query']))
+    return [d.reshape(*d.shape[:2], -1) for d in found.values()]
+
+  flat = [(b, t, n * h) for b, t, n, h in shapes.values()]
+  return run, [flat[0], *flat]
+
+
+def theirs(case: Case, peer: peers.Peer, options: peers.Options):
+  run = peer.both(case.N, case.T, options)
+  q, kv = (case.B, case.N, case.T, case.H), (case.B, case.K, case.T, case.H)
+  return run, [q, kv, kv, q]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """One program's figures; cycles are of one head."""
+
+  name: str
+  forward: schedule.Estimate
+  backward: schedule.Estimate
+  cycles: tuple[float, float]
+
+  @property
+  def both(self) -> float:
+    return sum(self.cycles)
+
+
+Make = Callable[[Case], tuple[Callable, list[tuple[int, ...]]]]
+
+
+def schedule_of(
+  kind: str, name: str, make: Make, gate: str, length: int, folder: pathlib.Path
+) -> Line:
+  """Compiles one program and counts its kernels' cycles."""
+  core = schedule.CORES[kind]
+  before = set(folder.iterdir())
+  run, shapes = make(case_of(length, gate, TOKENS))
+  jax.jit(run).lower(*_abstract(shapes, _place(kind))).compile()
+  # Heads are alike, so two of them are counted.
+  small = dataclasses.replace(case_of(length, gate), B=1, N=2, K=1)
+  run, shapes = make(small)
+  found: dict[bool, list[schedule.Estimate]] = {True: [], False: []}
+  kernels = counts.kernels(run, *_abstract(shapes, None))
+  for kernel_name in dict.fromkeys(k.name for k in kernels):
+    alike = [k for k in kernels if k.name == kernel_name]
+    paths = [p for p in schedule.find(folder, kernel_name) if p not in before]
+    forward = 'forward' in kernel_name or 'fwd' in kernel_name
+    for path, kernel in zip(paths, alike, strict=True):
+      stretches = schedule.read(path, core)
+      found[forward].append(schedule.estimate(stretches, kernel, core))
+  for path in set(folder.iterdir()) - before:
+    path.unlink()
+  cycles = [
+    sum(e.cycles for e in found[way]) / small.N for way in (True, False)
+  ]
+  most = [max(found[way], key=lambda e: e.cycles) for way in (True, False)]
+  return Line(name, most[0], most[1], (cycles[0], cycles[1]))
+
+
+def _best(lines: list[Line], name: str) -> Line:
+  """The quickest forward and the quickest backward, as of one program."""
+  forward = min(lines, key=lambda x: x.cycles[0])
+  backward = min(lines, key=lambda x: x.cycles[1])
+  return Line(
+    name,
+    forward.forward,
+    backward.backward,
+    (forward.cycles[0], backward.cycles[1]),
+  )
+
+
+def estimate(
+  kind: str, length: int, gates: list[str], folder: pathlib.Path
+) -> None:
+  """Prints the table of one length, a line as soon as it is known."""
+  core = schedule.CORES[kind]
+  use_blocks_of(kind)
+  # 2 products forward and 5 backward, of the half that causality leaves.
+  bound = [core.products(n * length * length * WIDTH) for n in (2, 5)]
+  print(f'\n{kind}, T {length}: thousand cycles of one head')
+  print(
+    f'{"":<28}{"forward":>9}{"backward":>9}{"both":>9}{"ms":>9}  '
+    'of the peer  bundles of the main loop'
+  )
+  show = functools.partial(_show, core, length)
+  show('matrix units full', bound, 0.0, '')
+  peer = 0.0
+  for name, other in peers.PEERS.items():
+    if not other.installed:
+      print(f'{name:<28}not installed')
+      continue
+    lines = []
+    # Small blocks waste less of the diagonal, which is nothing in the end.
+    for options in other.options if length <= 4096 else other.options[:1]:
+      make = functools.partial(theirs, peer=other, options=options)
+      lines.append(schedule_of(kind, name, make, 'none', length, folder))
+    line = _best(lines, name)
+    peer = min(peer or line.both, line.both)
+    show(name, line.cycles, 0.0, _main(line))
+  for gate in gates:
+    line = schedule_of(kind, gate, ours, gate, length, folder)
+    show(f'pallas_tpu {gate}', line.cycles, peer, _main(line))
+
+
+def _show(core, length, name, cycles, peer, more):
+  both = sum(cycles)
+  # Of a layer of 16 heads and at least 16,384 tokens.
+  ms = both * HEADS * max(1, 4 * 4096 // length) / core.cores / core.clock * 1e3
+  ratio = f'{both / peer:.3f}' if peer else ''
+  print(
+    f'{name:<28}{cycles[0] / 1e3:>9,.1f}{cycles[1] / 1e3:>9,.1f}'
+    f'{both / 1e3:>9,.1f}{ms:>9.3f}  {ratio:>11}  {more}',
+    flush=True,
+  )
+
+
+def _main(line: Line) -> str:
+  """The stretch with most cycles: its bundles for 512 x 512 of the matrix."""
+  texts = []
+  for products, e in ((2, line.forward), (5, line.backward)):
+    tiles = e.flops / (2 * products * WIDTH * 512 * 512)
+    most = sorted(e.most.use.items(), key=lambda x: -x[1])
+    busy = e.most.products / e.most.cycles
+    second = next((x for x in most if ':' not in x[0] and x[0] != 'MXU'), None)
+    more = f', {second[0]} {second[1]:.0%}' if second else ''
+    texts.append(
+      f'{e.most.bundles / tiles:,.0f} (matrix units {busy:.0%}{more})'
+    )
+  return ' / '.join(texts)
 
 
 def measure(length: int, repeats: int = 10) -> list[str]:
@@ -186,29 +269,54 @@ def measure(length: int, repeats: int = 10) -> list[str]:
   return lines
 
 
-def main() -> int:
+def _apart(arguments: list[str]) -> int:
+  """In a process of its own: libtpu reads its flags once."""
+  with tempfile.TemporaryDirectory() as folder:
+    flags = schedule.FLAGS.format(folder=folder)
+    return subprocess.run(
+      [
+        sys.executable,
+        '-m',
+        'gated_jax.ops.attention.bench',
+        *arguments,
+        f'--dumps={folder}',
+      ],
+      env={**os.environ, **QUIET, 'LIBTPU_INIT_ARGS': flags},
+      check=False,
+    ).returncode
+
+
+def main(arguments: list[str]) -> int:
   """Prints the table; 2 for a flag that means nothing."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--target', default='device')
   parser.add_argument('--lengths', default='4096')
-  parser.add_argument('--compile', default='', help=argparse.SUPPRESS)
-  flags = parser.parse_args()
-  if flags.compile:
-    kind, backend, gate, length = flags.compile.split(',')
-    compile_for(kind, backend, gate, int(length))
-    return 0
+  parser.add_argument('--gates', default=','.join(GATES))
+  parser.add_argument('--dumps', default='', help=argparse.SUPPRESS)
+  flags = parser.parse_args(arguments)
   platform, _, kind = flags.target.partition(':')
-  if flags.target != 'device' and (platform != 'tpu' or kind not in KINDS):
+  lengths, gates = flags.lengths.split(','), flags.gates.split(',')
+  if flags.target == 'device':
+    for length in lengths:
+      print('\n'.join(measure(int(length))), flush=True)
+    return 0
+  if platform != 'tpu' or kind not in KINDS:
     known = ', '.join(f'tpu:{k}' for k in KINDS)
     print(f'--target={flags.target} must be device, {known}', file=sys.stderr)
     return 2
-  if kind:
-    print("ESTIMATES from the compiler's schedule: no TPU was used.")
-  for length in map(int, flags.lengths.split(',')):
-    lines = estimate(kind, length) if kind else measure(length)
-    print('\n'.join(lines), flush=True)
+  if not flags.dumps:
+    return _apart(arguments)
+  versions = {
+    name: importlib.metadata.version(name)
+    for name in ('jax', 'libtpu', 'tokamax')
+    if name != 'tokamax' or peers.PEERS['splash (tokamax)'].installed
+  }
+  print("ESTIMATES from the compiler's schedule: no TPU was used.")
+  print(', '.join(f'{name} {version}' for name, version in versions.items()))
+  for length in lengths:
+    estimate(kind, int(length), gates, pathlib.Path(flags.dumps))
   return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(main(sys.argv[1:]))

@@ -355,23 +355,28 @@ def _forward_kernel(query, key, value, *refs, call, part, last, gate):
     # The logarithm of zero is what it should be.
     lse[0, 0] = (jnp.log2(weight) + cut.to_row(top[...])) * math.log(2)
     share = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, weight))
+    plain = not (call.gate.additive or call.gate.model_dtype)
+    if logits is not None and call.gated == 'headwise' and plain:
+      # One number a row as well, so both are turned into columns as one.
+      share *= _scores(logits[0, 0], call, output.dtype)
     y = sums[...] * cut.wide(cut.to_column(share), h)
-    if gate:
+    if gate and not (call.gated == 'headwise' and plain):
       y = _gate_block(y, logits, call, output.dtype)
     output[0] = y.astype(output.dtype)
 
 
+def _scores(logits, call, dtype):
+  value = cut.activation_of(call.gate.activation, dtype).value
+  return value(logits.astype(jnp.float32))
+
+
 def _gate_block(y, logits, call, dtype):
   """act(logits) on a block of the output, rounded as the spec says."""
-  value = cut.activation_of(call.gate.activation, dtype).value
-  scores = value(
-    (logits[0] if call.gated == 'elementwise' else logits[0, 0]).astype(
-      jnp.float32
-    )
-  )
+  headwise = call.gated == 'headwise'
+  scores = _scores(logits[0, 0] if headwise else logits[0], call, dtype)
   if call.gate.model_dtype:
     scores = scores.astype(dtype).astype(jnp.float32)
     y = y.astype(dtype).astype(jnp.float32)
-  if call.gated == 'headwise':
+  if headwise:
     scores = cut.wide(cut.to_column(scores), call.head_dim)
   return apply_scores(y, scores, call.gate)
