@@ -125,7 +125,7 @@ def test_microbatches_draw_different_noise():
 
 
 def test_moments_lie_where_their_parameter_lies():
-  mesh = jax.make_mesh((2,), ('fsdp',))
+  mesh = jax.make_mesh((2,), ('fsdp',), devices=jax.devices('cpu')[:2])
   split = jax.sharding.NamedSharding(mesh, P('fsdp'))
   whole = jax.sharding.NamedSharding(mesh, P())
   init = steps.make_init(Linear(), optax.adam(0.1), 3)
