@@ -60,11 +60,11 @@ def attend(
   b, t, n, h = query.shape
   s, k = key.shape[1:3]
   wide = jnp.promote_types(query.dtype, jnp.float32)
+  # Heads first: a product's rows would come as T, G, and the logits, the
+  # largest array here, would be turned, forward and backward.
+  grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
   logits = jnp.einsum(
-    'BTKGH,BSKH->BKGTS',
-    query.reshape(b, t, k, n // k, h),
-    key,
-    preferred_element_type=wide,
+    'BKGTH,BSKH->BKGTS', grouped, key, preferred_element_type=wide
   )
   logits = logits.reshape(b, n, t, s) * spec.logit_scale(h)
   visible = visible_keys(b, t, s, masking, spec)
@@ -84,12 +84,13 @@ def attend(
     )
     weights = jnp.where(keep, weights / (1 - spec.dropout), 0.0)
   output = jnp.einsum(
-    'BKGTS,BSKH->BTKGH',
+    'BKGTS,BSKH->BKGTH',
     weights.reshape(b, k, n // k, t, s).astype(value.dtype),
     value,
     preferred_element_type=wide,
   )
-  output = output.reshape(b, t, n, h).astype(query.dtype)
+  output = output.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+  output = output.astype(query.dtype)
   if gate is not None:
     output = apply_gate(output, gate, spec.gate)
   output = checkpoint_name(output, OUTPUT_NAME)
