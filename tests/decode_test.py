@@ -397,7 +397,7 @@ def test_what_leaving_heads_out_changes_is_bounded(channels, threshold):
     value = value.at[0, :, 0].set(10.0)
   output = gated_dot_product_attention(query, key, value, gate).output
   silent = attention.quiet_heads(
-    jax.nn.sigmoid(gate), 2, 4, jnp.float32(threshold)
+    jax.nn.sigmoid(gate), 2, jnp.float32(threshold)
   )
   changed = np.abs(output - attention.leave_out(output, silent))
   worst = changed.reshape(3, 5, 2, -1).max((0, 1, 3))

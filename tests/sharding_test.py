@@ -245,8 +245,8 @@ def test_decoding_with_a_sharded_cache(mesh):
     for x in jax.tree.leaves(found[1].layers):
       assert x.sharding.shard_shape(x.shape) == (
         {1: BATCH, 8: BATCH // 4}[parts],
-        LENGTH,
         {1: 2, 8: 1}[parts],
+        LENGTH,
         config.head_dim,
       )
   assert_same(jax.device_get(found), expected)

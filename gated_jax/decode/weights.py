@@ -31,11 +31,14 @@ def for_decoding(
 ) -> tuple[ModelConfig, Params]:
   """The same model with layers apart and matrices as they are used.
 
+  The attention that training asked for by name need not know of a cache, so
+  decoding takes what the platform has.
+
   Args:
     config: of the model.
     params: its parameters, stacked if `config.scan`.
   """
-  new = dataclasses.replace(config, scan=False, remat='none')
+  new = dataclasses.replace(config, scan=False, remat='none', attention='auto')
   return new, _convert(config, params)
 
 

@@ -40,10 +40,14 @@ from gated_jax.ops.attention.spec import Result
 
 
 class KV(NamedTuple):
-  """Keys and values of one layer that later tokens attend to."""
+  """Keys and values of one layer that later tokens attend to.
 
-  key: Float[Array, '*layers B S K H']
-  value: Float[Array, '*layers B S K H']
+  Heads come before tokens: what a step reads of a head is then one matrix,
+  which products take as it lies, and a page of it is whole tiles of a TPU.
+  """
+
+  key: Float[Array, '*layers B K S H']
+  value: Float[Array, '*layers B K S H']
 
 
 class Surroundings(NamedTuple):
@@ -134,22 +138,32 @@ class GatedAttention(nn.Module):
     value = checkpoint_name(value, 'value')
     if cache is not None and around.filled is not None:
       cache = extend(cache, key, value, around.filled)
-      key, value = (x.astype(query.dtype) for x in cache)
     logits = None
     if self.gate.position == 'sdpa_output' and self.gate.has_scores:
       logits = self._gate(inputs_q, (heads, width), ('heads', 'head_dim'))
       self._sow_gate(logits, valid)
-    output, lse = self._attend(
-      (query, key, value, logits if self._fused else None),
-      around,
-      mask,
-      self._dropout(deterministic),
-    )
-    if lse is not None and cache is None:
-      self._sow_attention(query, key, lse, around)
-    output = self._after(output, logits)
+    quiet, paged = None, False
     if logits is not None and around.skip_below is not None:
-      output = self._leave_out(output, logits, kv_heads, around.skip_below)
+      scores = self._scores(logits)
+      scores = jnp.broadcast_to(scores, (*query.shape[:3], scores.shape[-1]))
+      quiet = self._quiet(scores, kv_heads, around.skip_below)
+      paged = cache is not None and mask is None
+    if paged and decode.reads_pages(query.shape[1], self.implementation):
+      output = self._read_pages(query, cache, scores, quiet, around.filled)
+    else:
+      if cache is not None and around.filled is not None:
+        key, value = (x.swapaxes(1, 2).astype(query.dtype) for x in cache)
+      output, lse = self._attend(
+        (query, key, value, logits if self._fused else None),
+        around,
+        mask,
+        self._dropout(deterministic),
+      )
+      if lse is not None and cache is None:
+        self._sow_attention(query, key, lse, around)
+      output = self._after(output, logits)
+      if quiet is not None:
+        output = decode.leave_out(output, quiet)
     result = Linear(
       (heads, width, self.out_features or inputs_q.shape[-1]),
       ('heads', 'head_dim', 'embed'),
@@ -226,12 +240,12 @@ class GatedAttention(nn.Module):
     self._sow_gate(logits, valid)
     return self._apply(y, logits)
 
+  def _scores(self, logits: Array) -> Array:
+    scores = gates.gate_scores(logits, gate_spec(self.gate))
+    return gates.share_over_heads(scores) if self.gate.shared else scores
+
   def _apply(self, y: Array, logits: Array) -> Array:
-    spec = gate_spec(self.gate)
-    scores = gates.gate_scores(logits, spec)
-    if self.gate.shared:
-      scores = gates.share_over_heads(scores)
-    return gates.apply_scores(y, scores, spec)
+    return gates.apply_scores(y, self._scores(logits), gate_spec(self.gate))
 
   def _after(self, output: Array, logits: Array | None) -> Array:
     """What stands between attention and the output projection."""
@@ -243,18 +257,44 @@ class GatedAttention(nn.Module):
       return output
     return self._apply(output, logits)
 
-  def _leave_out(
-    self, output: Array, logits: Array, kv_heads: int, threshold: Array
-  ) -> Array:
-    """The gated output without kv heads that the gate silences."""
-    scores = gates.gate_scores(logits, gate_spec(self.gate))
-    if self.gate.shared:
-      scores = gates.share_over_heads(scores)
-    scores = jnp.broadcast_to(scores, (*output.shape[:2], *scores.shape[2:]))
-    quiet = decode.quiet_heads(scores, kv_heads, output.shape[2], threshold)
+  def _quiet(
+    self, scores: Array, kv_heads: int, threshold: Array
+  ) -> Bool[Array, 'B T K']:
+    """Kv heads that the gate silences."""
+    quiet = decode.quiet_heads(scores, kv_heads, threshold)
     if self._watched:
       self.sow('probes', 'quiet_heads', quiet)
-    return decode.leave_out(output, quiet)
+    return quiet
+
+  def _read_pages(
+    self,
+    query: Array,
+    cache: KV,
+    scores: Array,
+    quiet: Bool[Array, 'B T K'],
+    filled: Int[Array, ' B'],
+  ) -> Array:
+    """Gated attention of one token to what of the cache it needs."""
+    copies = self._copies(cache.key.shape[1])
+    key, value = (_repeat(x, copies, 1) for x in cache)
+    quiet = _repeat(quiet, copies, 2)
+
+    def run(query, key, value, scores, filled, quiet):
+      # The cache holds the token itself by now.
+      arrays = query[:, 0], key, value, scores[:, 0], filled + 1, quiet[:, 0]
+      return decode.read_pages(*arrays, window=self.window)[:, None]
+
+    heads = ('batch', 'length', 'heads', None)
+    kept = ('batch', 'kv_heads', 'kv_length', None)
+    silent = ('batch', 'length', 'kv_heads')
+    placed = sharding.per_device(
+      run, (heads, kept, kept, heads, ('batch',), silent), heads
+    )
+    return placed(query, key, value, scores, filled, quiet)
+
+  def _copies(self, kv_heads: int) -> int:
+    """Several devices may share a kv head: each then gets its own."""
+    return max(1, sharding.axis_size('kv_heads') // kv_heads)
 
   def _attend(
     self,
@@ -267,10 +307,8 @@ class GatedAttention(nn.Module):
     query, key, value, gate = arrays
     cached = around.filled is not None
     parts = 1 if cached else sharding.axis_size('length')
-    # Several devices may share a kv head: each then gets a copy of its own.
-    copies = max(1, sharding.axis_size('kv_heads') // key.shape[2])
-    if copies > 1:
-      key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+    copies = self._copies(key.shape[2])
+    key, value = (_repeat(x, copies, 2) for x in (key, value))
     spec = AttentionSpec(
       causal=self.causal or cached,
       window=self.window,
@@ -332,9 +370,7 @@ class GatedAttention(nn.Module):
     """Statistics of the scores, over tokens that are not padding."""
     if not self._watched:
       return
-    scores = gates.gate_scores(logits, gate_spec(self.gate))
-    if self.gate.shared:
-      scores = gates.share_over_heads(scores)
+    scores = self._scores(logits)
     if scores.ndim == 3:  # no heads any more
       logits, scores = logits[:, :, None], scores[:, :, None]
     self.sow('probes', 'gate_scores', probes.score_statistics(scores, valid))
@@ -358,6 +394,10 @@ class GatedAttention(nn.Module):
       self.sow('attention_maps', 'attention_weights', maps)
 
 
+def _repeat(x: Array, copies: int, axis: int) -> Array:
+  return x if copies == 1 else jnp.repeat(x, copies, axis=axis)
+
+
 def _attend_whole(query, key, value, gate, masking, spec, *, implementation):
   return api.gated_dot_product_attention(
     query,
@@ -374,10 +414,10 @@ def extend(cache: KV, key: Array, value: Array, index: Array) -> KV:
   """The cache with new keys and values written from each row's index on."""
 
   def row(old, new, start):
-    return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
 
-  write = jax.vmap(row)
-  return KV(
-    write(cache.key, key.astype(cache.key.dtype), index),
-    write(cache.value, value.astype(cache.value.dtype), index),
-  )
+  def write(old, new):
+    new = new.swapaxes(1, 2).astype(old.dtype)
+    return jax.vmap(row)(old, new, index)
+
+  return KV(write(cache.key, key), write(cache.value, value))

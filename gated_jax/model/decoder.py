@@ -391,10 +391,10 @@ def init_cache(
 ) -> Cache:
   """An empty cache with room for `length` tokens in each of `batch` rows."""
   kind = jnp.dtype(dtype or config.dtype)
-  shape = (batch, length, config.kv_heads, config.head_dim)
+  shape = (batch, config.kv_heads, length, config.head_dim)
 
   def layer(*stacked):
-    axes = (*[None] * len(stacked), 'batch', 'kv_length', 'kv_heads', None)
+    axes = (*[None] * len(stacked), 'batch', 'kv_heads', 'kv_length', None)
     # Two arrays, so that both can be donated.
     return KV(
       *(

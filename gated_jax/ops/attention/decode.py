@@ -5,33 +5,35 @@
 The gate of a token is known before its attention: softmax weights sum to one,
 so where all scores of the query heads that share a kv head are below a
 threshold, leaving that head out changes no channel by more than the threshold
-times the largest |value|. `quiet_heads` finds those heads.
+times the largest |value|. `quiet_heads` finds those heads. A TPU then reads the
+rest of the cache alone (`decode_tpu.py`); elsewhere `leave_out` drops them.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
+from jaxtyping import Int
+
+from gated_jax.ops.attention import decode_tpu
 
 
 def quiet_heads(
-  scores: Float[Array, 'B T #N #H'],
+  scores: Float[Array, 'B T N #H'],
   kv_heads: int,
-  heads: int,
   threshold: Float[Array, ''],
 ) -> Bool[Array, 'B T K']:
   """Kv heads that no query head of a token listens to.
 
   Args:
     scores: of the gate, after its activation.
-    kv_heads: K.
-    heads: N, of which N / K read each kv head.
+    kv_heads: K; N / K query heads read each of them.
     threshold: |scores| below it are as good as none; 0: none are.
   """
   loudest = jnp.max(jnp.abs(scores), axis=-1)
-  b, t = loudest.shape[:2]
-  loudest = jnp.broadcast_to(loudest, (b, t, heads))
-  groups = loudest.reshape(b, t, kv_heads, heads // kv_heads)
+  b, t, n = loudest.shape
+  groups = loudest.reshape(b, t, kv_heads, n // kv_heads)
   return jnp.max(groups, axis=-1) < threshold
 
 
@@ -48,3 +50,31 @@ def error_bound(
 ) -> Float[Array, ' K']:
   """The most that leaving a head out changes a channel of gated output."""
   return threshold * jnp.max(jnp.abs(value), axis=(0, 1, 3))
+
+
+def reads_pages(queries: int, implementation: str) -> bool:
+  """Whether a call goes to the TPU kernel.
+
+  Args:
+    queries: of each row; the kernel takes one.
+    implementation: as in `api.py`; the kernel is among those of 'pallas_tpu',
+      and on a TPU the automatic choice.
+  """
+  chosen = implementation == 'pallas_tpu'
+  if implementation == 'auto':
+    chosen = jax.default_backend() == 'tpu'
+  return chosen and queries == 1
+
+
+def read_pages(
+  query: Float[Array, 'B N H'],
+  key: Float[Array, 'B K S H'],
+  value: Float[Array, 'B K S H'],
+  scores: Float[Array, 'B N #H'],
+  lengths: Int[Array, ' B'],
+  quiet: Bool[Array, 'B K'],
+  window: int,
+) -> Float[Array, 'B N H']:
+  """Gated attention of one token of each row, as `decode_tpu.attend`."""
+  spec = decode_tpu.DecodeSpec(window=window)
+  return decode_tpu.attend(query, key, value, scores, lengths, quiet, spec)

@@ -1,14 +1,13 @@
 """One query to a cache on TPU: pages that nobody needs are never copied.
 
 The grid walks rows, kv heads and pages of keys. A table made beforehand names
-the page that each of its steps has in fast memory: the next one that is
-needed, and where a step needs none, the one that is there already. The
-pipeline copies a page only when its name changes, so heads that the gate
-silences and pages behind a row's length or window cost a step of the grid and
-no memory traffic.
+the page that each of its steps has in fast memory: its own where it needs
+that, and otherwise the one that is there already. The pipeline copies a page
+only when its name changes, so heads that the gate silences and pages behind a
+row's length or window cost a step of the grid and no memory traffic.
 
-The cache is flat, [B, S, K * H]: then one head's page is whole tiles. Read
-`decode.py` for when a head may be left out.
+The cache is [B, K, S, H]: one head's page is then whole tiles. Read `decode.py`
+for when a head may be left out.
 """
 
 import dataclasses
@@ -25,6 +24,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 LANES = 128
+SMALLEST = 16  # tokens of a page: a tile of bfloat16 has so many rows
 LOWEST = -1e30  # of a logit; -inf minus itself is no number
 
 
@@ -32,9 +32,14 @@ LOWEST = -1e30  # of a logit; -inf minus itself is no number
 class DecodeSpec:
   """Static options."""
 
-  page: int = 512  # tokens that are copied at once
+  page: int = 512  # tokens that are copied at once; fewer in a small cache
   window: int = 0  # keys that the query sees; 0: all
   interpret: bool = False  # without a TPU
+
+
+def page_of(room: int, spec: DecodeSpec) -> int:
+  """The largest power of two that divides a cache's room, up to spec.page."""
+  return min(spec.page, room & -room)
 
 
 def page_table(
@@ -67,8 +72,8 @@ def page_table(
 
 def attend(
   query: Float[Array, 'B N H'],
-  key: Float[Array, 'B S KH'],
-  value: Float[Array, 'B S KH'],
+  key: Float[Array, 'B K S H'],
+  value: Float[Array, 'B K S H'],
   scores: Float[Array, 'B N #H'],
   lengths: Int[Array, ' B'],
   quiet: Bool[Array, 'B K'],
@@ -77,8 +82,8 @@ def attend(
   """Gated attention of one token of each row; zeros for quiet heads.
 
   Args:
-    query: [B, N, H] with H a multiple of 128.
-    key: the cache, [B, S, K * H], S a multiple of a page.
+    query: [B, N, H].
+    key: the cache.
     value: likewise.
     scores: of the gate, after its activation.
     lengths: tokens of each row in the cache, the query's own included.
@@ -86,12 +91,13 @@ def attend(
     spec: static options.
   """
   b, n, h = query.shape
-  k, s, page = quiet.shape[1], key.shape[1], spec.page
-  if h % LANES or s % page or key.shape[2] != k * h:
+  k, s = key.shape[1:3]
+  page = page_of(s, spec)
+  if page < SMALLEST:
     raise NotImplementedError(
-      f'a head width of {h} must be a multiple of {LANES}, and a cache of '
-      f'{key.shape} must have pages of {page} tokens of {k} heads'
+      f'a cache with room for {s} tokens has no pages of {SMALLEST}'
     )
+  spec = dataclasses.replace(spec, page=page)
   pages, group = s // page, n // k
   wanted, held = page_table(lengths, quiet, pages, spec)
 
@@ -100,8 +106,12 @@ def attend(
 
   def of_page(row, head, i, wanted, held, lengths):
     del wanted, lengths
-    step = held[number(row, head, i)]
-    return step // (k * pages), step % pages, step // pages % k
+    # No step is negative: what // does for signs a scalar unit need not.
+    at_head, at_page = divide(held[number(row, head, i)], pages)
+    return *divide(at_head, k), at_page, 0
+
+  def divide(x, y):
+    return jax.lax.div(x, jnp.int32(y)), jax.lax.rem(x, jnp.int32(y))
 
   def of_head(row, head, i, *_):
     del i
@@ -110,7 +120,7 @@ def attend(
   kernel = functools.partial(_kernel, number=number, scale=h**-0.5, spec=spec)
   grouped = (b, k, group, h)
   whole = pl.BlockSpec((1, 1, group, h), of_head)
-  pages_spec = pl.BlockSpec((1, page, h), of_page)
+  pages_spec = pl.BlockSpec((1, 1, page, h), of_page)
   scores = jnp.broadcast_to(scores.astype(jnp.float32), query.shape)
   output: Any = pl.pallas_call(
     kernel,
@@ -156,7 +166,7 @@ def _kernel(*refs, number, scale, spec):
   def mix():
     logits = scale * jax.lax.dot_general(
       query[0, 0],
-      key[0],
+      key[0, 0],
       (((1,), (1,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
@@ -173,7 +183,7 @@ def _kernel(*refs, number, scale, spec):
     total[...] = total[...] * shrink + added
     mixed[...] = mixed[...] * shrink + jax.lax.dot_general(
       weights.astype(value.dtype),
-      value[0],
+      value[0, 0],
       (((1,), (0,)), ((), ())),
       preferred_element_type=jnp.float32,
     )

@@ -7,7 +7,7 @@ import pytest
 from gated_jax.ops.attention import decode_tpu
 from gated_jax.ops.attention.decode_tpu import DecodeSpec
 
-B, S, N, K, H, PAGE = 3, 64, 4, 2, 128, 16
+B, S, N, K, PAGE = 3, 64, 4, 2, 16
 
 
 def plain(query, key, value, scores, lengths, quiet, window):
@@ -15,26 +15,36 @@ def plain(query, key, value, scores, lengths, quiet, window):
   query, key, value, scores = (
     np.asarray(x, np.float64) for x in (query, key, value, scores)
   )
-  output = np.zeros((B, N, H))
+  width = query.shape[-1]
+  output = np.zeros((B, N, width))
   for b in range(B):
     low = max(0, lengths[b] - window) if window else 0
     for n in range(N):
       k = n // (N // K)
       if quiet[b, k]:
         continue
-      at = slice(k * H, (k + 1) * H)
-      logits = key[b, low : lengths[b], at] @ query[b, n] / np.sqrt(H)
+      seen = slice(low, lengths[b])
+      logits = key[b, k, seen] @ query[b, n] / np.sqrt(width)
       p = np.exp(logits - logits.max())
-      output[b, n] = p @ value[b, low : lengths[b], at] / p.sum()
+      output[b, n] = p @ value[b, k, seen] / p.sum()
   return output * scores
 
 
-@pytest.mark.parametrize(('window', 'channels'), [(0, H), (20, 1)])
-def test_the_kernel_is_attention_without_the_quiet_heads(window, channels):
+@pytest.mark.parametrize(
+  ('width', 'window', 'channels'), [(128, 0, 128), (64, 20, 1)]
+)
+def test_the_kernel_is_attention_without_the_quiet_heads(
+  width, window, channels
+):
   rng = np.random.default_rng(0)
   query, key, value, scores = (
     jnp.asarray(rng.normal(size=shape), jnp.float32)
-    for shape in ((B, N, H), (B, S, K * H), (B, S, K * H), (B, N, channels))
+    for shape in (
+      (B, N, width),
+      (B, K, S, width),
+      (B, K, S, width),
+      (B, N, channels),
+    )
   )
   lengths = np.array([1, 33, 64], np.int32)
   quiet = np.array([[0, 1], [0, 0], [1, 0]], bool)
@@ -43,7 +53,7 @@ def test_the_kernel_is_attention_without_the_quiet_heads(window, channels):
   read = first < lengths[:, None]
   if window:
     read &= first + PAGE > lengths[:, None] - window
-  read = np.repeat(read[..., None] & ~quiet[:, None], H, axis=2)
+  read = (read[:, None] & ~quiet[..., None])[..., None]
   key, value = (jnp.where(read, x, jnp.nan) for x in (key, value))
   found = decode_tpu.attend(
     query,
@@ -76,9 +86,16 @@ def test_a_page_is_copied_once_and_only_if_it_is_needed():
   )
 
 
-def test_what_has_no_whole_tiles_is_refused():
-  x = jnp.zeros((1, 16, 64))
-  with pytest.raises(NotImplementedError, match='head width of 64'):
+@pytest.mark.parametrize(
+  ('room', 'page'), [(32, 32), (320, 64), (1280, 256), (4096, 512)]
+)
+def test_pages_divide_the_room(room, page):
+  assert decode_tpu.page_of(room, DecodeSpec()) == page
+
+
+def test_what_has_no_whole_pages_is_refused():
+  x = jnp.zeros((1, 1, 40, 64))
+  with pytest.raises(NotImplementedError, match='room for 40 tokens'):
     decode_tpu.attend(
       jnp.zeros((1, 1, 64)),
       x,
@@ -86,5 +103,4 @@ def test_what_has_no_whole_tiles_is_refused():
       jnp.ones((1, 1, 1)),
       jnp.ones(1, int),
       jnp.zeros((1, 1), bool),
-      DecodeSpec(16),
     )
