@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +81,16 @@ def steps(config, params, threshold, tokens):
   return np.stack(found, 1)
 
 
-@pytest.mark.parametrize('name', CASES)
+OFTEN = ('headwise', 'elementwise')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in OFTEN else pytest.mark.nightly)
+    for name in CASES
+  ],
+)
 def test_the_kernel_takes_the_steps_of_a_decoder(name):
   gate, threshold = CASES[name]
   config = dataclasses.replace(
@@ -94,7 +107,9 @@ def test_the_kernel_takes_the_steps_of_a_decoder(name):
   np.testing.assert_allclose(read, dropped, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('tensor', [2, 4])
+@pytest.mark.parametrize(
+  'tensor', [4, pytest.param(2, marks=pytest.mark.nightly)]
+)
 def test_it_runs_on_each_devices_heads(tensor):
   gate, threshold = CASES['headwise']
   config = dataclasses.replace(BASE, gate=gate, attention='pallas_tpu')
@@ -114,12 +129,11 @@ def test_it_runs_on_each_devices_heads(tensor):
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_generate_takes_it_on_a_tpu(monkeypatch):
+@pytest.mark.parametrize(('width', 'kernels'), [(128, 1), (8, 0)])
+def test_generate_takes_it_on_a_tpu(width, kernels, monkeypatch):
   gate, threshold = CASES['headwise']
-  config, params = for_decoding(
-    BASE, built(dataclasses.replace(BASE, gate=gate))
-  )
-  config = dataclasses.replace(config, gate=gate)
+  config = dataclasses.replace(BASE, gate=gate, head_dim=width, depth=1)
+  config, params = for_decoding(config, built(config))
   call = functools.partial(
     generate,
     params=params,
@@ -140,5 +154,87 @@ def test_generate_takes_it_on_a_tpu(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   with pltpu.force_tpu_interpret_mode():
     found = np.stack(list(call(Decoder(config))))
-  assert seen == [(2, 4, 8)] * config.depth
+  assert seen == [(2, 4, width)] * kernels
   np.testing.assert_array_equal(found, expected)
+
+
+PROGRAM = """
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax.experimental import topologies
+
+from gated_jax.config import GateConfig, ModelConfig
+from gated_jax.decode.generate import _step
+from gated_jax.decode.sampling import Sampling
+from gated_jax.model.decoder import Decoder, init_cache
+
+topology = topologies.get_topology_desc(
+  platform='tpu', topology_name=sys.argv[1]
+)
+place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def on_tpu(tree):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+  )
+
+
+config = ModelConfig(
+  vocab=1024, width=512, depth=2, heads=8, kv_heads=4, head_dim=128,
+  mlp_width=512, windows=(0, 1024), scan=False, param_dtype='bfloat16',
+  attention='pallas_tpu', gate=GateConfig(granularity='headwise'),
+)
+model = Decoder(config)
+tokens = jax.ShapeDtypeStruct((8,), jnp.int32)
+boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))
+cache = jax.eval_shape(lambda: init_cache(config, 8, 2560))
+one = jax.ShapeDtypeStruct((), jnp.uint32)
+arrays = meta.unbox(boxed['params']), cache, tokens, one, one
+threshold = jax.ShapeDtypeStruct((), jnp.float32)
+compiled = _step.lower(
+  model, *on_tpu((*arrays, threshold)), sampling=Sampling()
+).compile()
+text = compiled.as_text()
+room = '2560,128]'
+copies = [
+  line for line in text.splitlines()
+  if re.search(r'(copy|transpose)\\(', line) and room in line.split('(')[0]
+]
+print(text.count('custom_call_target="tpu_custom_call"'), len(copies))
+"""
+
+
+@pytest.mark.parametrize(
+  'topology',
+  [
+    'v5e:2x2',
+    *(
+      pytest.param(name, marks=pytest.mark.nightly)
+      for name in ('v5p:2x2x1', 'v6e:2x2')
+    ),
+  ],
+)
+def test_a_step_compiles_for_a_tpu_and_turns_no_cache(topology):
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('libtpu is not installed')
+  done = subprocess.run(
+    [sys.executable, '-c', PROGRAM, topology],
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'TPU_SKIP_MDS_QUERY': '1',
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+      'PYTHONPATH': os.pathsep.join(sys.path),
+    },
+    capture_output=True,
+    text=True,
+    timeout=240,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert done.stdout.split() == ['2', '0']

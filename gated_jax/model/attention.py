@@ -142,14 +142,15 @@ class GatedAttention(nn.Module):
     if self.gate.position == 'sdpa_output' and self.gate.has_scores:
       logits = self._gate(inputs_q, (heads, width), ('heads', 'head_dim'))
       self._sow_gate(logits, valid)
-    quiet, paged = None, False
+    quiet, pages = None, None
     if logits is not None and around.skip_below is not None:
       scores = self._scores(logits)
       scores = jnp.broadcast_to(scores, (*query.shape[:3], scores.shape[-1]))
       quiet = self._quiet(scores, kv_heads, around.skip_below)
-      paged = cache is not None and mask is None
-    if paged and decode.reads_pages(query.shape[1], self.implementation):
-      output = self._read_pages(query, cache, scores, quiet, around.filled)
+      if decode.reads_pages(query.shape[1], width, self.implementation):
+        pages = None if mask is not None else cache
+    if pages is not None and quiet is not None and around.filled is not None:
+      output = self._read_pages(query, pages, scores, quiet, around.filled)
     else:
       if cache is not None and around.filled is not None:
         key, value = (x.swapaxes(1, 2).astype(query.dtype) for x in cache)

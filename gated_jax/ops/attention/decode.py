@@ -52,17 +52,21 @@ def error_bound(
   return threshold * jnp.max(jnp.abs(value), axis=(0, 1, 3))
 
 
-def reads_pages(queries: int, implementation: str) -> bool:
+def reads_pages(queries: int, width: int, implementation: str) -> bool:
   """Whether a call goes to the TPU kernel.
 
   Args:
     queries: of each row; the kernel takes one.
-    implementation: as in `api.py`; the kernel is among those of 'pallas_tpu',
-      and on a TPU the automatic choice.
+    width: of a head.
+    implementation: as in `api.py`; the kernel is among those of 'pallas_tpu'.
+      On a TPU it is the automatic choice for heads that fill its lanes:
+      narrower ones lie there with tokens innermost, and to turn them the whole
+      cache would be copied.
   """
   chosen = implementation == 'pallas_tpu'
   if implementation == 'auto':
-    chosen = jax.default_backend() == 'tpu'
+    fills = width % decode_tpu.LANES == 0
+    chosen = fills and jax.default_backend() == 'tpu'
   return chosen and queries == 1
 
 

@@ -32,7 +32,7 @@ LOWEST = -1e30  # of a logit; -inf minus itself is no number
 class DecodeSpec:
   """Static options."""
 
-  page: int = 512  # tokens that are copied at once; fewer in a small cache
+  page: int = 1024  # tokens that are copied at once; fewer in a small cache
   window: int = 0  # keys that the query sees; 0: all
   interpret: bool = False  # without a TPU
 
