@@ -52,10 +52,10 @@ TOKENS = 65_536
 HEADS, KV_HEADS, WIDTH = 16, 8, 128
 
 
-def case_of(length: int, gate: str, tokens: int = 4 * 4096) -> Case:
+def case_of(length: int, gate: str) -> Case:
   """The dense 1.7B model's attention: 16 heads of 128, 8 for keys."""
   return Case(
-    B=max(1, tokens // length),
+    B=max(1, 4 * 4096 // length),
     T=length,
     N=HEADS,
     K=KV_HEADS,
@@ -123,10 +123,17 @@ def ours(case: Case) -> tuple[Callable, list[tuple[int, ...]]]:
   return run, [flat[0], *flat]
 
 
-def theirs(case: Case, peer: peers.Peer, options: peers.Options):
-  run = peer.both(case.N, case.T, options)
-  q, kv = (case.B, case.N, case.T, case.H), (case.B, case.K, case.T, case.H)
-  return run, [q, kv, kv, q]
+@dataclasses.dataclass(frozen=True)
+class Theirs:
+  """The same of a peer, in the layout that it wants."""
+
+  peer: peers.Peer
+  options: peers.Options
+
+  def __call__(self, case: Case) -> tuple[Callable, list[tuple[int, ...]]]:
+    run = self.peer.both(case.N, case.T, self.options)
+    q, kv = (case.B, case.N, case.T, case.H), (case.B, case.K, case.T, case.H)
+    return run, [q, kv, kv, q]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,33 +153,92 @@ class Line:
 Make = Callable[[Case], tuple[Callable, list[tuple[int, ...]]]]
 
 
-def schedule_of(
-  kind: str, name: str, make: Make, gate: str, length: int, folder: pathlib.Path
-) -> Line:
-  """Compiles one program and counts its kernels' cycles."""
-  core = schedule.CORES[kind]
+@functools.cache
+def _schedules(
+  kind: str, make: Make, case: Case, folder: pathlib.Path
+) -> dict[str, list[list[schedule.Stretch]]]:
+  """What libtpu wrote of each kernel of one program, by the kernel's name."""
   before = set(folder.iterdir())
-  run, shapes = make(case_of(length, gate, TOKENS))
-  jax.jit(run).lower(*_abstract(shapes, _place(kind))).compile()
-  # Heads are alike, so two of them are counted.
-  small = dataclasses.replace(case_of(length, gate), B=1, N=2, K=1)
-  run, shapes = make(small)
-  found: dict[bool, list[schedule.Estimate]] = {True: [], False: []}
-  kernels = counts.kernels(run, *_abstract(shapes, None))
-  for kernel_name in dict.fromkeys(k.name for k in kernels):
-    alike = [k for k in kernels if k.name == kernel_name]
-    paths = [p for p in schedule.find(folder, kernel_name) if p not in before]
-    forward = 'forward' in kernel_name or 'fwd' in kernel_name
-    for path, kernel in zip(paths, alike, strict=True):
-      stretches = schedule.read(path, core)
-      found[forward].append(schedule.estimate(stretches, kernel, core))
+  run, shapes = make(case)
+  arrays = _abstract(shapes, _place(kind))
+  jax.jit(run).lower(*arrays).compile()
+  names = {k.name for k in counts.kernels(run, *arrays)}
+  found = {
+    name: [
+      schedule.read(path, schedule.CORES[kind])
+      for path in schedule.find(folder, name)
+      if path not in before
+    ]
+    for name in names
+  }
   for path in set(folder.iterdir()) - before:
     path.unlink()
+  return found
+
+
+def schedule_of(
+  kind: str,
+  name: str,
+  make: Make,
+  cases: tuple[Case, Case],
+  folder: pathlib.Path,
+) -> Line:
+  """Cycles of one program's kernels.
+
+  Args:
+    kind: of TPU.
+    name: for the table.
+    make: what makes the program of a case.
+    cases: one to compile, and one of which heads and steps are counted.
+    folder: where libtpu writes.
+  """
+  compiled, counted = cases
+  schedules = _schedules(kind, make, compiled, folder)
+  run, shapes = make(counted)
+  kernels = counts.kernels(run, *_abstract(shapes, None))
+  found: dict[bool, list[schedule.Estimate]] = {True: [], False: []}
+  for kernel_name, stretches in schedules.items():
+    alike = [k for k in kernels if k.name == kernel_name]
+    forward = 'forward' in kernel_name or 'fwd' in kernel_name
+    found[forward] += [
+      schedule.estimate(each, kernel, schedule.CORES[kind])
+      for each, kernel in zip(stretches, alike, strict=True)
+    ]
   cycles = [
-    sum(e.cycles for e in found[way]) / small.N for way in (True, False)
+    sum(e.cycles for e in found[way]) / counted.N for way in (True, False)
   ]
   most = [max(found[way], key=lambda e: e.cycles) for way in (True, False)]
   return Line(name, most[0], most[1], (cycles[0], cycles[1]))
+
+
+def kernels_of_ours(
+  kind: str, gate: str, length: int, folder: pathlib.Path
+) -> Line:
+  """Our kernels with a gate."""
+  case = case_of(length, gate)
+  large = dataclasses.replace(case, B=max(1, TOKENS // length))
+  cases = (large, dataclasses.replace(case, B=1, N=2, K=1))
+  return schedule_of(kind, f'pallas_tpu {gate}', ours, cases, folder)
+
+
+def kernels_of_peer(
+  kind: str, name: str, length: int, folder: pathlib.Path
+) -> Line:
+  """The quickest forward and the quickest backward of all its options.
+
+  Their blocks are the same at every length, and what backward writes at the
+  longest would not fit any memory: it is compiled for at most 8192.
+  """
+  peer = peers.PEERS[name]
+  case = dataclasses.replace(case_of(length, 'none'), B=1)
+  small = dataclasses.replace(case, N=2, K=1)
+  case = dataclasses.replace(case, B=2, T=min(length, 8192))
+  lines = []
+  # Small blocks waste less of the diagonal, which is nothing in the end.
+  for options in peer.options if length <= 4096 else peer.options[:1]:
+    make = Theirs(peer, options)
+    lines.append(schedule_of(kind, name, make, (case, small), folder))
+  return _best(lines, name)
 
 
 def _best(lines: list[Line], name: str) -> Line:
@@ -198,7 +264,7 @@ def estimate(
   print(f'\n{kind}, T {length}: thousand cycles of one head')
   print(
     f'{"":<28}{"forward":>9}{"backward":>9}{"both":>9}{"ms":>9}  '
-    'of the peer  bundles of the main loop'
+    'of the peer  bundles of the largest stretch'
   )
   show = functools.partial(_show, core, length)
   show('matrix units full', bound, 0.0, '')
@@ -207,17 +273,12 @@ def estimate(
     if not other.installed:
       print(f'{name:<28}not installed')
       continue
-    lines = []
-    # Small blocks waste less of the diagonal, which is nothing in the end.
-    for options in other.options if length <= 4096 else other.options[:1]:
-      make = functools.partial(theirs, peer=other, options=options)
-      lines.append(schedule_of(kind, name, make, 'none', length, folder))
-    line = _best(lines, name)
+    line = kernels_of_peer(kind, name, length, folder)
     peer = min(peer or line.both, line.both)
     show(name, line.cycles, 0.0, _main(line))
   for gate in gates:
-    line = schedule_of(kind, gate, ours, gate, length, folder)
-    show(f'pallas_tpu {gate}', line.cycles, peer, _main(line))
+    line = kernels_of_ours(kind, gate, length, folder)
+    show(line.name, line.cycles, peer, _main(line))
 
 
 def _show(core, length, name, cycles, peer, more):
@@ -233,14 +294,17 @@ def _show(core, length, name, cycles, peer, more):
 
 
 def _main(line: Line) -> str:
-  """The stretch with most cycles: its bundles for 512 x 512 of the matrix."""
+  """The stretch with most cycles: its bundles for 512 x 512 of the matrix,
+
+  and the units it keeps busiest.
+  """
   texts = []
   for products, e in ((2, line.forward), (5, line.backward)):
     tiles = e.flops / (2 * products * WIDTH * 512 * 512)
-    most = sorted(e.most.use.items(), key=lambda x: -x[1])
+    use = {k: v for k, v in e.most.use.items() if ':' not in k and k != 'MXU'}
+    second = max(use, key=lambda k: use[k], default='')
+    more = f', {second} {use[second]:.0%}' if second else ''
     busy = e.most.products / e.most.cycles
-    second = next((x for x in most if ':' not in x[0] and x[0] != 'MXU'), None)
-    more = f', {second[0]} {second[1]:.0%}' if second else ''
     texts.append(
       f'{e.most.bundles / tiles:,.0f} (matrix units {busy:.0%}{more})'
     )
@@ -269,21 +333,16 @@ def measure(length: int, repeats: int = 10) -> list[str]:
   return lines
 
 
-def _apart(arguments: list[str]) -> int:
-  """In a process of its own: libtpu reads its flags once."""
+def apart(module: str, arguments: list[str], **more: Any) -> Any:
+  """A completed process of its own: libtpu reads its flags once."""
   with tempfile.TemporaryDirectory() as folder:
     flags = schedule.FLAGS.format(folder=folder)
     return subprocess.run(
-      [
-        sys.executable,
-        '-m',
-        'gated_jax.ops.attention.bench',
-        *arguments,
-        f'--dumps={folder}',
-      ],
+      [sys.executable, '-m', module, *arguments, f'--dumps={folder}'],
       env={**os.environ, **QUIET, 'LIBTPU_INIT_ARGS': flags},
       check=False,
-    ).returncode
+      **more,
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -305,7 +364,7 @@ def main(arguments: list[str]) -> int:
     print(f'--target={flags.target} must be device, {known}', file=sys.stderr)
     return 2
   if not flags.dumps:
-    return _apart(arguments)
+    return apart('gated_jax.ops.attention.bench', arguments).returncode
   versions = {
     name: importlib.metadata.version(name)
     for name in ('jax', 'libtpu', 'tokamax')

@@ -199,12 +199,12 @@ def _align(
 
   def pair(s: Stretch, p: Part) -> float:
     wanted = core.products(p.flops)
-    if s.kind == 'rest' or bool(wanted) != (s.products > _SHORT):
+    if bool(wanted) != (s.products > _SHORT):
       return float('inf')
     if wanted and not 0.9 < s.products / wanted < 2.2:
       return float('inf')
-    if (s.kind == 'loop') != p.loop:
-      # A branch that is always taken may be all that a loop has.
+    if s.kind != ('loop' if p.loop else 'branch'):
+      # A branch that is always taken needs no jump around it.
       return 0.5 if wanted and not p.loop else float('inf')
     return 0.0 if p.runs else 0.4
 

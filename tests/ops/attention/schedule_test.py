@@ -87,7 +87,7 @@ def test_attention_kernels_do_the_causal_half_and_a_known_rest(length):
   )
   # Splash computes whole blocks.
   peer = peers.PEERS['splash (JAX)']
-  theirs = total_flops(*bench.theirs(case, peer, peer.options[0]))
+  theirs = total_flops(*bench.Theirs(peer, peer.options[0])(case))
   assert theirs == pytest.approx(
     [n * square * blocks(length / 1024) for n in (2, 5)]
   )

@@ -1,0 +1,264 @@
+"""What the gate costs one layer of the dense 1.7B model, by the TPU compiler.
+
+    python -m gated_jax.aot.layer --target=v5e
+
+Forward and backward of attention, MLP and norms over 4 x 4096 tokens, without
+a gate, headwise and elementwise, with and without remat: the compiler's
+estimate for everything outside kernels, and for those their schedules
+(`gated_jax/ops/attention/bench.py`). Once with the kernels that have the gate
+inside, once with JAX's splash and the gate after it, differentiated by JAX.
+Nothing is run.
+
+What a gate costs beyond its own projection is the layer's cycles less those of
+the layer without one, less the FLOPs of that projection over the matrix units'
+rate. The last column is what is saved for backward, per token.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import jax.numpy as jnp
+
+from gated_jax.aot.chips import chip_of
+from gated_jax.aot.chips import open_topology
+from gated_jax.aot.program import Program
+from gated_jax.config import GateConfig
+from gated_jax.config import ModelConfig
+from gated_jax.model import decoder
+from gated_jax.model.attention import Surroundings
+from gated_jax.ops import rope
+from gated_jax.ops.attention import api
+from gated_jax.ops.attention import bench
+from gated_jax.ops.attention import schedule
+from gated_jax.ops.attention import splash
+from gated_jax.ops.attention.spec import Result
+from gated_jax.ops.gate import apply_gate
+
+ROWS, LENGTH = 4, 4096
+GATES = {
+  'none': GateConfig(position='none'),
+  'headwise': GateConfig(granularity='headwise'),
+  'elementwise': GateConfig(granularity='elementwise'),
+}
+REMAT = ('none', 'minimal', 'full')
+
+
+def _autodiff(query, key, value, gate, masking, spec):
+  """Splash, and the gate as anybody would write it after it."""
+  output, lse = splash.attend(query, key, value, None, masking, spec)
+  if gate is not None:
+    output = apply_gate(output, gate, spec.gate)
+  return Result(output, lse)
+
+
+# How a layer attends: a backend's name, and what stands in its place.
+KERNELS: dict[str, tuple[str, dict[str, Callable]]] = {
+  'pallas_tpu': ('pallas_tpu', {}),
+  'splash, autodiff': ('splash', {'splash': _autodiff}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Of one layer, forward and backward."""
+
+  xla: float  # cycles
+  kernels: float  # cycles
+  flops: float  # of products outside kernels
+  saved: float  # bytes for a token
+
+  @property
+  def cycles(self) -> float:
+    return self.xla + self.kernels
+
+
+def layer(config: ModelConfig) -> tuple[Callable, tuple[Any, Any]]:
+  """(parameters, x) to what the layer makes of x; and both, abstract."""
+  x = jax.ShapeDtypeStruct((ROWS, config.length, config.width), config.dtype)
+  # No kernel takes part in making parameters.
+  plain = dataclasses.replace(config, attention='xla')
+
+  def call(x):
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    spec = rope.RopeSpec(**vars(config.rope))
+    rotation = rope.rotation(positions, config.head_dim, spec)
+    return decoder.Call(Surroundings(rotation), None, deterministic=True)
+
+  def start(x):
+    module = decoder.Layer(plain, window=0)
+    return module.init(jax.random.key(0), x, None, call(x))['params']
+
+  def run(parameters, x):
+    module = decoder.Layer(config, window=0)
+    return module.apply({'params': parameters}, x, None, call(x))[0]
+
+  if config.remat != 'none':
+    names = decoder.SAVED[config.remat]
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    run = jax.checkpoint(run, policy=policy)
+  return run, (jax.eval_shape(start, x), x)
+
+
+def saved_bytes(run: Callable, arguments: tuple[Any, Any]) -> float:
+  """For each token, what forward keeps for backward beside the input."""
+  text = io.StringIO()
+  with contextlib.redirect_stdout(text):
+    jax.ad_checkpoint.print_saved_residuals(run, *arguments)
+  total = 0
+  for line in text.getvalue().splitlines():
+    kind, _, where = line.partition(' ')
+    found = re.fullmatch(r'([a-z]+)(\d+)\[([\d,]+)\]', kind)
+    if not found or where.startswith('from the argument'):
+      continue
+    shape = [int(n) for n in found.group(3).split(',')]
+    if shape[0] == ROWS and LENGTH in shape:
+      total += math.prod(shape) * int(found.group(2)) // 8
+  return total / (ROWS * LENGTH)
+
+
+def _compile(run: Callable, arguments: tuple[Any, Any], device: Any) -> Program:
+  """Forward and backward, with the output that the next layer reads."""
+
+  def both(parameters, x, d_output):
+    output, pull = jax.vjp(run, parameters, x)
+    return output, pull(d_output)
+
+  place = jax.sharding.SingleDeviceSharding(device)
+  placed = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
+  )
+  compiled = jax.jit(both).lower(*placed, placed[1]).compile()
+  text = compiled.as_text()
+  assert text is not None
+  return Program(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+  """Cycles of one head in kernels, forward and backward, by gate."""
+
+  kind: str
+  ours: dict[str, tuple[float, float]]
+  splash: tuple[float, float]
+
+  def of(self, program: Program, backend: str, gate: str, heads: int) -> float:
+    """Cycles of all kernels that a program calls."""
+    price = self.ours[gate] if backend == 'pallas_tpu' else self.splash
+    each = ROWS * heads / schedule.CORES[self.kind].cores
+    total = 0.0
+    for kernel in program.kernels():
+      backward = 'backward' in kernel.name or 'dkv' in kernel.name
+      total += kernel.calls * each * price[backward]
+    return total
+
+
+def _write_prices(kind: str, folder: pathlib.Path) -> None:
+  """Compiles the kernels by themselves, and prints what they cost."""
+  bench.use_blocks_of(kind)
+  ours = {
+    gate: bench.kernels_of_ours(kind, gate, LENGTH, folder).cycles
+    for gate in GATES
+  }
+  peer = bench.kernels_of_peer(kind, 'splash (JAX)', LENGTH, folder)
+  print(json.dumps({'ours': ours, 'splash': peer.cycles}))
+
+
+def prices(kind: str) -> Prices:
+  """In a process apart: the schedules of a whole layer take an hour."""
+  done = bench.apart(
+    'gated_jax.aot.layer',
+    [f'--target={kind}'],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  if done.returncode:
+    raise RuntimeError('the kernels did not compile')
+  return Prices(kind, **json.loads(done.stdout.splitlines()[-1]))
+
+
+def costs(
+  backend: str, remat: str, device: Any, price: Prices
+) -> Iterator[tuple[str, Cost]]:
+  """Of a layer with each gate."""
+  name, instead = KERNELS[backend]
+  for gate, gate_config in GATES.items():
+    config = ModelConfig(
+      depth=1, length=LENGTH, gate=gate_config, remat=remat, attention=name
+    )
+    with mock.patch.dict(api.BACKENDS, instead):
+      run, arguments = layer(config)
+      program = _compile(run, arguments, device)
+      saved = saved_bytes(run, arguments)
+    kernels = price.of(program, backend, gate, config.heads)
+    yield gate, Cost(program.cycles, kernels, program.flops, saved)
+
+
+def table(kind: str) -> None:
+  """Prints it, a line as soon as it is known."""
+  device = open_topology(schedule.CORES[kind].topology)[0]
+  rate = chip_of([device]).flops_per_cycle
+  price = prices(kind)
+  bench.use_blocks_of(kind)
+  print('ESTIMATES by the TPU compiler: no TPU was used.')
+  print(
+    f'{kind}, {ROWS} x {LENGTH} tokens, million cycles of a layer forward and '
+    'backward'
+  )
+  print(
+    f'{"":<44}{"XLA":>8}{"kernels":>9}{"both":>8}{"FLOPs of":>10}'
+    f'{"beyond":>9}{"":>8}{"saved,":>9}'
+  )
+  print(
+    f'{"attention":<18}{"remat":<10}{"gate":<16}{"":>25}'
+    f'{"the gate":>10}{"them":>9}{"":>8}{"B/token":>9}'
+  )
+  for backend, remat in itertools.product(KERNELS, REMAT):
+    plain = None
+    for gate, cost in costs(backend, remat, device, price):
+      plain = plain or cost
+      own = (cost.flops - plain.flops) / rate
+      beyond = cost.cycles - plain.cycles - own
+      print(
+        f'{backend:<18}{remat:<10}{gate:<16}{cost.xla / 1e6:>8.2f}'
+        f'{cost.kernels / 1e6:>9.2f}{cost.cycles / 1e6:>8.2f}{own / 1e6:>10.2f}'
+        f'{beyond / 1e6:>9.2f}{beyond / plain.cycles:>8.1%}{cost.saved:>9,.0f}',
+        flush=True,
+      )
+
+
+def main(arguments: list[str]) -> int:
+  """Prints the table of one kind of chip."""
+  parser = argparse.ArgumentParser(
+    prog='python -m gated_jax.aot.layer',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--target', default='v5e', choices=schedule.CORES)
+  parser.add_argument('--dumps', default='', help=argparse.SUPPRESS)
+  flags = parser.parse_args(arguments)
+  if flags.dumps:
+    _write_prices(flags.target, pathlib.Path(flags.dumps))
+  else:
+    table(flags.target)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
