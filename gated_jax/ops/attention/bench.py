@@ -155,14 +155,16 @@ Make = Callable[[Case], tuple[Callable, list[tuple[int, ...]]]]
 
 @functools.cache
 def _schedules(
-  kind: str, make: Make, case: Case, folder: pathlib.Path
+  kind: str,
+  make: Make,
+  case: Case,
+  names: tuple[str, ...],
+  folder: pathlib.Path,
 ) -> dict[str, list[list[schedule.Stretch]]]:
-  """What libtpu wrote of each kernel of one program, by the kernel's name."""
+  """What libtpu wrote of each kernel of one program, by its name."""
   before = set(folder.iterdir())
   run, shapes = make(case)
-  arrays = _abstract(shapes, _place(kind))
-  jax.jit(run).lower(*arrays).compile()
-  names = {k.name for k in counts.kernels(run, *arrays)}
+  jax.jit(run).lower(*_abstract(shapes, _place(kind))).compile()
   found = {
     name: [
       schedule.read(path, schedule.CORES[kind])
@@ -193,9 +195,10 @@ def schedule_of(
     folder: where libtpu writes.
   """
   compiled, counted = cases
-  schedules = _schedules(kind, make, compiled, folder)
   run, shapes = make(counted)
   kernels = counts.kernels(run, *_abstract(shapes, None))
+  names = tuple(dict.fromkeys(k.name for k in kernels))
+  schedules = _schedules(kind, make, compiled, names, folder)
   found: dict[bool, list[schedule.Estimate]] = {True: [], False: []}
   for kernel_name, stretches in schedules.items():
     alike = [k for k in kernels if k.name == kernel_name]

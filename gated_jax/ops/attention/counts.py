@@ -126,8 +126,11 @@ def _kernel(eqn: Any, inputs: list[Any]) -> Kernel:
   given = tables + [None] * (len(jaxpr.invars) - len(tables))
   body = Part(False)
   _parts(closed, body, ())
-  walk = _Walk(grid)
-  for walk.index in itertools.product(*map(range, grid)):
+  # To the kernel, an axis that vmap added is not there.
+  seen = [i for i in range(len(grid)) if i not in mapping.vmapped_dims]
+  walk = _Walk(tuple(grid[i] for i in seen))
+  for step in itertools.product(*map(range, grid)):
+    walk.index = tuple(step[i] for i in seen)
     walk.run(closed, given, body, ())
   return Kernel(eqn.params['name'], grid, body)
 

@@ -227,6 +227,10 @@ def forward(
     ]
     scratch.append(pltpu.VMEM((rows, LANES), jnp.int32))
     arrays = [*arrays, *segments]
+  shapes = [
+    jax.ShapeDtypeStruct(query.shape, query.dtype),
+    jax.ShapeDtypeStruct((batch, call.heads, 1, call.queries), jnp.float32),
+  ]
   return pl.pallas_call(
     functools.partial(
       _forward_kernel,
@@ -238,11 +242,9 @@ def forward(
     grid=(batch, call.heads, call.queries // rows, steps),
     in_specs=specs,
     out_specs=[one, row],
-    out_shape=[
-      jax.ShapeDtypeStruct(query.shape, query.dtype),
-      jax.ShapeDtypeStruct((batch, call.heads, 1, call.queries), jnp.float32),
-    ],
+    out_shape=shapes,
     scratch_shapes=scratch,
+    cost_estimate=call.cost(2, range(call.queries), [*arrays, *shapes]),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel',) * 3 + ('arbitrary',),
       vmem_limit_bytes=blocks.vmem_mib << 20,

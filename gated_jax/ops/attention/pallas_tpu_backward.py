@@ -80,7 +80,7 @@ def _add(ranges, like):
 
 def _some_queries(call, inputs, segments, some):
   """All gradients that queries start..start + count contribute to."""
-  _, count, many = some
+  start, count, many = some
   blocks, h = call.blocks, call.head_dim
   key, query = inputs[0], inputs[2]
   batch, whole = query.shape[0], count == call.queries
@@ -125,6 +125,7 @@ def _some_queries(call, inputs, segments, some):
     out_specs=out_specs,
     out_shape=shapes,
     scratch_shapes=scratch,
+    cost_estimate=call.cost(5, range(start, start + count), [*inputs, *shapes]),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel',) * 2 + ('arbitrary',) * 3,
       vmem_limit_bytes=(blocks.vmem_mib << 20) + 4 * math.prod(sum_q),

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
@@ -128,6 +129,28 @@ class Call:
   def group(self) -> int:
     """Query heads for each kv head."""
     return self.heads // self.kv_heads
+
+  def cost(
+    self, products: int, queries: range, arrays: list[Any]
+  ) -> pl.CostEstimate:
+    """What XLA is told of a call that makes so many products of [T, S].
+
+    Only pairs that causality and window leave are counted: what is done
+    beside them to have whole blocks is the kernel's own business.
+    """
+    last = np.asarray(queries) + 1
+    seen = (
+      np.minimum(last, self.keys) if self.rule.causal else self.keys + 0 * last
+    )
+    if self.rule.window:
+      seen = np.clip(self.keys - last + self.rule.window, 0, None)
+      seen = np.minimum(np.minimum(last, self.rule.window), seen)
+    pairs = int(seen.sum()) * self.heads * arrays[0].shape[0]
+    return pl.CostEstimate(
+      flops=2 * products * self.head_dim * pairs,
+      transcendentals=pairs,
+      bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

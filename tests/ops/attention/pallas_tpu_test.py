@@ -22,6 +22,7 @@ from gated_jax.ops.attention import pallas_tpu
 from gated_jax.ops.attention import pallas_tpu_blocks as cut
 from gated_jax.ops.attention import xla
 from gated_jax.ops.attention.cases import Case
+from gated_jax.ops.gate import GateSpec
 
 SMALL = cut.Blocks(
   queries=256,
@@ -132,6 +133,45 @@ def test_strips_and_steps_hold_every_visible_pair_once(a, b, c, window):
     assert (covered <= 1).all()
     assert covered[visible].all()
     assert visible[plain].all()
+
+
+@pytest.mark.parametrize(
+  'queries, keys, rule',
+  [
+    (256, 256, (True, 0)),
+    (256, 512, (True, 0)),
+    (512, 256, (True, 40)),
+    (256, 512, (True, 300)),
+    (512, 256, (False, 0)),
+  ],
+)
+def test_xla_is_told_the_pairs_that_are_visible(queries, keys, rule):
+  causal, window = rule
+  call = cut.Call(
+    queries=queries,
+    keys=keys,
+    heads=2,
+    kv_heads=1,
+    head_dim=128,
+    scale=1.0,
+    rule=cut.Rule(causal, window, segments=False),
+    gated='none',
+    gate=GateSpec(),
+    blocks=SMALL,
+    interpret=False,
+  )
+  t, s = np.arange(queries)[:, None], np.arange(keys)[None]
+  seen = np.ones((queries, keys), bool)
+  seen &= (s <= t) | (not causal)
+  seen &= (t - s < window) | (not window)
+  array = jax.ShapeDtypeStruct((3, 5), jnp.bfloat16)
+  found = [
+    call.cost(5, part, [array]) for part in (range(128), range(128, queries))
+  ]
+  assert [x.bytes_accessed for x in found] == [30, 30]
+  assert [x.flops for x in found] == [
+    3 * 2 * 5 * 2 * 128 * rows.sum() for rows in (seen[:128], seen[128:])
+  ]
 
 
 @pytest.mark.parametrize(
