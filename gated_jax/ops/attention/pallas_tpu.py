@@ -53,14 +53,14 @@ def attend(
   spec: AttentionSpec,
   *,
   blocks: cut.Blocks | None = None,
-  interpret: bool = False,
+  interpret: Any = False,
 ) -> Result:
   """See gated_jax/ops/attention/spec.py.
 
   Args:
     query, key, value, gate, masking, spec: as there.
     blocks: how to cut; None: as the table says for this device.
-    interpret: run without a TPU, slowly.
+    interpret: run without a TPU, slowly; or pltpu.InterpretParams.
   """
   b, t, n, h = query.shape
   s, k = key.shape[1:3]

@@ -123,7 +123,7 @@ class Call:
   gated: str  # 'none', 'elementwise', 'headwise'
   gate: GateSpec
   blocks: Blocks  # that fit the lengths
-  interpret: bool
+  interpret: Any
 
   @property
   def group(self) -> int:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 from gated_jax.ops.attention import pallas_tpu
 from gated_jax.ops.attention import pallas_tpu_blocks as cut
@@ -60,6 +62,14 @@ def gradients(attend, case, dtype_out=jnp.float32):
   return *results, grads
 
 
+def agrees_with_xla(attend, case):
+  found, expected = gradients(attend, case), gradients(xla.attend, case)
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
 # More parts than one on both axes, in one call and, for the little dQ that
 # `dq_mib` of these allows, in several.
 LONG = {
@@ -95,12 +105,90 @@ def test_long_sequences_are_the_sum_of_their_parts(name):
       *arguments, blocks=dataclasses.replace(SMALL, **blocks), interpret=True
     )
 
-  found = gradients(attend, case)
-  expected = gradients(xla.attend, case)
-  for a, b in zip(
-    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
-  ):
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  agrees_with_xla(attend, case)
+
+
+# As a TPU with two cores would: copies between memories and semaphores are
+# simulated, memory that nobody wrote is not a number, and what two cores do
+# to the same place without waiting for each other is found.
+SIMULATED = {
+  'causal': Case(B=1, T=512, N=2, K=1, H=128, gate='headwise'),
+  'elementwise': Case(B=2, T=256, N=1, K=1, H=128, gate='elementwise'),
+  'window': Case(B=1, T=512, N=2, K=2, H=128, window=200),
+  'segments': Case(B=1, T=256, N=2, K=2, H=128, segments='blind'),
+}
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(n, marks=() if n == 'causal' else pytest.mark.nightly)
+    for n in SIMULATED
+  ],
+)
+def test_a_simulated_tpu_finds_no_race_and_nothing_unwritten(name):
+  params = pltpu.InterpretParams(
+    detect_races=True, num_cores_or_threads=2, uninitialized_memory='nan'
+  )
+
+  def attend(*arguments):
+    return pallas_tpu.attend(*arguments, blocks=SMALL, interpret=params)
+
+  agrees_with_xla(attend, SIMULATED[name])
+  assert not interpret_pallas_call.races.races_found
+
+
+@st.composite
+def drawn(draw):
+  """A call of attention, and blocks to cut it with."""
+  causal = draw(st.booleans())
+  length = draw(st.integers(1, 520))
+  case = Case(
+    B=draw(st.integers(1, 2)),
+    T=length,
+    S=draw(st.one_of(st.just(length), st.integers(1, 520))),
+    K=(kv_heads := draw(st.integers(1, 2))),
+    N=kv_heads * draw(st.integers(1, 3)),
+    H=draw(st.sampled_from((6, 64, 128))),
+    causal=causal,
+    window=draw(st.integers(0, length + 1)) if causal else 0,
+    segments=draw(st.sampled_from(('none', 'packed', 'blind'))),
+    gate=draw(st.sampled_from(('none', 'headwise', 'elementwise'))),
+    activation=draw(st.sampled_from(('sigmoid', 'silu', 'softplus'))),
+    additive=draw(st.booleans()),
+  )
+  sizes = st.sampled_from((128, 256))
+  return case, dataclasses.replace(
+    SMALL,
+    queries=draw(sizes),
+    back_queries=(back := draw(sizes)),
+    back_keys=256,
+    back_strip=draw(st.sampled_from((128, back))),
+    dq_mib=draw(st.sampled_from((0.25, 1.0))),
+  )
+
+
+def any_call_agrees(call):
+  case, blocks = call
+
+  def attend(*arguments):
+    return pallas_tpu.attend(*arguments, blocks=blocks, interpret=True)
+
+  agrees_with_xla(attend, case)
+
+
+def test_any_call_agrees_with_plain_attention():
+  quick = hypothesis.settings(
+    max_examples=4, deadline=None, phases=[hypothesis.Phase.generate]
+  )
+  quick(hypothesis.given(drawn())(any_call_agrees))()
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_many_calls_agree_with_plain_attention():
+  long = hypothesis.settings(max_examples=80, deadline=None)
+  long(hypothesis.given(drawn())(any_call_agrees))()
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
