@@ -1,5 +1,6 @@
 """What a user sees: a progress bar on a terminal, lines of text elsewhere."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -29,9 +30,10 @@ class Console:
   def start(self, step: int, steps: int) -> None:
     """Shows the bar, where standard error is a terminal."""
     if self._main and sys.stderr.isatty():
-      self._bar = tqdm.tqdm(
-        initial=step, total=steps, unit='step', dynamic_ncols=True
-      )
+      # A terminal that was never told its size says it has none.
+      known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+      size = {'dynamic_ncols': True} if known else {'ncols': 100, 'nrows': 24}
+      self._bar = tqdm.tqdm(initial=step, total=steps, unit='step', **size)
 
   def advance(self) -> None:
     if self._bar is not None:
