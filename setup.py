@@ -46,6 +46,7 @@ EXTRAS['dev'] = [
   'pytest-timeout>=2.3',  # a hanging test names itself
   'pytest-xdist>=3.6',  # both cores
   'ruff>=0.9',  # format and lint
+  'tensorboardX>=2.6',  # what a run writes for TensorBoard, when asked to
 ]
 
 setuptools.setup(

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
@@ -178,10 +179,19 @@ def _wandb(workdir: pathlib.Path, config: RunConfig) -> Any:
     raise ValueError(
       f'wandb={config.wandb!r} needs a package: pip install wandb'
     ) from None
-  return wandb.init(
-    project=config.wandb,
-    dir=str(workdir),
-    config=to_dict(config),
-    id=workdir.absolute().name,
-    resume='allow',
-  )
+  # Beside the checkpoints: a run that resumes goes on there as well.
+  identity = workdir / 'wandb_id'
+  if not identity.exists():
+    identity.write_text(uuid.uuid4().hex, encoding='utf-8')
+  try:
+    return wandb.init(
+      project=config.wandb,
+      name=workdir.absolute().name,
+      dir=str(workdir),
+      config=to_dict(config),
+      id=identity.read_text(encoding='utf-8').strip(),
+      resume='allow',
+    )
+  except Exception as error:  # its own kinds, of which there are many
+    text = ' '.join(str(error).split())
+    raise ValueError(f'wandb={config.wandb!r}: {text}') from error

@@ -180,19 +180,37 @@ def test_values_and_gradients_are_those_of_float64_loops(gate):
         np.testing.assert_allclose(total, slope, rtol=1e-8, atol=1e-8)
 
 
-def test_stands_where_flax_attention_stood():
+@pytest.mark.parametrize(
+  ('inputs', 'mask'),
+  [
+    # Widths of queries, keys and values (absent ones are left out), and the
+    # mask as Flax's own helpers make it, or of each shape that they take.
+    ((16,), nn.make_causal_mask(np.ones((2, 6)))),
+    ((16,), None),
+    ((16, 10), nn.make_attention_mask(np.ones((2, 6)), np.arange(5) < [[3], [5]])),
+    ((16, 10, 12), np.tri(6, 5, dtype=bool)[None, None]),
+    ((16, 10), np.random.default_rng(0).random((2, 4, 6, 5)) < 0.7),
+  ],
+  ids=['causal', 'no mask', 'cross, padded', 'three inputs', 'mask per head'],
+)
+def test_stands_where_flax_attention_stood(inputs, mask):
   """Same names, same masks: parameters of the one fit the other."""
-  x = jax.random.normal(jax.random.key(0), (2, 6, 16))
+  rng = np.random.default_rng(1)
+  arrays = [
+    rng.normal(size=(2, 5 if i else 6, width)).astype(np.float32)
+    for i, width in enumerate(inputs)
+  ]
   theirs = nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False)
-  mask = nn.make_causal_mask(x[..., 0])
-  params = theirs.init(jax.random.key(1), x, mask=mask)
   ours = GatedAttention(num_heads=4, gate=GateConfig(position='none'))
-  assert jax.tree.map(jnp.shape, params) == jax.tree.map(
-    jnp.shape, meta.unbox(ours.init(jax.random.key(1), x, mask=mask))
+  params = theirs.init(jax.random.key(1), *arrays, mask=mask)
+  own = jax.eval_shape(
+    lambda key: meta.unbox(ours.init(key, *arrays, mask=mask)),
+    jax.random.key(1),
   )
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, own)
   np.testing.assert_allclose(
-    ours.apply(params, x, mask=mask),
-    theirs.apply(params, x, mask=mask),
+    ours.apply(params, *arrays, mask=mask),
+    theirs.apply(params, *arrays, mask=mask),
     atol=1e-6,
   )
 

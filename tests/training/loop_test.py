@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,16 +45,19 @@ TINY = {
 }
 
 
-def start(workdir, **settings):
-  """Starts train.py; names with '__' for '.'."""
-  chosen = TINY | {k.replace('__', '.'): v for k, v in settings.items()}
-  environment = {
+def environment():
+  return {
     **os.environ,
     'XLA_FLAGS': '',
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': COMPILED.name,
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
+
+
+def start(workdir, **settings):
+  """Starts train.py; names with '__' for '.'."""
+  chosen = TINY | {k.replace('__', '.'): v for k, v in settings.items()}
   return subprocess.Popen(
     [
       sys.executable,
@@ -62,7 +67,7 @@ def start(workdir, **settings):
       *(f'--config.{name}={value}' for name, value in chosen.items()),
     ],
     cwd=ROOT,
-    env=environment,
+    env=environment(),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -91,7 +96,9 @@ def fingerprint(workdir, step):
 def reference(tmp_path_factory):
   """A run that nothing happened to."""
   workdir = tmp_path_factory.mktemp('reference')
-  code, out, err = wait(start(workdir))
+  code, out, err = wait(
+    start(workdir, figures=True, profile_start=5, profile_steps=2)
+  )
   assert code == 0, out + err
   return workdir, out, err
 
@@ -125,6 +132,34 @@ def test_a_run_ends_with_what_to_know_and_what_to_type(reference):
     'validation/loss',
   } <= names
   assert 'mfu' not in names, 'nobody knows the peak of this CPU'
+  drawn = {path.name for path in (workdir / 'figures').iterdir()}
+  assert drawn == {
+    f'{name}.png'
+    for name in ('loss', 'sink', 'gate', 'activation', 'attention')
+  }
+  assert list(workdir.glob('profile/**/*.xplane.pb'))
+
+
+def test_what_it_says_to_type_can_be_typed(reference, tmp_path):
+  workdir, out, _ = reference
+  shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+
+  def typed(name):
+    (line,) = re.findall(rf'^{name} +(.*)$', out, flags=re.MULTILINE)
+    found = subprocess.run(
+      shlex.split(line.replace(str(workdir), str(tmp_path))),
+      cwd=ROOT,
+      env=environment(),
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+  assert typed('sample from it').startswith('def ')
+  assert 'resuming after step 12' in typed('resume it')
+  assert list(losses(tmp_path)) == list(range(1, 25))
 
 
 def kill_when(process, happened):

@@ -2,6 +2,9 @@
 
 import json
 import math
+import struct
+import sys
+import types
 
 import pytest
 
@@ -44,9 +47,70 @@ def test_numbers_that_are_none_are_null(tmp_path):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
   pytest.importorskip('tensorboardX')
   writer = open_at(tmp_path, tensorboard=True)
+  writer.write(1, {'loss': 2.7182817, 'grad_norm': math.nan})
+  writer.close()
+  (path,) = (tmp_path / 'tensorboard').glob('events*')
+  raw = path.read_bytes()
+  # A protocol buffer: the tag as text, the value as four bytes after it.
+  tag = raw.index(b'loss')
+  assert struct.pack('<f', 2.7182817) in raw[tag : tag + 16]
+  assert b'grad_norm' not in raw, 'there is no number to draw'
+
+
+class FakeWandb(types.ModuleType):
+  """Remembers what the real one would be told."""
+
+  def __init__(self, fails=''):
+    super().__init__('wandb')
+    self.fails, self.runs, self.logged, self.finished = fails, [], [], 0
+
+  def init(self, **settings):
+    if self.fails:
+      raise type('UsageError', (Exception,), {})(self.fails)
+    self.runs.append(settings)
+    return self
+
+  def log(self, values, step):
+    self.logged.append((step, values))
+
+  def finish(self):
+    self.finished += 1
+
+
+def test_wandb_gets_the_same_numbers_and_the_settings(tmp_path, monkeypatch):
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  writer = open_at(tmp_path, wandb='gates')
   writer.write(1, {'loss': 2.0})
   writer.close()
-  assert list((tmp_path / 'tensorboard').glob('events*'))
+  assert fake.logged == [(1, {'loss': 2.0})]
+  assert fake.finished == 1
+  (run,) = fake.runs
+  assert run['project'] == 'gates'
+  assert run['config']['model']['gate']['position'] == 'sdpa_output'
+
+
+def test_a_resumed_run_is_the_same_there_and_another_folder_is_not(
+  tmp_path, monkeypatch
+):
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  # The same last name: it is no identity.
+  for name in ('a/run:1', 'a/run:1', 'b/run:1'):
+    (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    open_at(tmp_path / name, wandb='gates').close()
+  first, again, other = (run['id'] for run in fake.runs)
+  assert first == again != other
+  assert all(run['resume'] == 'allow' for run in fake.runs)
+  assert first.isalnum(), 'a colon, say, would be refused'
+
+
+def test_wandb_that_refuses_is_one_line(tmp_path, monkeypatch):
+  fake = FakeWandb(fails='api_key not configured\nlog in')
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  with pytest.raises(ValueError) as error:
+    open_at(tmp_path, wandb='gates')
+  assert str(error.value) == "wandb='gates': api_key not configured log in"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +118,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
   [('tensorboardX', {'tensorboard': True}), ('wandb', {'wandb': 'project'})],
 )
 def test_a_missing_logger_is_named(tmp_path, monkeypatch, package, settings):
-  monkeypatch.setitem(__import__('sys').modules, package, None)
+  monkeypatch.setitem(sys.modules, package, None)
   with pytest.raises(ValueError, match=f'pip install {package}'):
     open_at(tmp_path, **settings)
 
