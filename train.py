@@ -10,6 +10,7 @@ and Slurm tell the rest) or say it all: --coordinator=host:port --processes=2
 """
 
 import difflib
+import logging
 import os
 import pathlib
 import re
@@ -185,6 +186,7 @@ def _mute_late_readers() -> None:
 def main(argv: list[str]) -> int:
   """The exit code: 2 for what the user has to change, 1 for other failures."""
   absl.logging.set_verbosity(absl.logging.FATAL)
+  logging.basicConfig(format='%(message)s')
   if not {'--help', '-help', '-h'}.isdisjoint(argv):
     print(__doc__, FLAGS.main_module_help(), sep='\n')
     return 0

@@ -48,12 +48,20 @@ def _positive(**values: int | float) -> None:
   for name, value in values.items():
     if not (math.isfinite(value) and value > 0):
       raise ValueError(f'{name}={value} must be positive')
+    if isinstance(value, int) and value >= 2**31:  # devices count in int32
+      raise ValueError(f'{name}={value} must be below 2**31')
 
 
 def _not_negative(**values: int | float) -> None:
   for name, value in values.items():
     if not (math.isfinite(value) and value >= 0):
       raise ValueError(f'{name}={value} must not be negative')
+
+
+def _seed(**values: int) -> None:
+  for name, value in values.items():
+    if not 0 <= value < 2**31:
+      raise ValueError(f'{name}={value} must lie in [0, 2**31)')
 
 
 def _below_one(**values: int | float) -> None:
@@ -353,8 +361,7 @@ class DataConfig:
       }
     )
     _below_one(**{'data.validation': self.validation})
-    if not 0 <= self.seed < 2**31:
-      raise ValueError(f'data.seed={self.seed} must lie in [0, 2**31)')
+    _seed(**{'data.seed': self.seed})
     if not self.tokenizer:
       raise ValueError("data.tokenizer='' must be 'bytes' or a path")
     if self.source == 'mixture':
@@ -544,8 +551,8 @@ class RunConfig:
       eval_batches=self.eval_batches,
       max_bad_steps=self.max_bad_steps,
     )
+    _seed(seed=self.seed)
     _not_negative(
-      seed=self.seed,
       eval_every=self.eval_every,
       probe_every=self.probe_every,
       profile_start=self.profile_start,

@@ -75,6 +75,10 @@ def test_names_that_are_no_settings_are_refused(name):
     ({'model': 3}, 'model=3 must be a group of settings'),
     ({'steps': 3.0}, 'steps=3.0 must be of type int, not float'),
     ({'steps': True}, 'steps=True must be of type int, not bool'),
+    ({'steps': 2**31}, 'steps=2147483648 must be below 2**31'),
+    ({'seed': 2**31}, 'seed=2147483648 must lie in [0, 2**31)'),
+    ({'seed': -1}, 'seed=-1 must lie in [0, 2**31)'),
+    ({'model': {'vocab': 10**12}}, 'model.vocab=1000000000000 must be below'),
     ({'model': {'windows': [0, 'a']}}, "model.windows='a' must be of type int"),
   ],
 )

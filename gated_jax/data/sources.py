@@ -108,6 +108,11 @@ def find_files(paths: str) -> list[str]:
   for pattern in filter(None, (part.strip() for part in paths.split(','))):
     names = glob.glob(os.path.expanduser(pattern), recursive=True)
     files = [name for name in names if os.path.isfile(name)]
+    if not files and os.path.isdir(os.path.expanduser(pattern)):
+      raise ValueError(
+        f'{pattern!r} is a folder: say which of its files, as in '
+        f"'{pattern.rstrip('/')}/*'"
+      )
     if not files:
       raise ValueError(f'no data files match {pattern!r}')
     found.update(files)

@@ -63,14 +63,15 @@ class Parts:
 
 def check_workdir(workdir: pathlib.Path) -> None:
   """ValueError where nothing can be written."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
-      pass
-  except OSError as error:
-    raise ValueError(
-      f'cannot write to workdir {workdir}: {error.strerror or error}'
-    ) from None
+  for folder in (workdir, workdir / 'checkpoints'):
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryFile(dir=folder):
+        pass
+    except OSError as error:
+      raise ValueError(
+        f'cannot write to workdir {folder}: {error.strerror or error}'
+      ) from None
 
 
 def check_same_config(config: RunConfig) -> None:
@@ -248,7 +249,9 @@ def _evaluation(
       batch
       for batch, _ in zip(pipeline, range(config.eval_batches), strict=False)
     ]
-    known = target_bytes(batches, pipeline.tokenizer.byte_lengths())
+    known = target_bytes(
+      config.data, batches, pipeline.tokenizer.byte_lengths()
+    )
   if share.parts > 1:
     sums = np.asarray(multihost_utils.process_allgather(np.float64(known)))
     known = float(sums.sum()) * share.parts / jax.process_count()

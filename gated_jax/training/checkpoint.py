@@ -285,8 +285,12 @@ class Checkpoints:
         self._put_aside(step, error)
         continue
       return state, run['data'][jax.process_index()], changed
-    if steps:
-      raise CheckpointError(f'no checkpoint in {self.folder} could be read')
+    damaged = sorted(path.name for path in self.folder.glob('damaged-*'))
+    if damaged:  # starting anew would be what nobody asked for
+      raise CheckpointError(
+        f'no checkpoint in {self.folder} could be read: remove '
+        f'{", ".join(damaged)} to start from the beginning'
+      )
     return None
 
   def _read_run(self, step: int) -> dict[str, Any]:

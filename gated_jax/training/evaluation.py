@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gated_jax.config import DataConfig
 from gated_jax.evals import diagnostics
 from gated_jax.evals import likelihood
 
@@ -17,15 +18,27 @@ Tree = Any
 
 
 def target_bytes(
-  batches: Sequence[dict[str, np.ndarray]], lengths: np.ndarray
+  data: DataConfig,
+  batches: Sequence[dict[str, np.ndarray]],
+  lengths: np.ndarray,
 ) -> float:
-  """Bytes of text that the predicted tokens of these batches stand for."""
-  return float(
-    sum(
-      np.sum(lengths[batch['targets']] * (batch['weights'] > 0))
-      for batch in batches
-    )
-  )
+  """Bytes of text that the predicted tokens stand for; 0: not known.
+
+  Args:
+    data: Where the batches are from: random ids stand for no text.
+    batches: With targets and their weights.
+    lengths: Of each of the tokenizer's tokens. Ids made elsewhere may be of a
+      tokenizer that has more.
+  """
+  if any(part.source == 'synthetic' for _, part in data.parts()):
+    return 0.0
+  total = 0
+  for batch in batches:
+    targets = batch['targets'][batch['weights'] > 0]
+    if np.any(targets >= len(lengths)):
+      return 0.0
+    total += int(np.sum(lengths[targets]))
+  return float(total)
 
 
 class Evaluation:

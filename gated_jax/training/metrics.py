@@ -151,10 +151,11 @@ class Metrics:
 def _lines(path: pathlib.Path) -> Iterator[str]:
   for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
     try:
-      if isinstance(json.loads(line), dict) and 'step' in json.loads(line):
-        yield line
+      record = json.loads(line)
     except json.JSONDecodeError:
       continue
+    if isinstance(record, dict) and isinstance(record.get('step'), int):
+      yield line
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -172,6 +172,8 @@ def test_a_glob_that_matches_nothing_is_named(tmp_path):
   for paths in (pattern, f'{tmp_path}/a.txt,{pattern}'):
     with pytest.raises(ValueError, match=re.escape(repr(pattern))):
       make_pipeline(DataConfig(source='text', paths=paths), 'train')
+  with pytest.raises(ValueError, match=re.escape(f"'{tmp_path}' is a folder")):
+    find_files(str(tmp_path))
 
 
 def test_bad_text_files_are_skipped_counted_and_named_once(tmp_path, caplog):

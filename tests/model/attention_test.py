@@ -187,7 +187,10 @@ def test_values_and_gradients_are_those_of_float64_loops(gate):
     # mask as Flax's own helpers make it, or of each shape that they take.
     ((16,), nn.make_causal_mask(np.ones((2, 6)))),
     ((16,), None),
-    ((16, 10), nn.make_attention_mask(np.ones((2, 6)), np.arange(5) < [[3], [5]])),
+    (
+      (16, 10),
+      nn.make_attention_mask(np.ones((2, 6)), np.arange(5) < [[3], [5]]),
+    ),
     ((16, 10, 12), np.tri(6, 5, dtype=bool)[None, None]),
     ((16, 10), np.random.default_rng(0).random((2, 4, 6, 5)) < 0.7),
   ],

@@ -39,4 +39,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(ValueError, match=f'workdir {path}: {reason}'):
       build.check_workdir(path)
   build.check_workdir(tmp_path / 'a' / 'b')
-  assert not list((tmp_path / 'a' / 'b').iterdir())
+  (tmp_path / 'c').mkdir()
+  (tmp_path / 'c' / 'checkpoints').write_text('')
+  with pytest.raises(ValueError, match='c/checkpoints: File exists'):
+    build.check_workdir(tmp_path / 'c')

@@ -133,6 +133,19 @@ def test_a_value_that_changed_silently_is_found(tmp_path, monkeypatch):
     manager.restore(abstract())
 
 
+def test_damaged_steps_alone_are_no_reason_to_start_anew(tmp_path):
+  saved(tmp_path, [NEVER])
+  for path in tmp_path.glob('1/rest/d/*'):
+    damage(path, 'truncate')
+  for _ in range(2):  # the second time it has been put aside already
+    manager = open_at(tmp_path, lambda text: None)
+    with pytest.raises(checkpoint.CheckpointError, match='remove damaged-1 to'):
+      manager.restore(abstract())
+    manager.close()
+  (tmp_path / 'damaged-1').rename(tmp_path.parent / 'elsewhere')
+  assert open_at(tmp_path).restore(abstract()) is None
+
+
 def test_another_model_is_refused_with_what_differs(tmp_path):
   saved(tmp_path, [NEVER])
   other = open_at(tmp_path, model=ModelConfig(width=512, depth=4))

@@ -216,7 +216,14 @@ def test_sigterm_saves_and_says_how_to_go_on(reference, tmp_path):
 
 def test_a_run_that_turns_non_finite_stops_and_says_where(tmp_path):
   code, out, err = wait(
-    start(tmp_path, optimizer__learning_rate=1e38, max_bad_steps=3)
+    start(
+      tmp_path,
+      optimizer__learning_rate=1e38,
+      max_bad_steps=3,
+      # With ids that the tokenizer does not have.
+      data__source='synthetic',
+      model__vocab=320,
+    )
   )
   assert code == 1, out + err
   (line,) = err.splitlines()

@@ -22,6 +22,7 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path):
     first.write(step, {'loss': 1 / step})
   first.close()
   with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('[2]\n{"step": "2"}\n{"loss": 1}\n')  # somebody else's
     file.write('{"step": 6, "lo')  # a kill in the middle of a line
   second = open_at(tmp_path, after=3)
   second.write(4, {'loss': 9.0})
