@@ -22,6 +22,8 @@ Paper: arXiv 2505.06708, Table 5, RULER (ungated, gated), not measured here:
     yarn128k    82.90, 88.13   71.52, 80.01   61.23, 76.74   37.94, 72.88
     yarn128k    at 64k: 37.51, 66.60   at 128k: 31.65, 58.82
 
+1,728,177,152 parameters at every length, rotation has none.
+
 Hardware: a TPU pod, sized beforehand by `python -m gated_jax.aot`
 (docs/tpu_vm.md).
 """

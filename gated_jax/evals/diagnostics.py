@@ -101,7 +101,8 @@ def probe(
   for batch in batches:
     first = batch if first is None else first
     found = jax.tree.map(
-      lambda x: np.asarray(x, np.float64), by_layer(_run(model, params, batch))
+      lambda x: np.asarray(x, np.float64),
+      by_layer(_run(model, params, batch, 'probes')),
     )
     for name, value in found.items():
       join = np.maximum if name == RESIDUAL else np.add
@@ -160,18 +161,19 @@ def _interleave(values: list[Any], rank: int) -> Any:
   return jax.tree.map(join, *values)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def _run(
-  model: nn.Module, params: Any, batch: dict[str, Any]
+  model: nn.Module, params: Any, batch: dict[str, Any], collection: str
 ) -> Mapping[str, Any]:
+  """What the model sows into a collection."""
   _, state = model.apply(
     {'params': params},
     batch,
     method='loss',
     deterministic=True,
-    mutable=['probes'],
+    mutable=[collection],
   )
-  return state.get('probes', {})
+  return state.get(collection, {})
 
 
 def _divide(sums: dict[str, Any], maps: Mapping[int, np.ndarray]) -> Report:
@@ -215,7 +217,7 @@ def attention_maps(
     batch: a short one: the result grows with the square of its length.
     layers: which ones, negative from the end; (): a few over the depth.
   """
-  found = by_layer(_show(model, params, batch)).get(WEIGHTS)
+  found = by_layer(_run(model, params, batch, 'attention_maps')).get(WEIGHTS)
   if found is None:
     return {}
   depth = len(found)
@@ -223,17 +225,3 @@ def attention_maps(
     few = np.linspace(0, depth - 1, min(depth, 4)).round()
     layers = [int(i) for i in few]
   return {i % depth: np.asarray(found[i][0], np.float32) for i in layers}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _show(
-  model: nn.Module, params: Any, batch: dict[str, Any]
-) -> Mapping[str, Any]:
-  _, state = model.apply(
-    {'params': params},
-    batch,
-    method='loss',
-    deterministic=True,
-    mutable=['attention_maps'],
-  )
-  return state.get('attention_maps', {})

@@ -49,7 +49,9 @@ MAY_CHANGE = (
   'checkpoint.',
   'mesh.',
   'data.prefetch',
+  'data.paths',  # the data's own position knows which files it is of
   'model.attention',
+  'model.moe.implementation',
   'model.remat',
   'model.logit_chunk',
 )

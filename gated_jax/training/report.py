@@ -12,6 +12,8 @@ from gated_jax.config import RunConfig
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.training.build import Parts
 
+NAMED = 10  # skipped files
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -75,7 +77,16 @@ def _figures(parts: Parts, report: Any) -> str:
     paths = plot.figures(parts.metrics.path, report, folder)
   except ImportError:
     return "none: matplotlib is missing, pip install 'gated_jax[plot]'"
+  except OSError as error:  # the rest of the report is no less true
+    return f'none: {error}'
   return f'{folder} ({", ".join(path.name for path in paths)})'
+
+
+def _skipped(files: dict[str, str]) -> str:
+  """How many, and which; of very many only the first."""
+  shown = [f'{name} ({reason})' for name, reason in files.items()][:NAMED]
+  more = f' and {len(files) - NAMED} more' if len(files) > NAMED else ''
+  return f'{len(files)}: {", ".join(shown)}{more}'
 
 
 def _longer(command: str, steps: int) -> str:
@@ -99,8 +110,8 @@ def closing(parts: Parts, outcome: Outcome, command: str) -> None:
     ('sample from it', f"{sample} --prompt='def '"),
     ('resume it', _longer(command, 2 * parts.config.steps)),
   ]
-  for name, reason in parts.data.skipped.items():
-    rows.append(('skipped file', f'{name}: {reason}'))
+  if parts.data.skipped:
+    rows.append(('skipped files', _skipped(parts.data.skipped)))
   width = max(len(name) for name, _ in rows)
   parts.console.say('')
   for name, value in rows:

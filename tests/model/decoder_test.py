@@ -11,6 +11,7 @@ from flax.core import meta
 from gated_jax import Decoder
 from gated_jax import GateConfig
 from gated_jax import ModelConfig
+from gated_jax import sharding
 from gated_jax.config import MoEConfig
 from gated_jax.config import RopeConfig
 from gated_jax.model.decoder import SAVED
@@ -124,6 +125,42 @@ def test_a_token_sees_its_own_document_up_to_itself(name):
   jacobian = jacobian_of(inputs)
   seen = (np.abs(jacobian).sum(-1) > 0).astype(int)
   np.testing.assert_array_equal(seen, VISIBLE)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_every_parameter_is_float32_and_names_its_axes(name):
+  config = dataclasses.replace(config_of(name), dtype='bfloat16')
+  model, tokens = Decoder(config), jnp.zeros((1, 8), jnp.int32)
+  boxed = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+  for box in jax.tree.leaves(boxed, is_leaf=lambda x: hasattr(x, 'names')):
+    assert box.value.dtype == jnp.float32
+    assert len(box.names) == box.value.ndim
+    assert set(box.names) <= {*sharding.RULES, None}
+    # Only what is small for good is nowhere split.
+    assert box.value.ndim < 2 or any(box.names)
+
+
+@pytest.mark.parametrize('name', ('plain', 'experts'))
+def test_activations_are_bfloat16_and_logits_float32(name):
+  config = dataclasses.replace(config_of(name), dtype='bfloat16', scan=False)
+  model, params = make(config)
+  logits, sown = jax.eval_shape(
+    lambda p: model.apply(
+      {'params': p},
+      jnp.zeros((1, 8), jnp.int32),
+      capture_intermediates=True,
+      mutable=['intermediates'],
+    ),
+    params,
+  )
+  assert logits.dtype == jnp.float32
+  kinds = {
+    jax.tree_util.keystr(path): x.dtype
+    for path, x in jax.tree_util.tree_leaves_with_path(sown)
+    if x.ndim == 3 and x.shape[-1] == config.width
+  }
+  assert len(kinds) > 4 * config.depth
+  assert set(kinds.values()) == {jnp.dtype('bfloat16')}, kinds
 
 
 def test_a_window_hides_what_is_farther_back():

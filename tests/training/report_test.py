@@ -1,0 +1,98 @@
+"""The last words of a run: what came out, where it lies, what to type."""
+
+import types
+
+import numpy as np
+import pytest
+
+from gated_jax.config import RunConfig
+from gated_jax.evals.diagnostics import Report
+from gated_jax.evals.likelihood import Likelihood
+from gated_jax.training import report
+from gated_jax.training.console import Console
+from gated_jax.training.metrics import Clock
+
+COMMAND = (
+  '.venv/bin/python train.py --config=configs/smoke.py --config.steps=9 '
+  "'--workdir=my runs/a'"
+)
+FOUND = Report(
+  first_token=np.array([[0.25]]),
+  activation=np.array([3.0]),
+  gate_mean=np.array([[0.5]]),
+  gate_below=np.array([[0.125]]),
+  gate_histogram=np.zeros((0, 22)),
+  gate_norm=np.array([[1.0]]),
+  maps={},
+)
+
+
+def said(workdir, capsys, found=FOUND, skipped=(), **settings):
+  """The closing table by name."""
+  parts = types.SimpleNamespace(
+    config=RunConfig(**settings),
+    workdir=workdir,
+    console=Console(),
+    clock=Clock(),
+    state=types.SimpleNamespace(skipped=np.int32(2)),
+    metrics=types.SimpleNamespace(path=workdir / 'metrics.jsonl'),
+    checkpoints=types.SimpleNamespace(path=lambda step: workdir / str(step)),
+    data=types.SimpleNamespace(skipped=dict(skipped)),
+  )
+  loss = Likelihood(nats=200.0, tokens=100.0, text_bytes=50.0)
+  outcome = report.Outcome(9, loss, found, 1234.5)
+  report.closing(parts, outcome, COMMAND)
+  lines = capsys.readouterr().out.splitlines()[1:]
+  width = len('first-token attention') + 2
+  return {line[:width].strip(): line[width:].strip() for line in lines}
+
+
+def test_everything_worth_knowing_is_said(tmp_path, capsys):
+  found = said(tmp_path, capsys, figures=False)
+  assert found.pop('time spent on').startswith('data 0.0%, compile 0.0%, ')
+  assert found == {
+    'validation loss': '2.0000 nats per token',
+    'bits per byte': f'{4 / np.log(2):.4f}',
+    'first-token attention': '0.2500',
+    'largest activation': '3.00',
+    'mean of layers': '3.00',
+    'mean gate': '0.5000',
+    'gates below 0.1': '12.5%',
+    'tokens/s': '1,234',
+    'skipped updates': '2',
+    'checkpoint': f'{tmp_path}/9',
+    'metrics': f'{tmp_path}/metrics.jsonl',
+    'figures': 'off (figures=False)',
+    'sample from it': (
+      f'.venv/bin/python -m gated_jax.decode --checkpoint={tmp_path}/9 '
+      "--prompt='def '"
+    ),
+    'resume it': (
+      '.venv/bin/python train.py --config=configs/smoke.py '
+      "'--workdir=my runs/a' --config.steps=2000"
+    ),
+  }
+
+
+def test_many_skipped_files_are_counted_and_some_named(tmp_path, capsys):
+  skipped = {f'{i:03d}.txt': 'empty' for i in range(40)}
+  found = said(tmp_path, capsys, skipped=skipped.items(), figures=False)
+  text = found['skipped files']
+  assert text.startswith('40: 000.txt (empty), 001.txt (empty), ')
+  assert text.endswith(' and 30 more')
+  one = said(tmp_path, capsys, skipped=[('a', 'empty')], figures=False)
+  assert one['skipped files'] == '1: a (empty)'
+
+
+@pytest.mark.parametrize('block', ['figures', 'metrics.jsonl'])
+def test_figures_that_cannot_be_drawn_cost_only_the_figures(
+  tmp_path, capsys, block
+):
+  if block == 'figures':
+    (tmp_path / block).write_text('in the way')
+  else:
+    (tmp_path / block).mkdir()
+  found = said(tmp_path, capsys)
+  assert found['figures'].startswith('none: ')
+  assert block in found['figures']
+  assert found['checkpoint'] == f'{tmp_path}/9'
