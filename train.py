@@ -3,7 +3,7 @@
     python train.py --config=configs/smoke.py --workdir=runs/smoke
 
 Any setting can follow: --config.steps=500 --config.model.depth=8; they all
-stand in gated_jax/config.py. Started again with the same workdir, it goes on
+stand in gated_jax/config. Started again with the same workdir, it goes on
 from the newest checkpoint. On several processes, add --distributed (TPU pods
 and Slurm tell the rest) or say it all: --coordinator=host:port --processes=2
 --process_id=0.

@@ -1,6 +1,6 @@
 """One file is one experiment, and a difference to `base.py`.
 
-    base          every setting at its default (gated_jax/config.py)
+    base          every setting at its default (gated_jax/config)
     smoke         a small model on real text, on a CPU, in minutes
     dense_1b7     the paper's dense models: 28 and 48 layers
     moe_15b_a2b   the paper's mixture of experts

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/base.py --workdir=runs/base
 
-The defaults themselves stand in `gated_jax/config.py`. This one trains the
+The defaults themselves stand in `gated_jax/config`. This one trains the
 paper's 1.7B model, gated without a narrower MLP to pay for it: 1,838,015,488
 parameters. It is not meant for a small machine: see `smoke.py`.
 """

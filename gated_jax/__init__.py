@@ -2,7 +2,7 @@
 
 Three ways in: `gated_dot_product_attention` on arrays, the linen module
 `GatedAttention`, and the language model `Decoder`. Training starts from
-`train.py`; settings are the dataclasses of `gated_jax/config.py`.
+`train.py`; settings are the dataclasses of `gated_jax/config`.
 """
 
 from gated_jax.config import GateConfig

@@ -130,11 +130,12 @@ def test_parameters_are_as_many_as_counted_by_hand(name):
   assert count(load(name).model) == COUNTS[name]
 
 
-@pytest.mark.parametrize('name', COUNTS)
+# The sweep is a table, with what each row adds beside it.
+@pytest.mark.parametrize(
+  'name', [name for name in COUNTS if not name.startswith('gate_sweep')]
+)
 def test_docstrings_state_how_many(name):
   file, _, _ = name.partition(':')
-  if file == 'gate_sweep':
-    pytest.skip('a table, with what each row adds beside it')
   text = ' '.join(importlib.import_module(f'configs.{file}').__doc__.split())
   assert f'{COUNTS[name]:,}' in text
 

@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import re
+import shutil
 import time
 
 import numpy as np
@@ -311,6 +312,8 @@ def test_a_position_of_other_files_or_processes_is_refused(tmp_path):
   with pytest.raises(ValueError, match="split='train', not 'validation'"):
     make_pipeline(config, 'validation').restore(state)
   make_pipeline(_config(config.paths, prefetch=9), 'train').restore(state)
+  moved = shutil.copytree(tmp_path, tmp_path / 'elsewhere')
+  make_pipeline(_config(f'{moved}/*.txt'), 'train').restore(state)
   (tmp_path / '003.txt').write_text('changed')
   with pytest.raises(ValueError, match='files='):
     make_pipeline(config, 'train').restore(state)

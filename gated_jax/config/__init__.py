@@ -1,0 +1,38 @@
+"""Every setting of a run: frozen dataclasses, their defaults, their checks.
+
+One default stands in one place, and that place is here. Nothing in this folder
+touches JAX or a file, so it imports in a moment and can be tested alone.
+`gate.py` comes first because it is what the project is about, then `model.py`,
+`data.py` and `run.py`; `convert.py` is for files and flags.
+
+Lengths are in tokens, rates per optimizer step, sizes in elements unless a
+comment says otherwise. A value of 0, '' or 'none' means "off" or "derive it".
+"""
+
+from gated_jax.config.convert import differences
+from gated_jax.config.convert import from_dict
+from gated_jax.config.convert import to_dict
+from gated_jax.config.data import DataConfig
+from gated_jax.config.gate import GateConfig
+from gated_jax.config.model import ModelConfig
+from gated_jax.config.model import MoEConfig
+from gated_jax.config.model import RopeConfig
+from gated_jax.config.run import CheckpointConfig
+from gated_jax.config.run import MeshConfig
+from gated_jax.config.run import OptimizerConfig
+from gated_jax.config.run import RunConfig
+
+__all__ = [
+  'CheckpointConfig',
+  'DataConfig',
+  'GateConfig',
+  'MeshConfig',
+  'MoEConfig',
+  'ModelConfig',
+  'OptimizerConfig',
+  'RopeConfig',
+  'RunConfig',
+  'differences',
+  'from_dict',
+  'to_dict',
+]

@@ -1,0 +1,106 @@
+"""What a run reads."""
+
+import dataclasses
+import math
+
+from gated_jax.config.checks import below_one
+from gated_jax.config.checks import choice
+from gated_jax.config.checks import positive
+from gated_jax.config.checks import valid_seed
+
+# What a run can read; see gated_jax/data/sources.py.
+SOURCES = (
+  'stdlib',
+  'text',
+  'jsonl',
+  'parquet',
+  'array_record',
+  'tokens',
+  'synthetic',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text to rows of tokens. See gated_jax/data/pipeline.py."""
+
+  # 'stdlib': the running interpreter's own standard library. 'synthetic':
+  # random spans that repeat. 'mixture': `mixture` below. The rest read `paths`.
+  source: str = 'stdlib'
+  paths: str = ''  # globs, comma-separated; ** is folders at any depth
+  column: str = 'text'  # field of JSONL, Parquet and ArrayRecord examples
+  # For source='mixture': entries 'weight:source:paths', weighted by tokens.
+  mixture: tuple[str, ...] = ()
+  tokenizer: str = 'bytes'  # or a path: tokenizer.json, *.model
+  batch: int = 8  # rows per step, over all processes
+  length: int = 256  # tokens per row
+  validation: float = 0.05  # share of documents held out, by their content
+  max_document: int = 1 << 20  # bytes of text, or ids; longer ones are cut
+  shuffle: bool = True
+  # Tokens whose rows are shuffled among each other, beside the order of files.
+  # Resuming packs that many again, and memory holds them twice, 20 bytes each.
+  shuffle_tokens: int = 1 << 20
+  seed: int = 0
+  prefetch: int = 4  # batches made ahead of the step
+
+  def __post_init__(self):
+    choice('data.source', self.source, (*SOURCES, 'mixture'))
+    positive(
+      **{
+        f'data.{name}': getattr(self, name)
+        for name in (
+          'batch',
+          'length',
+          'max_document',
+          'shuffle_tokens',
+          'prefetch',
+        )
+      }
+    )
+    below_one(**{'data.validation': self.validation})
+    valid_seed(**{'data.seed': self.seed})
+    if not self.tokenizer:
+      raise ValueError("data.tokenizer='' must be 'bytes' or a path")
+    if self.source == 'mixture':
+      if not self.mixture:
+        raise ValueError("data.source='mixture' needs data.mixture")
+    elif self.mixture:
+      raise ValueError(
+        f'data.mixture={self.mixture} does nothing with '
+        f'data.source={self.source!r}'
+      )
+    needs_paths = self.source not in ('stdlib', 'synthetic', 'mixture')
+    if needs_paths and not self.paths.strip(' ,'):
+      raise ValueError(f'data.source={self.source!r} needs data.paths')
+    if self.paths and not needs_paths:
+      raise ValueError(
+        f'data.paths={self.paths!r} does nothing with '
+        f'data.source={self.source!r}'
+      )
+    self.parts()
+
+  def parts(self) -> tuple[tuple[float, 'DataConfig'], ...]:
+    """Weight and settings of each source of the mixture, or of the only one."""
+    if self.source != 'mixture':
+      return ((1.0, self),)
+    parts = []
+    for entry in self.mixture:
+      words = entry.split(':', 2) if isinstance(entry, str) else [entry]
+      try:
+        weight = float(words[0])
+      except (TypeError, ValueError):
+        weight = math.nan
+      if len(words) < 2 or not (math.isfinite(weight) and weight > 0):
+        raise ValueError(
+          f"data.mixture entry {entry!r} must be 'weight:source:paths' with a "
+          'positive weight'
+        )
+      choice(f'source of data.mixture entry {entry!r}', words[1], SOURCES)
+      part = dataclasses.replace(
+        self,
+        source=words[1],
+        paths=words[2] if len(words) == 3 else '',
+        mixture=(),
+      )
+      parts.append((weight, part))
+    return tuple(parts)

@@ -1,0 +1,105 @@
+"""The gate: where it acts, what its scores are made of, how they act.
+
+Read `gated_jax/ops/gate.py` for its mathematics.
+"""
+
+import dataclasses
+
+from gated_jax.config.checks import choice
+from gated_jax.config.checks import not_negative
+
+# Where a gate can act. In the paper's numbering sdpa_output is G1, value G2,
+# key G3, query G4 and dense_output G5 (arXiv 2505.06708, section 2.2).
+POSITIONS = ('none', 'query', 'key', 'value', 'sdpa_output', 'dense_output')
+ACTIVATIONS = (
+  'sigmoid',
+  'silu',
+  'identity',
+  'ns_sigmoid',
+  'two_sigmoid',
+  'softplus',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+  """What gates a softmax attention layer, and where.
+
+  The default is the paper's best: Y' = Y * sigmoid(X W) on the attention
+  output, one score per head and channel. `configs/gate_sweep.py` spells every
+  row of the paper's tables in these words.
+  """
+
+  position: str = 'sdpa_output'
+  # 'gate': scores from `source`. 'rms_norm', 'silu': no scores at all, that
+  # function of each head's attention output instead (Table 3, rows 5 and 6).
+  kind: str = 'gate'
+  granularity: str = 'elementwise'  # or 'headwise': one score per head
+  shared: bool = False  # scores averaged over the heads (Table 1, row 12)
+  mode: str = 'multiplicative'  # or 'additive'
+  activation: str = 'sigmoid'
+  source: str = 'hidden'  # or 'parameter': the same scores for every token
+  channels: int = 0  # the scores read only these first channels; 0: all
+  init: str = 'normal'  # or 'zeros'
+  init_std: float = 0.02
+  dtype: str = 'float32'  # or 'model': rounded as the rest of the layer
+
+  def __post_init__(self):
+    choice('gate.position', self.position, POSITIONS)
+    choice('gate.kind', self.kind, ('gate', 'rms_norm', 'silu'))
+    choice('gate.granularity', self.granularity, ('elementwise', 'headwise'))
+    choice('gate.mode', self.mode, ('multiplicative', 'additive'))
+    choice('gate.activation', self.activation, ACTIVATIONS)
+    choice('gate.source', self.source, ('hidden', 'parameter'))
+    choice('gate.init', self.init, ('normal', 'zeros'))
+    choice('gate.dtype', self.dtype, ('float32', 'model'))
+    not_negative(
+      **{'gate.channels': self.channels, 'gate.init_std': self.init_std}
+    )
+    self._refuse_nonsense()
+
+  def _refuse_nonsense(self):
+    """Refuses what has no meaning, with the reason."""
+    if self.kind != 'gate':
+      if self.position != 'sdpa_output':
+        raise ValueError(
+          f'gate.kind={self.kind!r} stands in place of a gate on the '
+          f'attention output: position={self.position!r} must be sdpa_output'
+        )
+      plain = GateConfig(dtype=self.dtype)
+      changed = [
+        f.name
+        for f in dataclasses.fields(self)
+        if f.name != 'kind' and getattr(self, f.name) != getattr(plain, f.name)
+      ]
+      if changed:
+        raise ValueError(
+          f'gate.kind={self.kind!r} has no scores, so '
+          f'{", ".join(changed)} would change nothing'
+        )
+    if self.position == 'dense_output':
+      if self.granularity == 'headwise':
+        raise ValueError(
+          "gate.granularity='headwise' has no heads to act on at "
+          "position='dense_output', which comes after they are joined"
+        )
+      if self.shared:
+        raise ValueError(
+          'gate.shared=True averages over heads, and there are none at '
+          "position='dense_output'"
+        )
+    if self.shared and self.granularity == 'headwise':
+      raise ValueError(
+        'gate.shared=True keeps one score per channel and headwise one per '
+        'head: together they leave one per token, which is neither'
+      )
+    if self.source == 'parameter' and self.channels:
+      raise ValueError(
+        f"gate.channels={self.channels} chooses inputs, and source='parameter'"
+        ' has none'
+      )
+
+  @property
+  def has_scores(self) -> bool:
+    """Whether the layer owns gate parameters and computes scores."""
+    return self.position != 'none' and self.kind == 'gate'

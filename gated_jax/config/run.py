@@ -1,0 +1,177 @@
+"""A run: its length, its updates, its devices, what it keeps."""
+
+import dataclasses
+
+from gated_jax.config.checks import below_one
+from gated_jax.config.checks import choice
+from gated_jax.config.checks import not_negative
+from gated_jax.config.checks import positive
+from gated_jax.config.checks import valid_seed
+from gated_jax.config.data import DataConfig
+from gated_jax.config.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """One update. See gated_jax/training/optimizer.py."""
+
+  name: str = 'adamw'  # or 'muon': matrices by Muon, the rest by AdamW
+  learning_rate: float = 3e-4
+  final_learning_rate: float = 3e-5
+  schedule: str = 'cosine'  # or 'wsd', 'constant'
+  warmup_steps: int = 100
+  decay_share: float = 0.2  # of all steps, at the end of 'wsd'
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0  # 0: no clipping
+  accumulate: int = 1  # parts that a batch is worked through in, one by one
+  # The gates are a group of their own: both are relative to the rest.
+  gate_learning_rate: float = 1.0
+  gate_weight_decay: float = 1.0
+  muon_momentum: float = 0.95
+
+  def __post_init__(self):
+    choice('optimizer.name', self.name, ('adamw', 'muon'))
+    choice('optimizer.schedule', self.schedule, ('cosine', 'wsd', 'constant'))
+    positive(
+      **{
+        'optimizer.learning_rate': self.learning_rate,
+        'optimizer.accumulate': self.accumulate,
+        'optimizer.eps': self.eps,
+      }
+    )
+    not_negative(
+      **{
+        f'optimizer.{name}': getattr(self, name)
+        for name in (
+          'final_learning_rate',
+          'warmup_steps',
+          'weight_decay',
+          'clip_norm',
+          'gate_learning_rate',
+          'gate_weight_decay',
+        )
+      }
+    )
+    below_one(
+      **{
+        'optimizer.b1': self.b1,
+        'optimizer.b2': self.b2,
+        'optimizer.muon_momentum': self.muon_momentum,
+      }
+    )
+    if not 0 < self.decay_share <= 1:
+      raise ValueError(
+        f'optimizer.decay_share={self.decay_share} must lie in (0, 1]'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How many devices each mesh axis has; -1 on one axis: all that are left.
+
+  `slices` counts groups of chips joined by the slow network; they lie on the
+  data axis, or on fsdp where `slice_axis` says so.
+  """
+
+  data: int = 1
+  fsdp: int = -1
+  expert: int = 1
+  context: int = 1
+  tensor: int = 1
+  slices: int = 1
+  slice_axis: str = 'data'  # or 'fsdp'
+
+  def __post_init__(self):
+    axes = self.axes
+    for name, size in axes.items():
+      if size != -1 and size < 1:
+        raise ValueError(f'mesh.{name}={size} must be positive, or -1')
+    if list(axes.values()).count(-1) > 1:
+      raise ValueError(f'only one mesh axis may be -1, not {axes}')
+    positive(**{'mesh.slices': self.slices})
+    choice('mesh.slice_axis', self.slice_axis, ('data', 'fsdp'))
+
+  @property
+  def axes(self) -> dict[str, int]:
+    """Axis name to size, outermost first."""
+    return {
+      name: getattr(self, name)
+      for name in ('data', 'fsdp', 'expert', 'context', 'tensor')
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """What is kept on disk. See gated_jax/training/checkpoint.py."""
+
+  every: int = 500  # steps; 0: only the last one
+  keep_last: int = 2
+  keep_best: int = 1  # by validation loss
+  asynchronous: bool = True
+
+  def __post_init__(self):
+    not_negative(
+      **{
+        'checkpoint.every': self.every,
+        'checkpoint.keep_best': self.keep_best,
+      }
+    )
+    positive(**{'checkpoint.keep_last': self.keep_last})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """A whole run: what train.py builds from a file in configs/ and flags."""
+
+  steps: int = 1000
+  seed: int = 0
+  log_every: int = 10
+  eval_every: int = 250  # 0: only at the end
+  eval_batches: int = 8
+  probe_every: int = 250  # attention sinks, gates, activations; 0: at the end
+  max_bad_steps: int = 10  # non-finite steps in a row before the run stops
+  profile_start: int = 0  # first step of a profiler trace
+  profile_steps: int = 0  # 0: no trace
+  tensorboard: bool = False
+  wandb: str = ''  # project name; '': off
+  figures: bool = True
+  # A checkpoint folder whose parameters a new run starts from; '': random.
+  init_from: str = ''
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+
+  def __post_init__(self):
+    positive(
+      steps=self.steps,
+      log_every=self.log_every,
+      eval_batches=self.eval_batches,
+      max_bad_steps=self.max_bad_steps,
+    )
+    valid_seed(seed=self.seed)
+    not_negative(
+      eval_every=self.eval_every,
+      probe_every=self.probe_every,
+      profile_start=self.profile_start,
+      profile_steps=self.profile_steps,
+    )
+    if self.data.length > self.model.length:
+      raise ValueError(
+        f'data.length={self.data.length} is longer than the '
+        f'model.length={self.model.length} that the model is built for'
+      )
+    if self.optimizer.warmup_steps > self.steps:
+      raise ValueError(
+        f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
+        f'steps={self.steps}'
+      )
+    if self.data.batch % self.optimizer.accumulate:
+      raise ValueError(
+        f'data.batch={self.data.batch} must be a multiple of '
+        f'optimizer.accumulate={self.optimizer.accumulate}'
+      )
