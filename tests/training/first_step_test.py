@@ -1,4 +1,4 @@
-"""The first training step, whole, against float64 NumPy.
+"""The first training step, and what is watched, against float64 NumPy.
 
 Everything from the tokens to the new parameters is made here once more, from
 the formulas: embedding, rotation, packed documents, attention with its gate,
@@ -12,6 +12,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from flax.core import meta
 
 from gated_jax import sharding
 from gated_jax.config import DataConfig
@@ -21,6 +22,7 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import OptimizerConfig
 from gated_jax.config import RopeConfig
 from gated_jax.config import RunConfig
+from gated_jax.evals import diagnostics
 from gated_jax.model.decoder import Decoder
 from gated_jax.training import build
 
@@ -106,12 +108,13 @@ def turn(z, c):
   return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-def attention(p, x, window, c):
+def attention(p, x, window, c, notes):
   """[B, T, D] to [B, T, D], with all of a head's weights at once."""
   q, k, v = (
     np.tensordot(x, p[name]['kernel'], 1) for name in ('query', 'key', 'value')
   )
-  scores = sigmoid(np.tensordot(x, p['gate']['kernel'], 1))
+  logits = np.tensordot(x, p['gate']['kernel'], 1)
+  scores = sigmoid(logits)
   if c.gate.position == 'value':  # headwise
     v = v * scores[..., None]
   if c.qk_norm:
@@ -122,12 +125,15 @@ def attention(p, x, window, c):
   seen = (back >= 0) & (back < (window or T))
   segments = BATCH['segments']
   seen = seen & (segments[:, :, None] == segments[:, None])
-  out = []
+  weights = []
   for n in range(N):
-    logits = q[:, :, n] @ k[:, :, n * K // N].transpose(0, 2, 1)
-    w = seen * np.exp(logits / math.sqrt(H))
-    out.append(w / w.sum(-1, keepdims=True) @ v[:, :, n * K // N])
-  out = np.stack(out, 2)
+    w = q[:, :, n] @ k[:, :, n * K // N].transpose(0, 2, 1)
+    w = seen * np.exp(w / math.sqrt(H))
+    weights.append(w / w.sum(-1, keepdims=True))
+  notes.append({'weights': weights, 'logits': logits, 'scores': scores})
+  out = np.stack(
+    [w @ v[:, :, n * K // N] for n, w in enumerate(weights)], axis=2
+  )
   if c.gate.position == 'sdpa_output':
     out = out * scores
   y = np.tensordot(out, p['out']['kernel'], 2)
@@ -135,20 +141,22 @@ def attention(p, x, window, c):
 
 
 def loss_of(params, c):
-  """(total, nll) of BATCH; complex parameters pass through."""
+  """(total, nll, notes by layer) of BATCH; complex parameters pass through."""
+  notes = []
   sandwich = c.norm == 'sandwich'
   x = params['embed']['embedding'][BATCH['tokens']]
   for layer in range(L):
     p = params[f'layers_{layer}']
     window = c.windows[layer % len(c.windows)]
     h = rms(x, p['attention_norm']['scale'], c)
-    y = attention(p['attention'], h, window, c)
+    y = attention(p['attention'], h, window, c, notes)
     x = x + (rms(y, p['attention_post_norm']['scale'], c) if sandwich else y)
     h = rms(x, p['mlp_norm']['scale'], c)
     g = h @ p['mlp']['gate_proj']['kernel']
     y = g * sigmoid(g) * (h @ p['mlp']['up']['kernel'])
     y = y @ p['mlp']['down']['kernel']
     x = x + (rms(y, p['mlp_post_norm']['scale'], c) if sandwich else y)
+    notes[-1]['output'] = x
   x = rms(x, params['final_norm']['scale'], c)
   if c.tie_embeddings:
     logits = x @ params['embed']['embedding'].T
@@ -158,7 +166,7 @@ def loss_of(params, c):
   at = np.take_along_axis(logits, BATCH['targets'][..., None], -1)[..., 0]
   weights = BATCH['weights'] / BATCH['weights'].sum()
   nll = (weights * (lse - at)).sum()
-  return nll + c.z_loss * (weights * lse * lse).sum(), nll
+  return nll + c.z_loss * (weights * lse * lse).sum(), nll, notes
 
 
 def gradient_of(params, c):
@@ -170,7 +178,7 @@ def gradient_of(params, c):
     other = [wide if x is leaf else x for x in leaves]
     for place in np.ndindex(leaf.shape):
       wide[place] += 1e-30j
-      total, _ = loss_of(jax.tree.unflatten(structure, other), c)
+      total, *_ = loss_of(jax.tree.unflatten(structure, other), c)
       slopes[place] = total.imag / 1e-30
       wide[place] = leaf[place]
   return jax.tree.unflatten(structure, found)
@@ -188,7 +196,7 @@ def test_the_first_step_is_the_one_that_the_formulas_give(name):
     old = old.replace(params=drawn(shapes.params))
     new, metrics = step(old, BATCH)
   params = jax.tree.map(np.float64, old.params)
-  total, nll = loss_of(params, c)
+  total, nll, _ = loss_of(params, c)
   np.testing.assert_allclose(metrics['total_loss'], total, rtol=1e-5)
   np.testing.assert_allclose(metrics['loss'], nll, rtol=1e-5)
   assert metrics['tokens'] == BATCH['weights'].sum()
@@ -224,3 +232,37 @@ def test_the_first_step_is_the_one_that_the_formulas_give(name):
       atol=rate * 1e-3,
       err_msg='/'.join(names),
     )
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_what_is_watched_is_what_the_full_matrices_say(name):
+  c = MODELS[name]
+  model = Decoder(c)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH['tokens'])
+  params = drawn(meta.unbox(shapes)['params'])
+  found = diagnostics.probe(model, params, [BATCH])
+  *_, notes = loss_of(jax.tree.map(np.float64, params), c)
+  valid = BATCH['segments'] > 0
+  # Row, query and first key of each pair that counts; by hand from BATCH.
+  pairs = [(0, t, 0) for t in (1, 2, 3, 4)] + [(0, 6, 5)]
+  pairs += [(1, t, 0) for t in range(1, T)]
+  for layer, seen in enumerate(notes):
+    for n, w in enumerate(seen['weights']):
+      share = np.mean([w[pair] for pair in pairs])
+      np.testing.assert_allclose(found.first_token[layer, n], share, rtol=1e-5)
+    np.testing.assert_allclose(
+      found.activation[layer], np.abs(seen['output'])[valid].max(), rtol=1e-5
+    )
+    shape = {'sdpa_output': (N, H), 'value': (K, 1), 'dense_output': (1, D)}
+    scores, logits = (
+      seen[key][valid].reshape(-1, *shape[c.gate.position])
+      for key in ('scores', 'logits')
+    )
+    for have, want in (
+      (found.gate_mean, scores.mean((0, 2))),
+      (found.gate_below, (scores < 0.1).mean((0, 2))),
+      (found.gate_norm, np.sqrt((logits**2).sum(2)).mean(0)),
+    ):
+      np.testing.assert_allclose(have[layer], want, rtol=1e-5)
+    inside = np.histogram(scores, np.linspace(0, 1, 21))[0] / scores.size
+    np.testing.assert_allclose(found.gate_histogram[layer, 1:-1], inside)
