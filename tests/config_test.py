@@ -8,11 +8,13 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
 from gated_jax.config import from_dict
 from gated_jax.config import to_dict
+from gated_jax.config.gate import ACTIVATIONS
 
 
 def leaves(values, path=()):
@@ -86,6 +88,147 @@ def test_mistakes_are_named(values, message):
   with pytest.raises(ValueError) as error:
     from_dict(values)
   assert message in str(error.value)
+
+
+# What cannot be meant, and the reason that is given.
+REFUSED = [
+  ({'model.gate.position': 'output'}, "gate.position='output' must be one of"),
+  ({'model.gate.activation': 'tanh'}, "gate.activation='tanh' must be one of"),
+  ({'model.gate.kind': 'norm'}, "gate.kind='norm' must be one of"),
+  ({'model.gate.channels': -1}, 'gate.channels=-1 must not be negative'),
+  (
+    {'model.gate.channels': 3000},
+    'channels=3000 must be at most model.width=20',
+  ),
+  (
+    {'model.gate.kind': 'silu', 'model.gate.position': 'value'},
+    "position='value' must be sdpa_output",
+  ),
+  (
+    {'model.gate.kind': 'rms_norm', 'model.gate.granularity': 'headwise'},
+    'has no scores, so granularity would change nothing',
+  ),
+  (
+    {
+      'model.gate.position': 'dense_output',
+      'model.gate.granularity': 'headwise',
+    },
+    'has no heads to act on',
+  ),
+  (
+    {'model.gate.position': 'dense_output', 'model.gate.shared': True},
+    'averages over heads, and there are none',
+  ),
+  (
+    {'model.gate.shared': True, 'model.gate.granularity': 'headwise'},
+    'together they leave one per token',
+  ),
+  (
+    {'model.gate.source': 'parameter', 'model.gate.channels': 8},
+    "channels=8 chooses inputs, and source='parameter' has none",
+  ),
+  (
+    {'model.gate.position': 'key', 'model.gate.granularity': 'headwise'},
+    'model.qk_norm=True takes their scale away',
+  ),
+  (
+    {'model.heads': 12},
+    'model.heads=12 must be a multiple of model.kv_heads=8',
+  ),
+  ({'model.head_dim': 33}, 'model.head_dim=33 must be even'),
+  ({'model.depth': 0}, 'model.depth=0 must be positive'),
+  (
+    {'model.windows': (128, 0, 0)},
+    'model.depth=28 must be a multiple of the 3',
+  ),
+  ({'model.windows': (-1,)}, 'model.windows=-1 must not be negative'),
+  ({'model.windows': ()}, 'the 0 entries of model.windows=()'),
+  ({'model.dropout': 1.0}, 'model.dropout=1.0 must lie in [0, 1)'),
+  ({'model.attention': 'flash'}, "model.attention='flash' must be one of auto"),
+  ({'model.dtype': 'float64'}, "model.dtype='float64' must be one of"),
+  ({'model.rope.fraction': 1.5}, 'rope.fraction=1.5 must be at most 1'),
+  ({'model.rope.fraction': 0.01}, 'must be an even number of channels'),
+  ({'model.rope.fraction': 0.4}, 'must be an even number of channels'),
+  ({'model.rope.factor': 2.0}, "does nothing with rope.scaling='none'"),
+  ({'model.rope.factor': 0.5}, 'rope.factor=0.5 must be at least 1'),
+  ({'model.rope.scaling': 'yarn'}, 'needs rope.original_length'),
+  (
+    {'model.moe.experts': 4, 'model.moe.top_k': 8},
+    'moe.top_k=8 experts cannot be chosen from moe.experts=4',
+  ),
+  ({'data.length': 8192}, 'longer than the model.length=4096'),
+  ({'data.source': 'web'}, "data.source='web' must be one of"),
+  ({'data.source': 'text'}, "data.source='text' needs data.paths"),
+  (
+    {'data.paths': 'a'},
+    "data.paths='a' does nothing with data.source='stdlib'",
+  ),
+  ({'data.mixture': ('1:stdlib',)}, "does nothing with data.source='stdlib'"),
+  ({'data.source': 'mixture'}, 'needs data.mixture'),
+  ({'data.validation': 1.0}, 'data.validation=1.0 must lie in [0, 1)'),
+  ({'data.tokenizer': ''}, "data.tokenizer='' must be 'bytes' or a path"),
+  (
+    {'optimizer.name': 'sgd'},
+    "optimizer.name='sgd' must be one of adamw, muon",
+  ),
+  ({'optimizer.schedule': 'linear'}, "schedule='linear' must be one of"),
+  ({'optimizer.decay_share': 0.0}, 'decay_share=0.0 must lie in (0, 1]'),
+  ({'optimizer.b2': 1.0}, 'optimizer.b2=1.0 must lie in [0, 1)'),
+  ({'optimizer.learning_rate': float('nan')}, 'learning_rate=nan must be posi'),
+  ({'optimizer.clip_norm': float('inf')}, 'clip_norm=inf must not be negative'),
+  ({'optimizer.accumulate': 3}, 'data.batch=8 must be a multiple of'),
+  (
+    {'optimizer.warmup_steps': 2000},
+    'warmup_steps=2000 is more than steps=1000',
+  ),
+  ({'mesh.data': 0}, 'mesh.data=0 must be positive, or -1'),
+  ({'mesh.data': -1}, 'only one mesh axis may be -1'),
+  ({'mesh.slice_axis': 'tensor'}, "slice_axis='tensor' must be one of"),
+  ({'checkpoint.keep_last': 0}, 'checkpoint.keep_last=0 must be positive'),
+  ({'checkpoint.every': -1}, 'checkpoint.every=-1 must not be negative'),
+  ({'steps': 0}, 'steps=0 must be positive'),
+  ({'profile_steps': -1}, 'profile_steps=-1 must not be negative'),
+]
+
+
+@pytest.mark.parametrize(('values', 'message'), REFUSED)
+def test_what_cannot_be_meant_is_refused_with_the_reason(values, message):
+  nested = {}
+  for name, value in values.items():
+    *groups, last = name.split('.')
+    here = nested
+    for group in groups:
+      here = here.setdefault(group, {})
+    here[last] = value
+  with pytest.raises(ValueError) as error:
+    from_dict(nested)
+  assert message in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_every_gate_of_the_paper_that_means_something_is_taken():
+  heads = ('query', 'key', 'value', 'sdpa_output')
+  for position in (*heads, 'dense_output'):
+    for mode in ('multiplicative', 'additive'):
+      GateConfig(position=position, mode=mode)
+      GateConfig(position=position, source='parameter', mode=mode)
+  for position in heads:
+    GateConfig(position=position, granularity='headwise')
+    GateConfig(position=position, shared=True)
+  for activation in ACTIVATIONS:
+    GateConfig(activation=activation)
+  assert GateConfig() == GateConfig(
+    position='sdpa_output',
+    kind='gate',
+    granularity='elementwise',
+    shared=False,
+    mode='multiplicative',
+    activation='sigmoid',
+    source='hidden',
+    channels=0,
+    init='normal',
+    dtype='float32',
+  )
 
 
 def test_differences_show_both_values():

@@ -152,7 +152,8 @@ class ModelConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f'model.head_dim={self.head_dim} must be even')
-    if int(self.head_dim * self.rope.fraction) % 2:
+    turning = int(self.head_dim * self.rope.fraction)
+    if not turning or turning % 2:
       raise ValueError(
         f'rope.fraction={self.rope.fraction} of model.head_dim='
         f'{self.head_dim} must be an even number of channels'

@@ -112,6 +112,12 @@ class Pipeline:
     except (ValueError, TypeError, KeyError) as error:
       raise ValueError(f'not a data position: {bytes(state)[:40]!r}') from error
     for key, now in self._about.items():
+      if key == 'files' and about.get(key) != now:
+        raise ValueError(
+          f'the data files of {self._about["data.source"]!r} are not those of '
+          'the saved position (names or sizes differ): it cannot be continued '
+          'exactly'
+        )
       if about.get(key) != now:
         raise ValueError(
           f'the saved data position is for {key}={about.get(key)!r}, '
