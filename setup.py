@@ -31,6 +31,12 @@ EXTRAS = {
   ],
   'eval': ['lm-eval>=0.4.9,<0.5'],  # tasks for evals/harness.py
   'plot': ['matplotlib>=3.9'],  # figures at the end of a run
+  # What tests and benches compare with: heavy, so in no other extra, and of one
+  # version each, so that what was compared is known.
+  'compare': [
+    'torch>=2.13,<2.14',  # transformers runs on it; reads pytorch_model.bin
+    'transformers>=5.24,<5.25',  # logits and gradients of converted models
+  ],
 }
 EXTRAS['dev'] = [
   *EXTRAS['hf'],

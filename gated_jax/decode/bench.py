@@ -7,7 +7,8 @@ A step has to read all weights once and the keys and values of all rows; that
 many bytes over the bandwidth of this machine, measured by reading an array of
 the same size as the weights, is the time it could take. `--transformers` runs
 the same weights through `transformers` on the CPU, eager and compiled, turn by
-turn in one process (needs torch and transformers).
+turn in one process (needs torch and transformers). Where other programs use
+the machine too, `taskset -c 0` and --cpu_time compare the work of one core.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from gated_jax.platform import skip_absent_tpu
 PROMPT = 32
 # Says how long the last call took, prefill left out: seconds.
 Timed = Callable[[], float]
+Clock = Callable[[], float]
 
 
 def settings(flags: argparse.Namespace) -> ModelConfig:
@@ -53,7 +55,7 @@ def settings(flags: argparse.Namespace) -> ModelConfig:
   )
 
 
-def bandwidth(size: int) -> float:
+def bandwidth(size: int, clock: Clock) -> float:
   """Bytes a second at which an array of `size` bytes is read, the best of 9."""
   x = jnp.ones((size // 4096, 1024), jnp.float32)
   y = jnp.ones((1024,), jnp.float32)
@@ -61,9 +63,9 @@ def bandwidth(size: int) -> float:
   jax.block_until_ready(read(x, y))
   best = float('inf')
   for _ in range(9):
-    start = time.perf_counter()
+    start = clock()
     jax.block_until_ready(read(x, y))
-    best = min(best, time.perf_counter() - start)
+    best = min(best, clock() - start)
   return x.nbytes / best
 
 
@@ -87,7 +89,11 @@ def traffic(
 
 
 def ours(
-  config: ModelConfig, params: Params, prompts: np.ndarray, new: int
+  config: ModelConfig,
+  params: Params,
+  prompts: np.ndarray,
+  new: int,
+  clock: Clock,
 ) -> Timed:
   """Seconds of `new` steps."""
   model = Decoder(config)
@@ -95,16 +101,20 @@ def ours(
   def run() -> float:
     steps = generate(model, params, list(prompts), max_tokens=new + 1)
     next(steps)
-    start = time.perf_counter()
+    start = clock()
     for _ in steps:
       pass
-    return time.perf_counter() - start
+    return clock() - start
 
   return run
 
 
 def theirs(
-  folder: pathlib.Path, prompts: np.ndarray, new: int, compiled: bool
+  folder: pathlib.Path,
+  prompts: np.ndarray,
+  new: int,
+  compiled: bool,
+  clock: Clock,
 ) -> Timed:
   """Seconds that `transformers` takes for `new` tokens more than one."""
   import torch
@@ -126,13 +136,13 @@ def theirs(
     options['cache_implementation'] = 'static'
 
   def seconds(count: int) -> float:
-    start = time.perf_counter()
+    start = clock()
     with torch.inference_mode():
       found = model.generate(
         tokens, max_new_tokens=count, min_new_tokens=count, **options
       )
     assert found.shape[1] == tokens.shape[1] + count
-    return time.perf_counter() - start
+    return clock() - start
 
   return lambda: seconds(new + 1) - seconds(1)
 
@@ -144,7 +154,10 @@ def compare(
   rng = np.random.default_rng(0)
   prompts = rng.integers(0, config.vocab, (batch, PROMPT), np.int32)
   plain, ready = for_decoding(config, params)
-  runs: dict[str, Timed] = {'gated_jax': ours(plain, ready, prompts, flags.new)}
+  clock = time.process_time if flags.cpu_time else time.perf_counter
+  runs: dict[str, Timed] = {
+    'gated_jax': ours(plain, ready, prompts, flags.new, clock)
+  }
   with tempfile.TemporaryDirectory() as parent:
     if flags.transformers:
       from gated_jax.hf import convert
@@ -152,7 +165,7 @@ def compare(
       folder = pathlib.Path(parent) / 'model'
       convert.save(folder, params, config)
       for name, compiled in (('eager', False), ('compiled', True)):
-        run = theirs(folder, prompts, flags.new, compiled)
+        run = theirs(folder, prompts, flags.new, compiled, clock)
         runs[f'transformers, {name}'] = run
     for run in runs.values():
       run()
@@ -162,7 +175,7 @@ def compare(
         seconds[name].append(run())
   room = buckets(PROMPT, flags.new + 1).cache
   weights, cache = traffic(plain, ready, batch, room)
-  speed = bandwidth(weights)
+  speed = bandwidth(weights, clock)
   ideal = (weights + cache) / speed
   print(
     f'\nbatch {batch}: {weights / 1e6:.1f} MB of weights and '
@@ -182,6 +195,7 @@ def compare(
 def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m gated_jax.decode.bench')
   parser.add_argument('--transformers', action='store_true')
+  parser.add_argument('--cpu_time', action='store_true')
   parser.add_argument('--gated', action='store_true')
   parser.add_argument('--batch', type=int, nargs='+', default=[1, 16])
   parser.add_argument('--new', type=int, default=64)

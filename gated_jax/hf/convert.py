@@ -34,6 +34,7 @@ from gated_jax.hf.config import read_config
 from gated_jax.hf.config import write_config
 from gated_jax.hf.files import DTYPES
 from gated_jax.hf.files import TensorFiles
+from gated_jax.hf.files import check_free
 from gated_jax.hf.files import read_json
 from gated_jax.hf.files import whole_folder
 from gated_jax.hf.files import write_json
@@ -221,7 +222,8 @@ def save(
 ) -> None:
   """Writes a folder that transformers loads, whole or not at all.
 
-  Where there are several processes, all call it and the first one writes.
+  Where there are several processes, all call it and the first one writes. What
+  it can refuse beforehand is raised in all of them.
 
   Args:
     folder: New, or empty.
@@ -250,6 +252,7 @@ def save(
     tensor = listed[name]
     return tensor.join([_get(flat[x], tensor.at) for x in tensor.leaves])
 
+  _agree_on(pathlib.Path(folder))
   if jax.process_index() != 0:
     for name in listed:
       read(name)  # the first process needs the parts that are here
@@ -258,6 +261,25 @@ def save(
     sizes = [(name, tensor.shape) for name, tensor in listed.items()]
     write_tensors(partial, sizes, read, dtype, shard_bytes)
     write_json(partial / 'config.json', values)
+
+
+def _agree_on(folder: pathlib.Path) -> None:
+  """ValueError in every process where the first one finds the folder taken.
+
+  Else the others would wait for its part of a parameter.
+  """
+  message = ''
+  if jax.process_index() == 0:
+    try:
+      check_free(folder)
+    except ValueError as error:
+      message = str(error)
+  if jax.process_count() > 1:
+    taken = multihost_utils.broadcast_one_to_all(np.array(bool(message)))
+    if taken and not message:
+      message = f'the first process finds that {folder} exists'
+  if message:
+    raise ValueError(message)
 
 
 def _get(leaf: Any, index: tuple[int, ...]) -> np.ndarray:

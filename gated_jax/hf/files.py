@@ -173,6 +173,12 @@ class TensorFiles:
       self._add(path, name, tensor.shape, dtype, read)
 
 
+def check_free(path: pathlib.Path) -> None:
+  """ValueError where there is something at a path."""
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ValueError(f'{path} exists; choose another name or remove it')
+
+
 @contextlib.contextmanager
 def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to write into, which becomes `path` when the block succeeds.
@@ -180,8 +186,7 @@ def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     ValueError: there is something at `path`, or it cannot be written to.
   """
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise ValueError(f'{path} exists; choose another name or remove it')
+  check_free(path)
   partial = path.with_name(f'.{path.name}.partial')
   shutil.rmtree(partial, ignore_errors=True)
   try:

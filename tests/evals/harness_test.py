@@ -14,7 +14,9 @@ from gated_jax.config import ModelConfig
 from gated_jax.data.tokenizer import ByteTokenizer
 from gated_jax.model.decoder import Decoder
 
-lm_eval = pytest.importorskip('lm_eval')
+lm_eval = pytest.importorskip(
+  'lm_eval', reason="pip install -e '.[eval]' to run lm-evaluation-harness"
+)
 
 from lm_eval.api.instance import Instance  # noqa: E402
 

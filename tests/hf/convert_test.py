@@ -318,7 +318,7 @@ def test_parameters_of_another_model_are_refused(cases, make_params, tmp_path):
 
 
 def test_torch_files_read_as_safetensors_do(cases, make_params, tmp_path):
-  torch = pytest.importorskip('torch')
+  torch = pytest.importorskip('torch', reason="pip install -e '.[compare]'")
   family, config = cases['qwen3']
   config = dataclasses.replace(config, param_dtype='bfloat16')
   params = make_params(config)

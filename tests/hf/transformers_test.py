@@ -14,8 +14,9 @@ from gated_jax.model.decoder import Decoder
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers', minversion='5.0')
+MISSING = "pip install -e '.[compare]' to compare with transformers"
+torch = pytest.importorskip('torch', reason=MISSING)
+transformers = pytest.importorskip('transformers', '5.0', reason=MISSING)
 
 torch.set_num_threads(1)  # more only wait for each other on tiny arrays
 
