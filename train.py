@@ -91,9 +91,12 @@ def _explain(error: Exception, argv: list[str]) -> str:
     meant = re.search(r'Did you mean "(\w+)"', text)
     hint = f'; did you mean {meant[1]}?' if meant else ''
     return f'the config file sets {unknown[1]}, which is no setting{hint}'
-  if 'Traceback' in text:  # the config file itself refused, for a reason
-    text = str(error).strip().splitlines()[-1].removeprefix('ValueError: ')
-  elif not isinstance(error, flags.Error | ValueError):
+  if 'Traceback' in text:  # the config file itself refused, or failed
+    text = str(error).strip().splitlines()[-1]
+    if not text.startswith('ValueError: '):
+      return f'{path} failed: {text}'
+    return text.removeprefix('ValueError: ')
+  if not isinstance(error, flags.Error | ValueError):
     return f'{path} failed: {type(error).__name__}: {text}'
   return text or type(error).__name__
 

@@ -17,6 +17,7 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import from_dict
 from gated_jax.model.accounting import parameters
 from gated_jax.model.decoder import Decoder
+from gated_jax.training.optimizer import rule_for
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = gate_sweep.ROWS
@@ -103,6 +104,8 @@ def test_configs_build_models_as_large_as_the_formulas_say(file):
   for words in WORDS[file]:
     model = load(f'{file}:{words}').model
     assert count(model) == parameters(model)['total'], words
+    for path in shapes(model):
+      rule_for(path)  # raises where none, or more than one, is meant for it
 
 
 @pytest.mark.parametrize(

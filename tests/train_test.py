@@ -28,6 +28,10 @@ SMOKE = '--config=configs/smoke.py'
       ['--config=configs/gate_sweep.py:nope', '--workdir=W'],
       "error: row 'nope' must be one of: baseline kv_heads_8",
     ),
+    (
+      ['--config=configs/smoke.py:a', '--workdir=W'],
+      'smoke.py failed: TypeErr',
+    ),
     ([SMOKE, '--wrkdir=W'], "'wrkdir'. Did you mean: workdir"),
     ([SMOKE, '--workdir=W', 'steps=3'], "'steps=3' is not a flag"),
     (

@@ -1,0 +1,102 @@
+"""Norm, linear maps, MLP and their initial values, in float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from gated_jax.config import ModelConfig
+from gated_jax.model import layers
+
+CONFIG = ModelConfig(
+  vocab=11,
+  length=8,
+  depth=1,
+  width=6,
+  heads=2,
+  kv_heads=1,
+  head_dim=4,
+  mlp_width=10,
+  dtype='float32',
+)
+X = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
+
+
+def shapes_of(module, *inputs):
+  found = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
+  return meta.unbox(found)
+
+
+def drawn(shapes, seed=1):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(np.float32), shapes
+  )
+
+
+@pytest.mark.parametrize('zero_centered', [False, True])
+def test_rms_norm_divides_by_the_root_of_the_mean_square(zero_centered):
+  module = layers.RMSNorm(eps=0.5, zero_centered=zero_centered)
+  params = drawn(shapes_of(module, X))
+  wide, scale = X.astype(np.float64), np.float64(params['scale'])
+  expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 0.5)
+  expected *= scale + 1 if zero_centered else scale
+  found = module.apply({'params': params}, X)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('zero_centered', [False, True])
+def test_a_new_norm_has_a_scale_of_one(zero_centered):
+  module = layers.RMSNorm(zero_centered=zero_centered)
+  found, _ = module.init_with_output(jax.random.key(0), X)
+  np.testing.assert_allclose((np.asarray(found) ** 2).mean(-1), 1, rtol=1e-5)
+
+
+def test_rms_norm_of_bfloat16_is_made_in_float32_and_rounded_once():
+  x = jnp.asarray(100 * X, jnp.bfloat16)
+  module = layers.RMSNorm()
+  params = drawn(shapes_of(module, x))
+  found = module.apply({'params': params}, x)
+  wide = module.apply({'params': params}, x.astype(jnp.float32))
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
+
+
+def test_mlp_is_swiglu():
+  module = layers.MLP(CONFIG, CONFIG.mlp_width)
+  params = drawn(shapes_of(module, X))
+  p = {name: np.float64(value['kernel']) for name, value in params.items()}
+  g = X @ p['gate_proj']
+  expected = (g / (1 + np.exp(-g)) * (X @ p['up'])) @ p['down']
+  found = module.apply({'params': params}, X)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_layer_has_a_bias():
+  for module in (layers.MLP(CONFIG, 10), layers.RMSNorm()):
+    for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(module, X)):
+      assert path[-1].key in ('kernel', 'scale')
+
+
+@pytest.mark.parametrize('std', [0.0, 0.5])
+def test_linear_maps_start_with_the_deviation_asked_for(std):
+  module = layers.Linear(
+    (6, 40, 50), ('embed', 'heads', 'head_dim'), init_std=std
+  )
+  kernel = meta.unbox(module.init(jax.random.key(0), X))['params']['kernel']
+  # 12,000 draws: 3% is five times their own deviation.
+  np.testing.assert_allclose(np.std(kernel), std, rtol=0.03)
+  np.testing.assert_allclose(np.mean(kernel), 0, atol=0.03)
+
+
+def test_linear_maps_contract_as_many_axes_as_told():
+  x = np.random.default_rng(2).normal(size=(2, 3, 4, 5)).astype(np.float32)
+  module = layers.Linear((4, 5, 7), ('heads', 'head_dim', 'embed'), inputs=2)
+  params = drawn(shapes_of(module, x))
+  expected = x.reshape(6, 20) @ params['kernel'].reshape(20, 7)
+  found = module.apply({'params': params}, x)
+  assert found.shape == (2, 3, 7)
+  np.testing.assert_allclose(
+    found.reshape(6, 7), expected, rtol=1e-4, atol=1e-5
+  )
