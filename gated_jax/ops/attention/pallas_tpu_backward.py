@@ -245,15 +245,18 @@ def _kernel(*refs, call, part, some):
 
   def prologue(at):
     rows = pl.ds(at, step)
-    d_y, column, d_logits = vjp.gate_backward(
+    d_y, row, d_logits = vjp.gate_backward(
       d_gated[0, rows],
       kept[0, rows],
-      _columns(logits, rows, call, kept.dtype) if gated else None,
+      _logits(logits, rows, call, kept.dtype) if gated else None,
       call.gate,
       cut.activation_of(call.gate.activation, kept.dtype),
+      vjp.Narrow(
+        lambda x: cut.wide(cut.to_column(x), call.head_dim), cut.to_row
+      ),
     )
     d_output[rows] = d_y
-    delta[:, rows] = cut.to_row(column) - d_lse[0, 0, :, rows]
+    delta[:, rows] = row - d_lse[0, 0, :, rows]
     # exp2(logits - lse) is zero in rows that see nothing.
     lifted = lse[0, 0, :, rows]
     lifted = jnp.where(lifted == -jnp.inf, -cut.FLOOR, lifted)
@@ -263,7 +266,7 @@ def _kernel(*refs, call, part, some):
     if call.gated == 'elementwise':
       d_gate[0, rows] = d_logits
     else:
-      d_gate[0, 0, :, rows] = cut.to_row(d_logits.astype(jnp.float32))
+      d_gate[0, 0, :, rows] = d_logits.astype(jnp.float32)
 
   def piece(at, width, chunk, keys, offset, fresh=False):
     """Queries at.. of the part, for a slice of the keys from chunk."""
@@ -353,10 +356,10 @@ def _kernel(*refs, call, part, some):
     d_value[0] = sum_v[...].astype(d_value.dtype)
 
 
-def _columns(logits, rows, call, dtype):
-  """Gate logits of some rows as [R, H], or [R, 1] of one for each row."""
+def _logits(logits, rows, call, dtype):
+  """Of some rows: [R, H], or [1, R] where each has one."""
   if call.gated == 'elementwise':
     return logits[0, rows]
-  column = cut.to_column(logits[0, 0, :, rows])[:, :1]
+  row = logits[0, 0, :, rows]
   # Rows travel in float32, which rounds nothing; the spec may want it to.
-  return column.astype(dtype) if call.gate.model_dtype else column
+  return row.astype(dtype) if call.gate.model_dtype else row

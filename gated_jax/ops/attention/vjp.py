@@ -16,6 +16,8 @@ A kernel is a forward and a backward without a gate; `splash.py` has one.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 from typing import Protocol
 from typing import runtime_checkable
 
@@ -81,17 +83,24 @@ def keeps_gated(gate: Array | None, spec: GateSpec) -> bool:
   return not spec.additive and ACTIVATIONS[spec.activation].ratio is not None
 
 
+class Narrow(NamedTuple):
+  """How numbers that a row of channels has one of lie: as columns [R, 1].
+
+  A kernel has them as [1, R], where a vector holds many.
+  """
+
+  spread: Callable[[Array], Array] = lambda x: x  # to what [R, H] broadcasts
+  collect: Callable[[Array], Array] = lambda x: x  # from [R, 1]
+
+
 def gate_backward(
   d_gated: Float[Array, '*R H'],
   kept: Float[Array, '*R H'],
-  gate: Float[Array, '*R #H'] | None,
+  gate: Array | None,
   spec: GateSpec,
   activation: Activation | None = None,
-) -> tuple[
-  Float[Array, '*R H'],
-  Float[Array, '*R 1'],
-  Float[Array, '*R #H'] | None,
-]:
+  narrow: Narrow = Narrow(),
+) -> tuple[Float[Array, '*R H'], Array, Array | None]:
   """(d_output, delta, d_gate) from what came in and what was kept.
 
   For whole arrays, and for the blocks that a kernel holds.
@@ -99,35 +108,45 @@ def gate_backward(
   Args:
     d_gated: gradient of the gated output.
     kept: the gated output, or the ungated one where `keeps_gated` says no.
-    gate: logits, or None.
+    gate: logits [*R, H], or one for each row, as `narrow` says, or None.
     spec: how they were applied.
     activation: another form of the spec's, for a kernel that has a faster.
+    narrow: how delta lies, and a headwise gate and its gradient.
   """
   wide = jnp.promote_types(d_gated.dtype, jnp.float32)
   gradient = d_gated.astype(wide)
   product = gradient * kept.astype(wide)
-  delta = functools.partial(jnp.sum, axis=-1, keepdims=True)
+
+  def rowsum(x):
+    return narrow.collect(jnp.sum(x, axis=-1, keepdims=True))
+
   if gate is None:
-    return d_gated, delta(product), None
-  headwise = gate.shape[-1] == 1
+    return d_gated, rowsum(product), None
+  headwise = gate.shape != kept.shape
   activation = activation or ACTIVATIONS[spec.activation]
   logits = gate.astype(wide)
   scores = activation.value(logits)
   if spec.model_dtype:
     scores = scores.astype(gate.dtype).astype(wide)
+  across = narrow.spread(scores) if headwise else scores
+  # A headwise gate's gradient is the sum over channels of what it would be
+  # for each; the factor that follows is the same for all of them.
   if spec.additive:
-    d_output, rowsum = gradient, delta(product)
-    d_gate = gradient * activation.derivative(logits)
+    d_output, delta = gradient, rowsum(product)
+    slope, along = activation.derivative(logits), gradient
   elif activation.ratio is None:
-    d_output, rowsum = gradient * scores, delta(product * scores)
-    d_gate = product * activation.derivative(logits)
+    d_output, delta = gradient * across, rowsum(product * across)
+    slope, along = activation.derivative(logits), product
   else:
-    d_output, rowsum = gradient * scores, delta(product)
-    # Headwise needs the sum over channels, which is delta.
-    d_gate = (rowsum if headwise else product) * activation.ratio(logits)
-  if headwise and d_gate.shape[-1] != 1:
-    d_gate = delta(d_gate)
-  return d_output.astype(d_gated.dtype), rowsum, d_gate.astype(gate.dtype)
+    d_output, delta = gradient * across, rowsum(product)
+    slope, along = activation.ratio(logits), product
+  if headwise:
+    along = delta if activation.ratio and not spec.additive else rowsum(along)
+  return (
+    d_output.astype(d_gated.dtype),
+    delta,
+    (along * slope).astype(gate.dtype),
+  )
 
 
 def attention_backward(
