@@ -32,6 +32,7 @@ from gated_jax.ops.attention import peers
 from gated_jax.ops.attention import schedule
 from gated_jax.ops.attention.api import gated_dot_product_attention
 from gated_jax.ops.attention.cases import Case
+from gated_jax.ops.attention.spec import Masking
 
 KINDS = {'v5e': 'TPU v5 lite', 'v5p': 'TPU v5', 'v6e': 'TPU v6 lite'}
 GATES = ('none', 'headwise', 'elementwise')
@@ -65,13 +66,13 @@ def case_of(length: int, gate: str) -> Case:
   )
 
 
-def gradients(case: Case, backend: str):
+def gradients(case: Case, backend: str, masking: Masking = Masking()):
   """A function of (arrays, gradient of the output) to all gradients."""
 
   def run(arrays, d_output):
     def attend(arrays):
       return gated_dot_product_attention(
-        **arrays, spec=case.spec, implementation=backend
+        **arrays, masking=masking, spec=case.spec, implementation=backend
       ).output
 
     return jax.vjp(attend, arrays)[1](d_output)[0]

@@ -210,20 +210,25 @@ def forward(
   def at(i, j):
     return jnp.maximum(last(i) - j, first(i))
 
-  one = pl.BlockSpec((1, rows, h), lambda b, n, i, j: (b, i, n))
-  row = pl.BlockSpec((1, 1, 1, rows), lambda b, n, i, j: (b, n, 0, i))
+  one = pl.BlockSpec((1, rows, h), lambda b, n, i, j, *_: (b, i, n))
+  row = pl.BlockSpec((1, 1, 1, rows), lambda b, n, i, j, *_: (b, n, 0, i))
   kv = pl.BlockSpec(
-    (1, part, h), lambda b, n, i, j: (b, at(i, j), lax.div(n, call.group))
+    (1, part, h), lambda b, n, i, j, *_: (b, at(i, j), lax.div(n, call.group))
   )
   specs = [one, kv, kv]
   if len(arrays) == 4:
     specs.append(one if call.gated == 'elementwise' else row)
   scratch = [pltpu.VMEM((rows, LANES), jnp.float32)] * 2
   scratch.append(pltpu.VMEM((rows, h), jnp.float32))
+  tables: list[Array] = []
   if segments is not None:
+    tables = [
+      cut.spans(segments[0], rows),
+      cut.spans(segments[1], blocks.keys),
+    ]
     specs += [
-      pl.BlockSpec((1, 1, rows), lambda b, n, i, j: (b, 0, i)),
-      pl.BlockSpec((1, 1, part), lambda b, n, i, j: (b, 0, at(i, j))),
+      pl.BlockSpec((1, 1, rows), lambda b, n, i, j, *_: (b, 0, i)),
+      pl.BlockSpec((1, 1, part), lambda b, n, i, j, *_: (b, 0, at(i, j))),
     ]
     scratch.append(pltpu.VMEM((rows, LANES), jnp.int32))
     arrays = [*arrays, *segments]
@@ -239,11 +244,14 @@ def forward(
       last=last,
       gate=gated and call.gated != 'none',
     ),
-    grid=(batch, call.heads, call.queries // rows, steps),
-    in_specs=specs,
-    out_specs=[one, row],
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(tables),
+      grid=(batch, call.heads, call.queries // rows, steps),
+      in_specs=specs,
+      out_specs=[one, row],
+      scratch_shapes=scratch,
+    ),
     out_shape=shapes,
-    scratch_shapes=scratch,
     cost_estimate=call.cost(2, range(call.queries), [*arrays, *shapes]),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel',) * 3 + ('arbitrary',),
@@ -251,7 +259,7 @@ def forward(
     ),
     interpret=call.interpret,
     name='gated_attention_forward',
-  )(*arrays)
+  )(*tables, *arrays)
 
 
 def _parts(call, part):
@@ -271,9 +279,13 @@ def _parts(call, part):
   return first, last
 
 
-def _forward_kernel(query, key, value, *refs, call, part, last, gate):
+def _forward_kernel(*refs, call, part, last, gate):
   """One block of queries, one resident part of keys and values."""
   queue: list[Any] = list(refs)
+  spans: Any = None
+  if call.rule.segments:
+    spans = (queue.pop(0), queue.pop(0), pl.program_id(0))
+  query, key, value = (queue.pop(0) for _ in range(3))
   logits = queue.pop(0) if gate else None
   segments = (queue.pop(0), queue.pop(0)) if call.rule.segments else None
   output, lse, top, total, sums, *columns = queue
@@ -345,9 +357,16 @@ def _forward_kernel(query, key, value, *refs, call, part, last, gate):
     early, late = cut.key_steps(rule, block, step)
     start = jnp.maximum(begin + early, start)
     end = jnp.minimum(begin + late, end)
-  cut.walk(
-    start - near, end - near, step, lambda at: piece(at, step, (0, block), None)
-  )
+
+  def all_see(at):
+    piece(at, step, (0, block), None)
+
+  def some_may_see(at):
+    """Nothing where the documents of queries and keys are all different."""
+    near_step = lax.div(near + at, step)
+    pl.when(cut.meet(spans, i, near_step))(lambda: all_see(at))
+
+  cut.walk(start - near, end - near, step, some_may_see if spans else all_see)
 
   @pl.when(j == pl.num_programs(3) - 1)
   def finish():

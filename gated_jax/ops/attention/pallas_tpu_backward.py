@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
@@ -91,7 +92,12 @@ def _some_queries(call, inputs, segments, some):
   kinds = [specs.kv] * 2 + [specs.query] * 3 + [logits] * gated
   in_specs = [kind(specs.part_of_queries) for kind in kinds]
   in_specs += [specs.row(specs.part_of_queries)] * 2
+  tables: list[Array] = []
   if segments is not None:
+    tables = [
+      cut.spans(segments[0], blocks.back_queries),
+      cut.spans(segments[1], blocks.back_keys),
+    ]
     inputs = [*inputs, *segments]
     in_specs += specs.segments()
   keys = (batch, specs.parts * part, key.shape[2])
@@ -120,11 +126,14 @@ def _some_queries(call, inputs, segments, some):
     scratch.append(pltpu.VMEM((part, LANES), jnp.int32))
   d_key, d_value, d_query, *d_gate = pl.pallas_call(
     functools.partial(_kernel, call=call, part=part, some=some),
-    grid=(batch, call.kv_heads, specs.parts, call.group, count // many),
-    in_specs=in_specs,
-    out_specs=out_specs,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(tables),
+      grid=(batch, call.kv_heads, specs.parts, call.group, count // many),
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=scratch,
+    ),
     out_shape=shapes,
-    scratch_shapes=scratch,
     cost_estimate=call.cost(5, range(start, start + count), [*inputs, *shapes]),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel',) * 2 + ('arbitrary',) * 3,
@@ -132,7 +141,7 @@ def _some_queries(call, inputs, segments, some):
     ),
     interpret=call.interpret,
     name='gated_attention_backward',
-  )(*inputs)
+  )(*tables, *inputs)
   return d_query, d_key, d_value, d_gate[0] if gated else None
 
 
@@ -175,14 +184,14 @@ class _Specs:
     return jnp.where(final, g, 0), jnp.where(final, i, 0)
 
   def query(self, which):
-    def at(b, k, j, g, i):
+    def at(b, k, j, g, i, *_):
       g, i = which(j, g, i)
       return b, i, k * self.call.group + g
 
     return pl.BlockSpec((1, self.many, self.call.head_dim), at)
 
   def row(self, which):
-    def at(b, k, j, g, i):
+    def at(b, k, j, g, i, *_):
       g, i = which(j, g, i)
       return b, k * self.call.group + g, 0, i
 
@@ -191,17 +200,18 @@ class _Specs:
   def kv(self, _):
     return pl.BlockSpec(
       (1, self.part, self.call.head_dim),
-      lambda b, k, j, g, i: (b, self.part_of_keys(j), k),
+      lambda b, k, j, g, i, *_: (b, self.part_of_keys(j), k),
     )
 
   def segments(self):
-    def query(b, k, j, g, i):
+    def query(b, k, j, g, i, *_):
       return b, 0, self.part_of_queries(j, g, i)[1]
 
     return [
       pl.BlockSpec((1, 1, self.many), query),
       pl.BlockSpec(
-        (1, 1, self.part), lambda b, k, j, g, i: (b, 0, self.part_of_keys(j))
+        (1, 1, self.part),
+        lambda b, k, j, g, i, *_: (b, 0, self.part_of_keys(j)),
       ),
     ]
 
@@ -210,6 +220,9 @@ def _kernel(*refs, call, part, some):
   """One resident part of keys, one of the queries of one head."""
   queue: list[Any] = list(refs)
   gated = call.gated != 'none'
+  spans: Any = None
+  if call.rule.segments:
+    spans = (queue.pop(0), queue.pop(0), pl.program_id(0))
   key, value, query, d_gated, kept = (queue.pop(0) for _ in range(5))
   logits = queue.pop(0) if gated else None
   lse, d_lse = queue.pop(0), queue.pop(0)
@@ -320,11 +333,18 @@ def _kernel(*refs, call, part, some):
       early, late = cut.query_steps(rule, block, step)
       start = jnp.maximum(place + early, start)
       end = jnp.minimum(place + late, end)
+
+    def all_seen(at):
+      piece(at, step, chunk, (0, block), None)
+
+    def some_may_be_seen(at):
+      """Nothing where the documents of queries and keys are all different."""
+      steps = lax.div(begin + at, step)
+      of_keys = lax.div(place, block)
+      pl.when(cut.meet(spans, steps, of_keys))(lambda: all_seen(at))
+
     cut.walk(
-      start - begin,
-      end - begin,
-      step,
-      lambda at: piece(at, step, chunk, (0, block), None),
+      start - begin, end - begin, step, some_may_be_seen if spans else all_seen
     )
 
   live = True

@@ -231,6 +231,26 @@ def walk(
   lax.fori_loop(0, lax.div(end - start, step), body, None)
 
 
+def spans(ids: Int[Array, 'B 1 L'], width: int) -> Int[Array, 'B 2 C']:
+  """The least and the largest document number of each stretch of `width`."""
+  stretches = ids.reshape(ids.shape[0], -1, width)
+  return jnp.stack([stretches.min(-1), stretches.max(-1)], axis=1)
+
+
+def meet(tables: tuple[Any, Any, Any], i: Any, j: Any) -> Array:
+  """Whether stretches i and j may share a document.
+
+  Args:
+    tables: `spans` of one and of the other, and which row of them is meant.
+    i: a stretch of the one.
+    j: a stretch of the other.
+  """
+  first, second, row = tables
+  return (first[row, 0, i] <= second[row, 1, j]) & (
+    second[row, 0, j] <= first[row, 1, i]
+  )
+
+
 def part_of(x: Any, part: int, parts: int) -> Any:
   """Which of the parts holds position x, the nearest where none does."""
   if isinstance(x, int):

@@ -79,6 +79,10 @@ LONG = {
   'short window': (Case(B=1, T=768, N=1, K=1, window=30), {}),
   'full': (Case(B=1, T=512, N=1, K=1, causal=False), {}),
   'segments': (Case(B=1, T=512, N=1, K=1, segments='blind'), {}),
+  'packed': (
+    Case(B=2, T=768, N=2, K=1, segments='packed', gate='headwise'),
+    {},
+  ),
   'more keys': (Case(B=1, T=256, S=768, N=1, K=1), {}),
   'more queries': (Case(B=1, T=768, S=256, N=1, K=1), {}),
   'ranges': (

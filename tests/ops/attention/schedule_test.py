@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -15,6 +16,7 @@ from gated_jax.ops.attention import counts
 from gated_jax.ops.attention import peers
 from gated_jax.ops.attention import schedule
 from gated_jax.ops.attention.cases import Case
+from gated_jax.ops.attention.spec import Masking
 
 CORE = schedule.CORES['v5e']
 
@@ -176,3 +178,25 @@ def test_the_bench_compares_with_peers_end_to_end():
   last = done.stdout.splitlines()[-1].split()
   assert last[:2] == ['pallas_tpu', 'headwise']
   assert float(last[6]) < 1
+
+
+def test_steps_between_documents_are_left_out_of_packed_rows():
+  case = Case(B=1, T=8192, N=2, K=1, H=128, dtype='bfloat16')
+  bench.use_blocks_of('v6e')
+
+  def flops(documents):
+    ids = jnp.asarray(np.repeat(np.arange(documents), case.T // documents))[
+      None
+    ]
+    both = bench.gradients(case, 'pallas_tpu', Masking(ids, ids))
+    arrays = case.abstract()
+    return [
+      sum(p.flops * p.runs for p in kernel.body.walk())
+      for kernel in counts.kernels(both, arrays, arrays['query'])
+    ]
+
+  whole, packed = flops(1), flops(4)
+  # Of documents as long as a block of queries, only diagonals are left.
+  square = 2 * 2 * 2048 * 2048 * 128
+  assert packed == pytest.approx([n * 4 * square * blocks(8) for n in (2, 5)])
+  assert whole == pytest.approx([n * 16 * square * blocks(32) for n in (2, 5)])
