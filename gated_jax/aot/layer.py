@@ -4,7 +4,7 @@
 
 Forward and backward of attention, MLP and norms over 4 x 4096 tokens, without
 a gate, headwise and elementwise, with and without remat: the compiler's
-estimate for everything outside kernels, and for those their schedules
+estimate for everything outside kernels, and for attention's their schedules
 (`gated_jax/ops/attention/bench.py`). Once with the kernels that have the gate
 inside, once with JAX's splash and the gate after it, differentiated by JAX.
 Nothing is run.
@@ -152,18 +152,23 @@ def _compile(run: Callable, arguments: tuple[Any, Any], device: Any) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-  """Cycles of one head in kernels, forward and backward, by gate."""
+  """Cycles of one head in attention's kernels, forward and backward."""
 
   kind: str
   ours: dict[str, tuple[float, float]]
   splash: tuple[float, float]
 
   def of(self, program: Program, backend: str, gate: str, heads: int) -> float:
-    """Cycles of all kernels that a program calls."""
+    """Cycles of the attention kernels that a program calls.
+
+    What other kernels it has does not depend on the gate.
+    """
     price = self.ours[gate] if backend == 'pallas_tpu' else self.splash
     each = ROWS * heads / schedule.CORES[self.kind].cores
     total = 0.0
     for kernel in program.kernels():
+      if not re.search('attention|splash', kernel.name):
+        continue
       backward = 'backward' in kernel.name or 'dkv' in kernel.name
       total += kernel.calls * each * price[backward]
     return total

@@ -51,6 +51,9 @@ QUIET = {
 # in HBM, where a model has them; their number does not change the schedule.
 TOKENS = 65_536
 HEADS, KV_HEADS, WIDTH = 16, 8, 128
+# JAX's splash takes minutes to make its tables for longer rows. How often its
+# parts run follows from shorter ones.
+COUNTED = 32_768
 
 
 def case_of(length: int, gate: str) -> Case:
@@ -234,15 +237,37 @@ def kernels_of_peer(
   longest would not fit any memory: it is compiled for at most 8192.
   """
   peer = peers.PEERS[name]
+  if length > COUNTED:
+    lengths = (COUNTED // 4, COUNTED // 2, COUNTED)
+    lines = [kernels_of_peer(kind, name, n, folder) for n in lengths]
+    forward, backward = (
+      _extrapolate(lengths, [x.cycles[way] for x in lines], length)
+      for way in (0, 1)
+    )
+    return dataclasses.replace(lines[-1], cycles=(forward, backward))
   case = dataclasses.replace(case_of(length, 'none'), B=1)
   small = dataclasses.replace(case, N=2, K=1)
   case = dataclasses.replace(case, B=2, T=min(length, 8192))
-  lines = []
   # Small blocks waste less of the diagonal, which is nothing in the end.
-  for options in peer.options if length <= 4096 else peer.options[:1]:
-    make = Theirs(peer, options)
-    lines.append(schedule_of(kind, name, make, (case, small), folder))
+  options = peer.options if length <= 4096 else peer.options[:1]
+  lines = [
+    schedule_of(kind, name, Theirs(peer, each), (case, small), folder)
+    for each in options
+  ]
   return _best(lines, name)
+
+
+def _extrapolate(
+  lengths: tuple[int, ...], cycles: list[float], length: int
+) -> float:
+  """The parabola through three points: blocks of a triangle, rows, the rest."""
+  total = 0.0
+  for i, y in enumerate(cycles):
+    others = [x for k, x in enumerate(lengths) if k != i]
+    for x in others:
+      y *= (length - x) / (lengths[i] - x)
+    total += y
+  return total
 
 
 def _best(lines: list[Line], name: str) -> Line:

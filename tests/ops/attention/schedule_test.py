@@ -162,6 +162,16 @@ def test_cycles_are_stretches_times_their_parts_counts():
     schedule.estimate(stretches, kernel, CORE)
 
 
+def test_longer_rows_of_a_peer_follow_from_shorter_ones():
+  def cycles(length):
+    n = length / 1024
+    return 7 + 30 * n + 400 * n * (n + 1) / 2
+
+  lengths = (8192, 16_384, 32_768)
+  found = bench._extrapolate(lengths, [cycles(n) for n in lengths], 131_072)
+  assert found == pytest.approx(cycles(131_072))
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_the_bench_compares_with_peers_end_to_end():
