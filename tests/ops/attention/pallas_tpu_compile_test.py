@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -57,12 +58,64 @@ for t, n, k, h, window, packed, width in CASES:
 """
 
 
-@pytest.mark.parametrize('topology', ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'))
-def test_both_passes_compile_for_every_shape_of_call(topology):
+SHARDED = """
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from gated_jax import sharding
+from gated_jax.aot.chips import open_topology
+from gated_jax.aot.program import Program, mesh_axes
+from gated_jax.config import GateConfig, MeshConfig
+from gated_jax.model.attention import GatedAttention
+
+mesh = sharding.make_mesh(
+  MeshConfig(data=4, fsdp=1, tensor=4), open_topology('v5e:4x4')
+)
+
+
+def module(kv_heads, granularity, implementation):
+  return GatedAttention(
+    num_heads=16, num_kv_heads=kv_heads, qkv_features=2048, causal=True,
+    gate=GateConfig(granularity=granularity), dtype='bfloat16',
+    implementation=implementation,
+  )
+
+
+for kv_heads, granularity in ((8, 'elementwise'), (2, 'headwise')):
+
+  def loss(parameters, x):
+    here = module(kv_heads, granularity, 'pallas_tpu')
+    y = here.apply({'params': parameters}, x)
+    return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+  def start(x):
+    # No kernel takes part in making parameters.
+    return module(kv_heads, granularity, 'xla').init(jax.random.key(0), x)
+
+  with sharding.activate(mesh):
+    rows = sharding.batch_sharding(mesh)
+    x = jax.ShapeDtypeStruct((8, 1024, 512), 'bfloat16', sharding=rows)
+    boxed = jax.eval_shape(start, x)['params']
+    parameters = jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      meta.unbox(boxed),
+      sharding.shardings(mesh, boxed),
+    )
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    program = Program(step.lower(parameters, x).compile().as_text())
+  print('mesh', sum(k.calls for k in program.kernels()))
+  for c in program.collectives():
+    axes = ','.join(mesh_axes(c.groups, dict(mesh.shape)))
+    print(axes, c.kind, c.shape.replace(' ', ''))
+"""
+
+
+def run(program, *arguments):
   if importlib.util.find_spec('libtpu') is None:
     pytest.skip('libtpu is not installed')
   done = subprocess.run(
-    [sys.executable, '-c', PROGRAM, topology],
+    [sys.executable, '-c', program, *arguments],
     env={
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
@@ -72,11 +125,46 @@ def test_both_passes_compile_for_every_shape_of_call(topology):
     },
     capture_output=True,
     text=True,
-    timeout=240,
+    timeout=280,
     check=False,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  lines = [line.split() for line in done.stdout.splitlines()]
-  assert len(lines) == 6, done.stdout
+  return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_on_a_mesh_only_projections_and_shared_heads_need_the_others():
+  lines = run(SHARDED)
+  starts = [i for i, line in enumerate(lines) if line[0] == 'mesh']
+  assert len(starts) == 2
+  # Forward and backward of attention, on every device its own rows and heads.
+  assert [lines[i][1] for i in starts] == ['2', '2']
+  for kv_heads, found in (
+    (8, lines[1 : starts[1]]),
+    (2, lines[starts[1] + 1 :]),
+  ):
+    width = 0
+    for axis, kind, shapes in found:
+      arrays = re.findall(r'\w+\[([\d,]*)\]', shapes)
+      if axis == 'data':  # gradients of weights, and the loss
+        assert kind == 'all-reduce'
+        assert all(not a or a.split(',')[0] != '2' for a in arrays)
+        continue
+      assert axis == 'tensor'
+      for array in arrays:
+        if array == '2,1024,512':  # what `out` and the gradient of x sum
+          assert kind == 'all-reduce'
+          width += 1
+        else:
+          # Keys and values, where there are fewer of them than devices: each
+          # device has those of its queries, and their gradients are summed.
+          assert kv_heads == 2
+          assert re.fullmatch(r'2,1024,[12],128', array), array
+    assert 2 <= width <= 3
+
+
+@pytest.mark.parametrize('topology', ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'))
+def test_both_passes_compile_for_every_shape_of_call(topology):
+  lines = run(PROGRAM, topology)
+  assert len(lines) == 6, lines
   assert all(int(count) >= 2 for count, _ in lines), lines
   assert all(square == 'False' for _, square in lines), lines
