@@ -9,6 +9,7 @@ what decoders need. Read `gated_jax/ops/attention/api.py` for the mathematics,
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from gated_jax.model.layers import RMSNorm
 from gated_jax.ops import gate as gates
 from gated_jax.ops import probes
 from gated_jax.ops import rope
+from gated_jax.ops import rope_tpu
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention import context
 from gated_jax.ops.attention import decode
@@ -119,23 +121,20 @@ class GatedAttention(nn.Module):
 
     def project(name, x, heads, axis):
       shape, axes = (x.shape[-1], heads, width), ('embed', axis, 'head_dim')
-      y = Linear(shape, axes, name=name, **self._kinds)(x)
-      y = checkpoint_name(y, f'{name}_projection')
+      save_as = f'{name}_projection'
+      y = Linear(shape, axes, save_as=save_as, name=name, **self._kinds)(x)
       y = sharding.constrain(y, 'batch', 'length', axis, None)
       return self._gated_at(name, y, x, axis, valid)
 
     query = project('query', inputs_q, heads, 'heads')
     key = project('key', inputs_k, kv_heads, 'kv_heads')
     value = project('value', inputs_v, kv_heads, 'kv_heads')
-    if self.qk_norm:
-      query = self._norm('query_norm')(query)
-      key = self._norm('key_norm')(key)
-    if around.rotation is not None:
-      query = rope.rotate(query, around.rotation)
-      key = rope.rotate(key, around.rotation)
-    query = checkpoint_name(query, 'query')
-    key = checkpoint_name(key, 'key')
-    value = checkpoint_name(value, 'value')
+    query = self._turned(query, 'query_norm', 'heads', around.rotation)
+    key = self._turned(key, 'key_norm', 'kv_heads', around.rotation)
+    query, key, value = (
+      _named(x, name)
+      for x, name in ((query, 'query'), (key, 'key'), (value, 'value'))
+    )
     if cache is not None and around.filled is not None:
       cache = extend(cache, key, value, around.filled)
     logits = None
@@ -214,6 +213,50 @@ class GatedAttention(nn.Module):
     return RMSNorm(
       self.norm_eps, self.norm_zero_centered, self.param_dtype, name=name
     )
+
+  def _turned(
+    self, x: Array, norm: str, axis: str, rotation: rope.Rotation | None
+  ) -> Array:
+    """Queries or keys, normalised and rotated as far as there is such a thing.
+
+    On a TPU in one pass, where the kernel can.
+    """
+    apply = self._one_pass(x, axis, rotation)
+    if apply is not None:
+      return self._norm(norm)(x, apply) if self.qk_norm else apply(x, None)
+    if self.qk_norm:
+      x = self._norm(norm)(x)
+    return x if rotation is None else rope.rotate(x, rotation)
+
+  def _one_pass(
+    self, x: Array, axis: str, rotation: rope.Rotation | None
+  ) -> Callable[[Array, Array | None], Array] | None:
+    """Norm and rotation as one kernel; None where that cannot be."""
+    kernels = set(api.PREFERENCE['tpu']) - set(api.PREFERENCE['cpu'])
+    wanted = self.implementation in kernels or (
+      self.implementation == 'auto' and jax.default_backend() == 'tpu'
+    )
+    if not wanted or rotation is None:
+      return None
+    b, t, heads, width = x.shape
+    local = (b, t // sharding.axis_size('length'), heads, width)
+    if rotation.cos.shape[:2] != (b, t) or not rope_tpu.fits(
+      local, x.dtype, 2 * rotation.cos.shape[-1]
+    ):
+      return None
+
+    def run(x, scale, cos, sin):
+      return rope_tpu.normalize_and_rotate(
+        x, scale, rope.Rotation(cos, sin), self.norm_eps
+      )
+
+    rows = ('batch', 'length', None)
+    placed = sharding.per_device(
+      run,
+      ((*rows[:2], axis, None), (None,), rows, rows),
+      (*rows[:2], axis, None),
+    )
+    return lambda x, scale: placed(x, scale, *rotation)
 
   def _dropout(self, deterministic: bool | None) -> float:
     if not self.dropout_rate:
@@ -397,6 +440,12 @@ class GatedAttention(nn.Module):
 
 def _repeat(x: Array, copies: int, axis: int) -> Array:
   return x if copies == 1 else jnp.repeat(x, copies, axis=axis)
+
+
+def _named(x: Float[Array, 'B T N H'], name: str) -> Float[Array, 'B T N H']:
+  """x, known to remat policies as the matrix that kernels read."""
+  flat = x.reshape(*x.shape[:2], -1)
+  return checkpoint_name(flat, name).reshape(x.shape)
 
 
 def _attend_whole(query, key, value, gate, masking, spec, *, implementation):

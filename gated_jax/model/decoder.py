@@ -34,6 +34,7 @@ from gated_jax.model.attention import KV
 from gated_jax.model.attention import GatedAttention
 from gated_jax.model.attention import Surroundings
 from gated_jax.model.gate import LOGITS_NAME
+from gated_jax.model.layers import MEAN_NAME
 from gated_jax.model.layers import MLP
 from gated_jax.model.layers import Embed
 from gated_jax.model.layers import Unembed
@@ -50,7 +51,7 @@ GATED = (LOGITS_NAME, OUTPUT_NAME, LSE_NAME)
 # What each policy saves; 'none' is no policy at all.
 SAVED: dict[str, tuple[str, ...]] = {
   'full': (),
-  'attention': ('query', 'key', 'value', *GATED),
+  'attention': ('query', 'key', 'value', *GATED, MEAN_NAME),
   'minimal': (
     'query_projection',
     'key_projection',
@@ -59,6 +60,7 @@ SAVED: dict[str, tuple[str, ...]] = {
     'attention_result',
     'mlp_gate',
     'mlp_up',
+    MEAN_NAME,
   ),
 }
 
@@ -316,9 +318,10 @@ class Decoder(nn.Module):
       if index is not None:
         positions += index[:, None]
     spec = rope.RopeSpec(**vars(c.rope))
-    around = Surroundings(
-      rope.rotation(positions, c.head_dim, spec), segments, index, skip_below
-    )
+    rotation = rope.rotation(positions, c.head_dim, spec)
+    if c.scan:  # else TPU compilers make it anew in every layer
+      rotation = rope.Rotation(*jax.lax.optimization_barrier(rotation))
+    around = Surroundings(rotation, segments, index, skip_below)
     valid = None if segments is None else segments != 0
     call = Call(around, valid, deterministic)
     x = sharding.constrain(self.embed(tokens), 'batch', 'length', None)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
 
@@ -69,6 +68,5 @@ class Gate(nn.Module):
         init=normal(std),
         dtype=self.param_dtype,
       )
-      logits = project(x, kernel, self.dtype)
-      logits = checkpoint_name(logits, LOGITS_NAME)
+      logits = project(x, kernel, self.dtype, name=LOGITS_NAME)
     return logits[..., None] if headwise else logits

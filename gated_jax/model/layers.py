@@ -4,6 +4,8 @@ Every parameter carries the logical axes that `gated_jax/sharding.py` places
 it by. Parameters are kept in one dtype and used in another.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +22,9 @@ from gated_jax.sharding import Axes
 from gated_jax.sharding import constrain
 from gated_jax.sharding import mesh_axes
 from gated_jax.sharding import per_device
+
+# Of a norm's squares, known to remat policies by this name.
+MEAN_NAME = 'norm_mean'
 
 
 def parameter(
@@ -43,14 +48,34 @@ def normal(std: float) -> Any:
 
 
 def project(
-  x: Float[Array, '...'], kernel: Float[Array, '...'], dtype: Any, n: int = 1
+  x: Float[Array, '...'],
+  kernel: Float[Array, '...'],
+  dtype: Any,
+  n: int = 1,
+  name: str = '',
 ) -> Float[Array, '...']:
-  """x times kernel, over the last n axes of x and the first n of kernel."""
-  contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+  """x times kernel, over the last n axes of x and the first n of kernel.
+
+  As a product of matrices, whatever axes there are: TPU compilers lay arrays
+  with heads in them out in other ways than kernels read them, and turn them.
+
+  Args:
+    x: what is projected.
+    kernel: its matrix.
+    dtype: of the product.
+    n: axes that are summed over.
+    name: of the result, for remat policies; '': none.
+  """
   dtype = jnp.dtype(dtype)
-  return jax.lax.dot_general(
-    x.astype(dtype), kernel.astype(dtype), (contracted, ((), ()))
+  rows, outputs = x.shape[: x.ndim - n], kernel.shape[n:]
+  matrix = kernel.astype(dtype).reshape(-1, math.prod(outputs))
+  y = jax.lax.dot_general(
+    x.astype(dtype).reshape(*rows, matrix.shape[0]),
+    matrix,
+    (((len(rows),), (0,)), ((), ())),
   )
+  y = checkpoint_name(y, name) if name else y
+  return y.reshape(*rows, *outputs)
 
 
 class Linear(nn.Module):
@@ -59,6 +84,7 @@ class Linear(nn.Module):
   shape: tuple[int, ...]  # of the kernel: inputs, then outputs
   axes: Axes
   inputs: int = 1
+  save_as: str = ''  # the result's name for remat policies
   init_std: float = 0.02
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
@@ -73,7 +99,7 @@ class Linear(nn.Module):
       init=normal(self.init_std),
       dtype=self.param_dtype,
     )
-    return project(x, kernel, self.dtype, self.inputs)
+    return project(x, kernel, self.dtype, self.inputs, self.save_as)
 
 
 class RMSNorm(nn.Module):
@@ -84,7 +110,12 @@ class RMSNorm(nn.Module):
   param_dtype: Any = 'float32'
 
   @nn.compact
-  def __call__(self, x: Float[Array, '*b D']) -> Float[Array, '*b D']:
+  def __call__(
+    self,
+    x: Float[Array, '*b D'],
+    apply: Callable[[Array, Array], Array] | None = None,
+  ) -> Float[Array, '*b D']:
+    """The norm of x, or what `apply` makes of x and the scale in its place."""
     ones = nn.initializers.ones
     scale = parameter(
       self,
@@ -96,8 +127,12 @@ class RMSNorm(nn.Module):
     )
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scale = scale.astype(wide.dtype) + (1 if self.zero_centered else 0)
-    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
+    if apply is not None:
+      return apply(x, scale)
+    # One number a token is cheap to keep and takes a pass over x to find.
+    mean = checkpoint_name(jnp.mean(wide * wide, axis=-1), MEAN_NAME)
+    share = jax.lax.rsqrt(mean + self.eps)[..., None]
+    return (wide * share * scale).astype(x.dtype)
 
 
 def norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
@@ -120,10 +155,11 @@ class MLP(nn.Module):
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     c = self.config
 
-    def linear(name, sizes, axes):
+    def linear(name, sizes, axes, save_as=''):
       return Linear(
         sizes,
         axes,
+        save_as=save_as,
         init_std=c.init_std,
         dtype=c.dtype,
         param_dtype=c.param_dtype,
@@ -131,10 +167,8 @@ class MLP(nn.Module):
       )
 
     into, axes = (c.width, self.width), ('embed', 'mlp')
-    gate = linear('gate_proj', into, axes)(x)
-    up = linear('up', into, axes)(x)
-    gate = checkpoint_name(gate, 'mlp_gate')
-    up = checkpoint_name(up, 'mlp_up')
+    gate = linear('gate_proj', into, axes, 'mlp_gate')(x)
+    up = linear('up', into, axes, 'mlp_up')(x)
     hidden = constrain(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
     return linear('down', into[::-1], axes[::-1])(hidden)
 

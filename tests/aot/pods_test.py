@@ -1,0 +1,147 @@
+"""Real train steps, compiled whole for real pods.
+
+Each must fit, run the attention kernels, hold no large array on every device,
+and gather nothing but what is listed here: of weights one layer's at a time
+and the embedding; with the sequence split, keys, values and document numbers
+of one layer. Gathered activations, or all layers' weights at once, would show.
+"""
+
+import dataclasses
+import importlib
+import math
+
+import pytest
+
+from gated_jax.aot import hlo
+from gated_jax.aot.chips import open_topology
+from gated_jax.aot.program import mesh_axes
+from gated_jax.aot.report import describe
+from gated_jax.aot.report import examine
+from gated_jax.aot.report import replicated
+from gated_jax.config import from_dict
+
+pytest.importorskip('libtpu')
+
+FORWARD, BACKWARD = 'gated_attention_forward', 'gated_attention_backward'
+SMALL = 1 << 20  # bytes of an array that may be anywhere
+V5E, V6E, V5P = 'v5e:16x16', 'v6e:16x16', 'v5p:4x8x8'  # 256 chips each
+
+
+@dataclasses.dataclass(frozen=True)
+class Pod:
+  """A config on a pod, with what differs from its file."""
+
+  config: str
+  topology: str
+  changes: dict
+  kernels: tuple[str, ...] = (FORWARD, BACKWARD)
+  train: bool = True
+
+
+EXPERTS = (FORWARD, BACKWARD, 'gmm', 'tgmm')
+PODS = {
+  'dense28_v5e': Pod('dense_1b7:28', V5E, {}),
+  'dense28_v6e': Pod('dense_1b7:28', V6E, {}),
+  'dense28_v5p': Pod('dense_1b7:28', V5P, {}),
+  'dense48_v5e': Pod('dense_1b7:48', V5E, {}),
+  'dense48_v6e': Pod('dense_1b7:48', V6E, {}),
+  'dense48_v5p': Pod('dense_1b7:48', V5P, {}),
+  'moe_v6e': Pod('moe_15b_a2b', V6E, {'mesh.expert': 8}, EXPERTS),
+  'moe_v5p': Pod('moe_15b_a2b', V5P, {'mesh.expert': 8}, EXPERTS),
+  '32k_v5p': Pod('long_context:base32k', V5P, {'mesh.context': 4}),
+  '128k_v5p': Pod(
+    'long_context:yarn128k', V5P, {'mesh.context': 16}, (FORWARD,), False
+  ),
+}
+EVERY_RUN = ('dense28_v5e',)
+
+
+def config_of(pod):
+  name, _, word = pod.config.partition(':')
+  module = importlib.import_module(f'configs.{name}')
+  config = module.get_config(word) if word else module.get_config()
+  with config.unlocked():
+    for path, value in pod.changes.items():
+      config.update_from_flattened_dict({path: value})
+  return from_dict(config.to_dict())
+
+
+def elements(shape):
+  return math.prod(shape)
+
+
+def allowed(report):
+  """Numbers of elements that a gather may give, and where."""
+  compiled = report.compiled
+  sizes = dict(compiled.mesh.shape)
+  model, data = compiled.config.model, compiled.config.data
+  weights = set()
+  for path, x in _leaves(compiled.state.params):
+    whole = elements(x.shape[1:] if 'layers' in path else x.shape)
+    # Split by meaning (heads, experts), it stays split.
+    weights |= {
+      whole // parts
+      for parts in (1, sizes['tensor'], sizes['expert'])
+      if whole % parts == 0
+    }
+  rows = data.batch // math.prod(
+    sizes[name] for name in ('data', 'fsdp', 'expert')
+  )
+  # Of one layer, on the context axis alone.
+  heads = max(1, model.kv_heads // sizes['tensor'])
+  return weights, rows * data.length * heads * model.head_dim
+
+
+def _leaves(params):
+  import jax
+
+  return [
+    (jax.tree_util.keystr(path), x)
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+  ]
+
+
+def unexpected(report):
+  """All-gathers that nobody allowed: kind, axes, type, where from."""
+  sizes = dict(report.compiled.mesh.shape)
+  weights, context = allowed(report)
+  found = []
+  for c in report.program.collectives():
+    if c.kind != 'all-gather':
+      continue
+    axes = mesh_axes(c.groups, sizes)
+    for kind, shape in hlo.arrays(c.shape):
+      n = elements(shape)
+      fine = hlo.array_bytes(kind, shape) <= SMALL or n in weights
+      # What goes in stands beside what comes out, where it is asynchronous.
+      fine = fine or n * c.size in weights
+      if axes == ('context',):
+        fine = fine or n <= context
+      if not fine:
+        found.append((axes, f'{kind}{list(shape)}', c.op_name))
+  return found
+
+
+def check(pod):
+  config = config_of(pod)
+  devices = open_topology(pod.topology)
+  report = examine(config, devices, train=pod.train)
+  print(describe(report, pod.topology))
+  assert report.excess <= 0, f'{report.excess:,.0f} bytes too large'
+  names = {kernel.name for kernel in report.program.kernels()}
+  assert set(pod.kernels) <= names, names
+  assert unexpected(report) == []
+  assert replicated(report.compiled.state, least=SMALL) == []
+
+
+@pytest.mark.parametrize('name', EVERY_RUN)
+def test_a_step_compiles_and_fits_its_pod(name):
+  check(PODS[name])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+  'name', [name for name in PODS if name not in EVERY_RUN]
+)
+def test_every_other_step_compiles_and_fits_its_pod(name):
+  check(PODS[name])
