@@ -17,6 +17,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from gated_jax import sharding
+from gated_jax.aot.chips import chip_of
 from gated_jax.aot.chips import open_topology
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
@@ -54,6 +56,7 @@ def read_flags(argv: list[str]) -> RunConfig:
 def run(config: RunConfig) -> int:
   """Compiles, prints, and says whether it fits."""
   devices = open_topology(FLAGS.topology, config.mesh.slices)
+  from gated_jax.aot import kernels
   from gated_jax.aot import report
   from gated_jax.aot import search
 
@@ -62,7 +65,10 @@ def run(config: RunConfig) -> int:
     print(f'\n{report.CAVEAT}\n{search.table(found)}')
     return 0 if found else 1
   try:
-    result = report.examine(config, devices, train=not FLAGS.evaluation)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    kind, tensor = chip_of(devices).name, mesh.shape['tensor']
+    price = kernels.prices(kind, config, tensor)
+    result = report.examine(config, devices, price, not FLAGS.evaluation)
   except report.DoesNotFit as error:
     print(f'{report.CAVEAT}\n{error}')
     return 1

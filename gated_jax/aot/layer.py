@@ -36,6 +36,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import jax.numpy as jnp
 
+from gated_jax.aot import kernels
 from gated_jax.aot.chips import chip_of
 from gated_jax.aot.chips import open_topology
 from gated_jax.aot.program import Program
@@ -157,17 +158,17 @@ class Prices:
   kind: str
   ours: dict[str, tuple[float, float]]
   splash: tuple[float, float]
+  rotation: dict[str, tuple[float, float]]  # of a token, by heads
 
   def of(self, program: Program, backend: str, gate: str, heads: int) -> float:
-    """Cycles of the attention kernels that a program calls.
-
-    What other kernels it has does not depend on the gate.
-    """
+    """Cycles of all kernels that a program calls."""
     price = self.ours[gate] if backend == 'pallas_tpu' else self.splash
     each = ROWS * heads / schedule.CORES[self.kind].cores
     total = 0.0
     for kernel in program.kernels():
-      if not re.search('attention|splash', kernel.name):
+      if kernel.name in kernels.ROTATION:
+        one = kernels.price(kernel, {'rotation': self.rotation})
+        total += kernel.calls * (one or 0.0)
         continue
       backward = 'backward' in kernel.name or 'dkv' in kernel.name
       total += kernel.calls * each * price[backward]
@@ -182,7 +183,12 @@ def _write_prices(kind: str, folder: pathlib.Path) -> None:
     for gate in GATES
   }
   peer = bench.kernels_of_peer(kind, 'splash (JAX)', LENGTH, folder)
-  print(json.dumps({'ours': ours, 'splash': peer.cycles}))
+  turns = {
+    heads: kernels.rotation(kind, LENGTH, heads, folder)
+    for heads in (ModelConfig.heads, ModelConfig.kv_heads)
+  }
+  found = {'ours': ours, 'splash': peer.cycles, 'rotation': turns}
+  print(json.dumps(found))
 
 
 def prices(kind: str) -> Prices:
@@ -211,8 +217,8 @@ def costs(
       run, arguments = layer(config)
       program = _compile(run, arguments, device)
       saved = saved_bytes(run, arguments)
-    kernels = price.of(program, backend, gate, config.heads)
-    yield gate, Cost(program.cycles, kernels, program.flops, saved)
+    inside = price.of(program, backend, gate, config.heads)
+    yield gate, Cost(program.cycles, inside, program.flops, saved)
 
 
 def table(kind: str) -> None:

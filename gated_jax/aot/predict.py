@@ -10,6 +10,7 @@ longer than all the computing. None of this was measured.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,7 @@ def predict(
   program: Program,
   mesh: Any,
   chip: Chip,
-  kernel_cycles: dict[str, float] | None = None,
+  price: Callable[[Kernel], float | None] = lambda kernel: None,
 ) -> Prediction:
   """The parts of one step's time.
 
@@ -143,16 +144,15 @@ def predict(
     program: the compiled step.
     mesh: the one it was compiled for.
     chip: what the mesh's devices are.
-    kernel_cycles: of one call of a kernel, by its name.
+    price: cycles of one call of a kernel, None where they are not known.
   """
-  known = kernel_cycles or {}
 
   def time(kernel: Kernel) -> KernelTime:
-    scheduled = kernel.name in known
-    cycles = (
-      known[kernel.name] if scheduled else kernel.flops / chip.flops_per_cycle
-    )
-    return KernelTime(kernel, kernel.calls * cycles / chip.clock, scheduled)
+    known = price(kernel)
+    floor = kernel.flops / chip.flops_per_cycle
+    cycles = floor if known is None else known
+    seconds = kernel.calls * cycles / chip.clock
+    return KernelTime(kernel, seconds, known is not None)
 
   return Prediction(
     xla=program.cycles / chip.clock,

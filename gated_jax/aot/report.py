@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from gated_jax.aot.compile import compile_step
 from gated_jax.aot.compile import shard_bytes
 from gated_jax.aot.predict import Prediction
 from gated_jax.aot.predict import predict
+from gated_jax.aot.program import Kernel
 from gated_jax.aot.program import Program
 from gated_jax.config import RunConfig
 from gated_jax.model.accounting import flops_per_token
@@ -67,7 +69,7 @@ class Report:
 def examine(
   config: RunConfig,
   devices: list[Any],
-  kernel_cycles: dict[str, float] | None = None,
+  price: Callable[[Kernel], float | None] = lambda kernel: None,
   train: bool = True,
 ) -> Report:
   """Compiles a config's train step and reads what came out.
@@ -75,7 +77,8 @@ def examine(
   Args:
     config: every setting.
     devices: of a topology.
-    kernel_cycles: of one call of a kernel, by its name.
+    price: cycles of one call of a kernel, from `kernels.prices`; without
+      it, or where it knows none, a kernel counts by its declared FLOPs.
     train: False: evaluation in place of the step.
 
   Raises:
@@ -95,7 +98,7 @@ def examine(
   return Report(
     compiled,
     program,
-    predict(program, compiled.mesh, chip, kernel_cycles),
+    predict(program, compiled.mesh, chip, price),
     chip,
     # Forward is a third of what training costs.
     {k: v / (1 if train else 3) for k, v in flops.items()},

@@ -1,11 +1,14 @@
 """Tries meshes, recomputation and batches on a pod, and ranks what fits."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
+from gated_jax.aot import kernels
+from gated_jax.aot.chips import chip_of
 from gated_jax.aot.report import DoesNotFit
 from gated_jax.aot.report import Report
 from gated_jax.aot.report import examine
@@ -85,6 +88,12 @@ def search(
     What fits, most tokens per second first.
   """
   start = time.monotonic()
+  chip = chip_of(devices).name
+
+  @functools.cache
+  def price(tensor: int) -> kernels.Price:
+    return kernels.prices(chip, base, tensor)
+
   found: list[tuple[Choice, Report]] = []
   for choice in choices(base, len(devices)):
     rows = len(devices) // (choice.mesh.context * choice.mesh.tensor)
@@ -94,7 +103,8 @@ def search(
         say(f'stopped after {seconds:.0f} s: not everything was tried')
         return _ranked(found)
       try:
-        report = examine(choice.config(base, batch), devices)
+        cost = price(choice.mesh.tensor)
+        report = examine(choice.config(base, batch), devices, cost)
       except (DoesNotFit, ValueError, NotImplementedError) as error:
         say(f'{choice.flags(batch)}: {error}')
         break

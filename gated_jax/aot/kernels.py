@@ -1,0 +1,176 @@
+"""What a call of each of our kernels costs, by the schedule of its program.
+
+    python -m gated_jax.aot.kernels --target=v5e
+
+The kernels are compiled by themselves, in a process apart: the compiler writes
+schedules only if it was told so when it was loaded, and takes an hour to write
+those of a whole step. `gated_jax/ops/attention/schedule.py` reads them.
+Waiting for memory is not in them.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gated_jax.aot.chips import open_topology
+from gated_jax.aot.program import Kernel
+from gated_jax.config import RunConfig
+from gated_jax.ops import rope
+from gated_jax.ops import rope_tpu
+from gated_jax.ops.attention import bench
+from gated_jax.ops.attention import counts
+from gated_jax.ops.attention import schedule
+
+# Which pass a kernel's price belongs to.
+ATTENTION = {'gated_attention_forward': 0, 'gated_attention_backward': 1}
+ROTATION = {'rotate_forward': 0, 'rotate_backward': 1}
+
+Price = Callable[[Kernel], float | None]
+
+
+def prices(kind: str, config: RunConfig, tensor: int) -> Price:
+  """Cycles of one call, for kernels whose schedules could be counted.
+
+  Args:
+    kind: v5e, v5p or v6e; another one has no prices.
+    config: whose attention it is: causal, over the whole length.
+    tensor: devices that share its heads.
+  """
+  model = config.model
+  if kind not in schedule.CORES or config.mesh.context > 1:
+    return lambda kernel: None
+  heads = max(1, model.heads // tensor)
+  kv_heads = max(1, model.kv_heads // tensor)
+  done = bench.apart(
+    'gated_jax.aot.kernels',
+    [
+      f'--target={kind}',
+      f'--length={config.data.length}',
+      f'--gate={_gate(config)}',
+      f'--heads={heads},{kv_heads}',
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  if done.returncode:
+    return lambda kernel: None
+  known = json.loads(done.stdout.splitlines()[-1])
+  return lambda kernel: price(kernel, known)
+
+
+def _gate(config: RunConfig) -> str:
+  gate = config.model.gate
+  inside = gate.has_scores and gate.position == 'sdpa_output'
+  fused = inside and gate.source == 'hidden' and not gate.shared
+  return gate.granularity if fused else 'none'
+
+
+def price(kernel: Kernel, known: dict[str, Any]) -> float | None:
+  """Of a call, whose rows and heads its operands tell.
+
+  Args:
+    kernel: of a compiled program.
+    known: cycles of one head in `attention`, of a token and so many heads in
+      `rotation`, each forward and backward.
+  """
+  if kernel.name in ATTENTION:
+    # The log-sum-exp, which both passes have.
+    text = ' '.join((*kernel.operands, kernel.output))
+    sizes = re.search(r'f32\[(\d+),(\d+),1,\d+\]', text)
+    if sizes:
+      calls = int(sizes.group(1)) * int(sizes.group(2))
+      return calls * known['attention'][ATTENTION[kernel.name]]
+  if kernel.name in ROTATION:
+    sizes = re.search(r'\[(\d+),(\d+),(\d+)\]', kernel.operands[0])
+    each = known['rotation'].get(
+      str(int(sizes.group(3)) // rope_tpu.LANES) if sizes else ''
+    )
+    if sizes and each:
+      tokens = int(sizes.group(1)) * int(sizes.group(2))
+      return tokens * each[ROTATION[kernel.name]]
+  return None
+
+
+def rotation(
+  kind: str, length: int, heads: int, folder: pathlib.Path
+) -> list[float]:
+  """Cycles of one token in norm and rotation, forward and backward."""
+  width = heads * rope_tpu.LANES
+
+  def run(x, scale, cos, sin, dy):
+    def turn(x, scale):
+      by_head = x.reshape(*x.shape[:2], heads, -1)
+      turned = rope_tpu.normalize_and_rotate(
+        by_head, scale, rope.Rotation(cos, sin)
+      )
+      return turned.reshape(x.shape)
+
+    y, back = jax.vjp(turn, x, scale)
+    return y, back(dy)
+
+  device = open_topology(schedule.CORES[kind].topology)[0]
+  place = jax.sharding.SingleDeviceSharding(device)
+  half = ((1, length, rope_tpu.LANES // 2), jnp.float32)
+  row = ((1, length, width), jnp.bfloat16)
+  shapes = (row, ((rope_tpu.LANES,), jnp.float32), half, half, row)
+  arguments = [
+    jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    for shape, dtype in shapes
+  ]
+  before = set(folder.iterdir())
+  jax.jit(run).lower(*arguments).compile()
+  core = schedule.CORES[kind]
+  found = []
+  for kernel in counts.kernels(run, *arguments):
+    (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
+    each = schedule.read(path, core)
+    # One straight program, as often as the grid has steps.
+    steps = kernel.body.runs
+    found.append(sum(s.cycles for s in each) * steps / length / core.cores)
+  return found
+
+
+def _write(flags: argparse.Namespace) -> None:
+  folder = pathlib.Path(flags.dumps)
+  kind, length = flags.target, flags.length
+  bench.use_blocks_of(kind)
+  line = bench.kernels_of_ours(kind, flags.gate, length, folder)
+  cores = schedule.CORES[kind].cores
+  turns = {
+    heads: rotation(kind, length, heads, folder)
+    for heads in sorted({int(n) for n in flags.heads.split(',')})
+  }
+  attention = [cycles / cores for cycles in line.cycles]
+  print(json.dumps({'attention': attention, 'rotation': turns}))
+
+
+def main(arguments: list[str]) -> int:
+  """Prints cycles of one head, and of one token in norm and rotation."""
+  parser = argparse.ArgumentParser(
+    prog='python -m gated_jax.aot.kernels',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--target', default='v5e', choices=schedule.CORES)
+  parser.add_argument('--length', type=int, default=4096)
+  parser.add_argument('--gate', default='none', choices=bench.GATES)
+  parser.add_argument('--heads', default='16,8')
+  parser.add_argument('--dumps', default='', help=argparse.SUPPRESS)
+  flags = parser.parse_args(arguments)
+  if flags.dumps:
+    _write(flags)
+    return 0
+  return bench.apart('gated_jax.aot.kernels', arguments).returncode
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
