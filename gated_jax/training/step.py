@@ -17,8 +17,6 @@ from flax import struct
 from flax.core import meta
 from jaxtyping import Array
 from jaxtyping import Float
-from jaxtyping import Int
-from jaxtyping import UInt32
 
 from gated_jax.config import OptimizerConfig
 from gated_jax.training.optimizer import Schedule
@@ -33,15 +31,16 @@ class TrainState:
   """All that the next step depends on, apart from the data.
 
   `step` counts batches seen; `skipped` those that changed nothing because
-  they were not finite, `bad_in_row` the ones since the last good step.
+  they were not finite, `bad_in_row` the ones since the last good step. Fields
+  are arrays, or in their place shapes or shardings: so no types stand here.
   """
 
-  step: Int[Array, '']
+  step: Any  # int32 []
   params: Tree
   opt_state: Tree
-  key: UInt32[Array, '2']
-  skipped: Int[Array, '']
-  bad_in_row: Int[Array, '']
+  key: Any  # uint32 [2], the data of a PRNG key
+  skipped: Any  # int32 []
+  bad_in_row: Any  # int32 []
 
 
 def make_init(

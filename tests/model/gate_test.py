@@ -1,6 +1,7 @@
 """The gate's parameters: names, shapes, axes and logits, position by position."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,7 +66,7 @@ def test_without_scores_there_are_no_parameters_for_them(gate):
 
 
 def test_logits_read_the_first_channels_and_nothing_else():
-  x = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+  x = jax.random.normal(jax.random.key(1), (B, T, D))
   module = Gate(GateConfig(channels=3, init_std=1.0), (N, H), ('heads', None))
   variables = module.init(jax.random.key(0), x)
   found = module.apply(variables, x)
@@ -73,7 +74,7 @@ def test_logits_read_the_first_channels_and_nothing_else():
   np.testing.assert_allclose(
     found, np.einsum('btc,cnh->btnh', x[..., :3], kernel), rtol=1e-4, atol=1e-5
   )
-  x[..., 3:] = 0
+  x = x.at[..., 3:].set(0)
   np.testing.assert_array_equal(module.apply(variables, x), found)
 
 
@@ -81,14 +82,14 @@ def test_logits_read_the_first_channels_and_nothing_else():
 def test_logits_of_a_parameter_are_the_same_for_every_token(granularity):
   config = GateConfig(source='parameter', granularity=granularity, init_std=1.0)
   module = Gate(config, (N, H), ('heads', 'head_dim'))
-  x = np.ones((B, T, D), np.float32)
+  x = jnp.ones((B, T, D))
   logits, _ = module.init_with_output(jax.random.key(0), x)
   assert logits.shape == (1, 1, N, H if granularity == 'elementwise' else 1)
 
 
 @pytest.mark.parametrize('source', ['hidden', 'parameter'])
 def test_initial_values_are_as_asked_for(source):
-  x = np.ones((1, 1, 200), np.float32)
+  x = jnp.ones((1, 1, 200))
 
   def start(**settings):
     config = GateConfig(source=source, **settings)

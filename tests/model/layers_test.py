@@ -20,7 +20,7 @@ CONFIG = ModelConfig(
   mlp_width=10,
   dtype='float32',
 )
-X = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 6)), jnp.float32)
 
 
 def shapes_of(module, *inputs):
@@ -31,7 +31,7 @@ def shapes_of(module, *inputs):
 def drawn(shapes, seed=1):
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda x: rng.normal(size=x.shape).astype(np.float32), shapes
+    lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes
   )
 
 
@@ -39,7 +39,7 @@ def drawn(shapes, seed=1):
 def test_rms_norm_divides_by_the_root_of_the_mean_square(zero_centered):
   module = layers.RMSNorm(eps=0.5, zero_centered=zero_centered)
   params = drawn(shapes_of(module, X))
-  wide, scale = X.astype(np.float64), np.float64(params['scale'])
+  wide, scale = np.float64(X), np.float64(params['scale'])
   expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 0.5)
   expected *= scale + 1 if zero_centered else scale
   found = module.apply({'params': params}, X)
@@ -67,8 +67,9 @@ def test_mlp_is_swiglu():
   module = layers.MLP(CONFIG, CONFIG.mlp_width)
   params = drawn(shapes_of(module, X))
   p = {name: np.float64(value['kernel']) for name, value in params.items()}
-  g = X @ p['gate_proj']
-  expected = (g / (1 + np.exp(-g)) * (X @ p['up'])) @ p['down']
+  x = np.float64(X)
+  g = x @ p['gate_proj']
+  expected = (g / (1 + np.exp(-g)) * (x @ p['up'])) @ p['down']
   found = module.apply({'params': params}, X)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -91,7 +92,7 @@ def test_linear_maps_start_with_the_deviation_asked_for(std):
 
 
 def test_linear_maps_contract_as_many_axes_as_told():
-  x = np.random.default_rng(2).normal(size=(2, 3, 4, 5)).astype(np.float32)
+  x = jax.random.normal(jax.random.key(2), (2, 3, 4, 5))
   module = layers.Linear((4, 5, 7), ('heads', 'head_dim', 'embed'), inputs=2)
   params = drawn(shapes_of(module, x))
   expected = x.reshape(6, 20) @ params['kernel'].reshape(20, 7)

@@ -48,6 +48,7 @@ def derivative(f, x):
 
 def run(x, matrix, targets, weights, spec):
   """Sums, and the gradients of `total`."""
+  targets, weights = jnp.asarray(targets), jnp.asarray(weights)
 
   @jax.jit
   def both(x, matrix):
@@ -73,8 +74,8 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(
     sums, (d_x, d_matrix) = run(
       x,
       matrix.T if vocab_first else matrix,
-      jnp.asarray(targets),
-      jnp.asarray(WEIGHTS),
+      targets,
+      WEIGHTS,
       LossSpec(chunk, z_loss, vocab_first),
     )
   np.testing.assert_allclose(sums[:3], total(x, matrix), rtol=1e-12)
@@ -94,7 +95,7 @@ def test_the_value_alone_is_the_one_beside_the_gradient():
   x, matrix, targets = arrays()
   arguments = (x.astype(np.float32), matrix.astype(np.float32), targets)
   spec = LossSpec(chunk=4, z_loss=0.1)
-  alone = jax.jit(lambda *a: cross_entropy(*a, WEIGHTS, spec))(*arguments)
+  alone = jax.jit(lambda *a: cross_entropy(*a, spec))(*arguments, WEIGHTS)
   beside, _ = run(*arguments, WEIGHTS, spec)
   np.testing.assert_allclose(alone, beside, rtol=1e-6)
 
@@ -155,10 +156,10 @@ def test_bfloat16_is_multiplied_as_it_is_and_summed_in_float32():
 
 
 def test_the_gradient_takes_what_comes_from_above():
-  x, matrix, targets = arrays()
+  x, *rest = (jnp.asarray(a) for a in (*arrays(), WEIGHTS))
 
   def total(x, scale):
-    return scale * cross_entropy(x, matrix, targets, WEIGHTS).total
+    return scale * cross_entropy(x, *rest).total
 
   once, thrice = (jax.grad(total)(x, scale) for scale in (1.0, 3.0))
   np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)

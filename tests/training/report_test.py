@@ -9,6 +9,7 @@ from gated_jax.config import RunConfig
 from gated_jax.evals.diagnostics import Report
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.training import report
+from gated_jax.training.build import Parts
 from gated_jax.training.console import Console
 from gated_jax.training.metrics import Clock
 
@@ -29,7 +30,8 @@ FOUND = Report(
 
 def said(workdir, capsys, found=FOUND, skipped=(), **settings):
   """The closing table by name."""
-  parts = types.SimpleNamespace(
+  parts = object.__new__(Parts)  # with what the report looks at
+  vars(parts).update(
     config=RunConfig(**settings),
     workdir=workdir,
     console=Console(),
