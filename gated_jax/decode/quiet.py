@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +110,7 @@ def main() -> None:
   parser.add_argument('--checkpoint', required=True)
   parser.add_argument('--batches', type=int, default=8)
   flags = parser.parse_args()
+  absl.logging.set_verbosity(absl.logging.FATAL)
   skip_absent_tpu()
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   config, model, params = load(flags.checkpoint, mesh)
