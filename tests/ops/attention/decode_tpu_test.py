@@ -87,7 +87,7 @@ def test_a_page_is_copied_once_and_only_if_it_is_needed():
 
 
 @pytest.mark.parametrize(
-  ('room', 'page'), [(32, 32), (320, 64), (1280, 256), (4096, 512)]
+  ('room', 'page'), [(32, 32), (320, 64), (1280, 256), (4096, 1024)]
 )
 def test_pages_divide_the_room(room, page):
   assert decode_tpu.page_of(room, DecodeSpec()) == page
