@@ -75,3 +75,16 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
   assert line.startswith('error: ')
   assert message in line
   assert not found.stdout
+
+
+def test_help_is_help():
+  found = subprocess.run(
+    [sys.executable, 'train.py', '--help'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert found.returncode == 0, found.stderr
+  assert '--config=configs/smoke.py' in found.stdout
+  assert '--workdir: Folder of the run' in found.stdout
