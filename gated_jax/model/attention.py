@@ -9,7 +9,6 @@ what decoders need. Read `gated_jax/ops/attention/api.py` for the mathematics,
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from jaxtyping import Int
 
 from gated_jax import sharding
 from gated_jax.config import GateConfig
+from gated_jax.model import one_pass
 from gated_jax.model.gate import Gate
 from gated_jax.model.gate import gate_spec
 from gated_jax.model.layers import Linear
@@ -32,7 +32,6 @@ from gated_jax.model.layers import RMSNorm
 from gated_jax.ops import gate as gates
 from gated_jax.ops import probes
 from gated_jax.ops import rope
-from gated_jax.ops import rope_tpu
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention import context
 from gated_jax.ops.attention import decode
@@ -221,42 +220,14 @@ class GatedAttention(nn.Module):
 
     On a TPU in one pass, where the kernel can.
     """
-    apply = self._one_pass(x, axis, rotation)
+    apply = one_pass.norm_and_rotation(
+      x, axis, rotation, self.norm_eps, self.implementation
+    )
     if apply is not None:
       return self._norm(norm)(x, apply) if self.qk_norm else apply(x, None)
     if self.qk_norm:
       x = self._norm(norm)(x)
     return x if rotation is None else rope.rotate(x, rotation)
-
-  def _one_pass(
-    self, x: Array, axis: str, rotation: rope.Rotation | None
-  ) -> Callable[[Array, Array | None], Array] | None:
-    """Norm and rotation as one kernel; None where that cannot be."""
-    kernels = set(api.PREFERENCE['tpu']) - set(api.PREFERENCE['cpu'])
-    wanted = self.implementation in kernels or (
-      self.implementation == 'auto' and jax.default_backend() == 'tpu'
-    )
-    if not wanted or rotation is None:
-      return None
-    b, t, heads, width = x.shape
-    local = (b, t // sharding.axis_size('length'), heads, width)
-    if rotation.cos.shape[:2] != (b, t) or not rope_tpu.fits(
-      local, x.dtype, 2 * rotation.cos.shape[-1]
-    ):
-      return None
-
-    def run(x, scale, cos, sin):
-      return rope_tpu.normalize_and_rotate(
-        x, scale, rope.Rotation(cos, sin), self.norm_eps
-      )
-
-    rows = ('batch', 'length', None)
-    placed = sharding.per_device(
-      run,
-      ((*rows[:2], axis, None), (None,), rows, rows),
-      (*rows[:2], axis, None),
-    )
-    return lambda x, scale: placed(x, scale, *rotation)
 
   def _dropout(self, deterministic: bool | None) -> float:
     if not self.dropout_rate:

@@ -8,7 +8,10 @@ write and attention reads. Here one pass reads [B, T, N H] and writes the
 same; what is between lives in registers, in float32. With C = (cos, cos) and
 S = (-sin, sin) over a head, and roll by half of it,
 
-    y = n C + roll(n) S          dn = dy C + roll(dy S)
+    y = n C + roll(n) S          dn = dy C - roll(dy) S
+
+What is rolled is what came in, for norm and scale can be multiplied later: in
+bfloat16 the matrix units, which are idle, do that exactly.
 
 `rope.py` has the same in plain arrays.
 """
@@ -153,29 +156,40 @@ def _tables(cos, sin):
   )
 
 
-def _swap(x):
-  """Both halves of a head change places."""
-  return pltpu.roll(x, x.shape[1] // 2, 1)
+def _swapping(dtype):
+  """A function that lets both halves of a head change places."""
+  if dtype != jnp.bfloat16:
+    return lambda x: pltpu.roll(x, LANES // 2, 1)
+  rows, columns = (
+    jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1)
+  )
+  ones = (rows ^ (LANES // 2)) == columns
+  turned = jnp.where(ones, 1.0, 0.0).astype(dtype)
+  return lambda x: jnp.dot(x, turned, preferred_element_type=jnp.float32)
 
 
 def _forward_kernel(x, scale, cos, sin, y, *, call):
   c, s = _tables(cos, sin)
+  swap = _swapping(x.dtype)
+  if call.norm:
+    c, s = c * scale[...], s * pltpu.roll(scale[...], LANES // 2, 1)
   for head in range(call.heads):
     at = slice(head * LANES, (head + 1) * LANES)
     n = x[0, :, at].astype(jnp.float32)
+    turned = n * c + swap(x[0, :, at]) * s
     if call.norm:
       mean = jnp.mean(n * n, axis=1, keepdims=True)
-      n = n * jax.lax.rsqrt(mean + call.eps) * scale[...]
-    y[0, :, at] = (n * c + _swap(n) * s).astype(y.dtype)
+      turned *= jax.lax.rsqrt(mean + call.eps)
+    y[0, :, at] = turned.astype(y.dtype)
 
 
 def _backward_kernel(dy, x, scale, cos, sin, dx, d_scale, *, call):
   c, s = _tables(cos, sin)
+  swap = _swapping(dy.dtype)
   total = jnp.zeros(c.shape, jnp.float32)
   for head in range(call.heads):
     at = slice(head * LANES, (head + 1) * LANES)
-    d = dy[0, :, at].astype(jnp.float32)
-    d = d * c + _swap(d * s)
+    d = dy[0, :, at].astype(jnp.float32) * c - swap(dy[0, :, at]) * s
     if call.norm:
       n = x[0, :, at].astype(jnp.float32)
       share = jax.lax.rsqrt(jnp.mean(n * n, axis=1, keepdims=True) + call.eps)
