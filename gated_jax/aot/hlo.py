@@ -221,11 +221,13 @@ def _lines(text: str) -> Iterator[tuple[str, bool, str]]:
       header = _HEADER.match(raw)
       if header:
         computation, entry = header.group(2), bool(header.group(1))
-    elif raw == '}' or _INSTRUCTION.match(raw):
+    elif raw.startswith('}') or _INSTRUCTION.match(raw):
       if line:
         yield computation, entry, line
-      line = raw if raw != '}' else ''
-      if raw == '}':
+      # What runs beside the main core ends by saying where.
+      closed = raw.startswith('}')
+      line = '' if closed else raw
+      if closed:
         computation = ''
     elif line:
       line += raw

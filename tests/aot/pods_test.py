@@ -23,6 +23,8 @@ from gated_jax.config import from_dict
 from gated_jax.training import build
 
 pytest.importorskip('libtpu')
+# Two minutes where nothing else runs; many where much does.
+pytestmark = pytest.mark.timeout(1800)
 
 FORWARD, BACKWARD = 'gated_attention_forward', 'gated_attention_backward'
 SMALL = 1 << 20  # bytes of an array that may be anywhere
@@ -130,8 +132,9 @@ def check(pod):
   report = examine(config, devices, train=pod.train)
   print(describe(report, pod.topology))
   assert report.excess <= 0, f'{report.excess:,.0f} bytes too large'
-  names = {kernel.name for kernel in report.program.kernels()}
-  assert set(pod.kernels) <= names, names
+  names = [kernel.name for kernel in report.program.kernels()]
+  for kernel in pod.kernels:  # the compiler puts words around some
+    assert any(kernel in name for name in names), (kernel, names)
   assert unexpected(report) == []
   assert replicated(report.compiled.state, least=SMALL) == []
 

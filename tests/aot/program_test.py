@@ -210,6 +210,25 @@ def test_kernels_are_named_counted_and_timed_by_declared_flops():
   assert known.kernels[0].scheduled
 
 
+def test_a_computation_beside_the_main_core_ends_where_it_ends():
+  module = hlo.parse("""HloModule m, num_partitions=1
+%beside (x: f32[8]) -> f32[8] {
+  ROOT %x = f32[8]{0} parameter(0)
+}, execution_thread="sparsecore"
+
+%fused (y: f32[8]) -> f32[8] {
+  ROOT %y = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (z: f32[8]) -> f32[8] {
+  %z = f32[8]{0} parameter(0)
+  ROOT %f = f32[8]{0} fusion(%z), kind=kLoop, calls=%fused
+}
+""")
+  assert set(module.computations) == {'%beside', '%fused', '%main'}
+  assert module.root('%beside').name == '%x'
+
+
 def test_prediction_is_the_sum_of_its_parts():
   where, program = communicating()
   chip = chip_of(devices())
