@@ -88,7 +88,7 @@ def compile_for(kind: str, gate: str, length: int) -> None:
   use_blocks_of(kind)
   case = case_of(length, gate)
   run, shapes = ours(case)
-  jax.jit(run).lower(*_abstract(shapes, _place(kind))).compile()
+  jax.jit(run).lower(*_abstract(shapes, place_of(kind))).compile()
 
 
 def use_blocks_of(kind: str) -> None:
@@ -96,7 +96,8 @@ def use_blocks_of(kind: str) -> None:
   cut.TABLE[''] = cut.TABLE[KINDS[kind]]
 
 
-def _place(kind: str) -> jax.sharding.Sharding:
+def place_of(kind: str) -> jax.sharding.Sharding:
+  """One device of a TPU that is not here, to compile for."""
   topology = topologies.get_topology_desc(
     platform='tpu', topology_name=schedule.CORES[kind].topology
   )
@@ -168,7 +169,7 @@ def _schedules(
   """What libtpu wrote of each kernel of one program, by its name."""
   before = set(folder.iterdir())
   run, shapes = make(case)
-  jax.jit(run).lower(*_abstract(shapes, _place(kind))).compile()
+  jax.jit(run).lower(*_abstract(shapes, place_of(kind))).compile()
   found = {
     name: [
       schedule.read(path, schedule.CORES[kind])

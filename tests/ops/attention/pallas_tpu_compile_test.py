@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from gated_jax.ops.attention import cases
+
 PROGRAM = """
 import sys
 
@@ -57,6 +59,37 @@ for t, n, k, h, window, packed, width in CASES:
   print(text.count('tpu_custom_call'), f'{t},{t}]' in text)
 """
 
+
+CASES = """
+import sys
+
+import jax
+
+from gated_jax.ops.attention import bench
+from gated_jax.ops.attention.cases import CASES
+
+kind, *names = sys.argv[1:]
+bench.use_blocks_of(kind)
+place = bench.place_of(kind)
+
+
+def placed(x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+for name in names or CASES:
+  case = CASES[name]
+  if case.query_offset or case.dtype == 'float16':
+    continue  # refused, with the reason
+  arrays = {name: placed(x) for name, x in case.abstract().items()}
+  masking = jax.tree.map(placed, jax.eval_shape(case.masking))
+
+  def run(arrays, d_output, masking):
+    return bench.gradients(case, 'pallas_tpu', masking)(arrays, d_output)
+
+  jax.jit(run).lower(arrays, arrays['query'], masking).compile()
+  print(name, flush=True)
+"""
 
 SHARDED = """
 import jax
@@ -111,7 +144,7 @@ for kv_heads, granularity in ((8, 'elementwise'), (2, 'headwise')):
 """
 
 
-def run(program, *arguments):
+def run(program, *arguments, timeout=280):
   if importlib.util.find_spec('libtpu') is None:
     pytest.skip('libtpu is not installed')
   done = subprocess.run(
@@ -125,11 +158,19 @@ def run(program, *arguments):
     },
     capture_output=True,
     text=True,
-    timeout=280,
+    timeout=timeout,
     check=False,
   )
   assert done.returncode == 0, done.stderr[-2000:]
   return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize('kind', ('v5e', 'v5p', 'v6e'))
+def test_every_named_case_compiles(kind):
+  lines = run(CASES, kind, timeout=3500)
+  assert len(lines) >= len(cases.CASES) - 3
 
 
 def test_on_a_mesh_only_projections_and_shared_heads_need_the_others():
