@@ -293,7 +293,7 @@ def estimate(
   bound = [core.products(n * length * length * WIDTH) for n in (2, 5)]
   print(f'\n{kind}, T {length}: thousand cycles of one head')
   print(
-    f'{"":<28}{"forward":>9}{"backward":>9}{"both":>9}{"ms":>9}  '
+    f'{"":<28}{"forward":>11}{"backward":>11}{"both":>11}{"ms":>10}  '
     'of the peer  bundles of the largest stretch'
   )
   show = functools.partial(_show, core, length)
@@ -317,8 +317,8 @@ def _show(core, length, name, cycles, peer, more):
   ms = both * HEADS * max(1, 4 * 4096 // length) / core.cores / core.clock * 1e3
   ratio = f'{both / peer:.3f}' if peer else ''
   print(
-    f'{name:<28}{cycles[0] / 1e3:>9,.1f}{cycles[1] / 1e3:>9,.1f}'
-    f'{both / 1e3:>9,.1f}{ms:>9.3f}  {ratio:>11}  {more}',
+    f'{name:<28}{cycles[0] / 1e3:>11,.1f}{cycles[1] / 1e3:>11,.1f}'
+    f'{both / 1e3:>11,.1f}{ms:>10.3f}  {ratio:>11}  {more}',
     flush=True,
   )
 
