@@ -51,6 +51,7 @@ from gated_jax.ops.attention import schedule
 from gated_jax.ops.attention import splash
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.gate import apply_gate
+from gated_jax.training import build
 
 ROWS, LENGTH = 4, 4096
 GATES = {
@@ -145,7 +146,8 @@ def _compile(run: Callable, arguments: tuple[Any, Any], device: Any) -> Program:
   placed = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
   )
-  compiled = jax.jit(both).lower(*placed, placed[1]).compile()
+  options = build.COMPILER_OPTIONS.get(device.device_kind)
+  compiled = jax.jit(both).lower(*placed, placed[1]).compile(options)
   text = compiled.as_text()
   assert text is not None
   return Program(text)
