@@ -147,7 +147,8 @@ def _compile(run: Callable, arguments: tuple[Any, Any], device: Any) -> Program:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
   )
   options = build.COMPILER_OPTIONS.get(device.device_kind)
-  compiled = jax.jit(both).lower(*placed, placed[1]).compile(options)
+  step = jax.jit(both, compiler_options=options)
+  compiled = step.lower(*placed, placed[1]).compile()
   text = compiled.as_text()
   assert text is not None
   return Program(text)
