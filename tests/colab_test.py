@@ -65,6 +65,7 @@ def test_there_are_three_notebooks():
   assert NAMES == ['attention_sinks', 'gate_in_ten_minutes', 'train_and_sample']
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
 def test_runs_top_to_bottom_and_shows_figures(path, tmp_path, monkeypatch):

@@ -139,6 +139,7 @@ def check(pod):
   assert replicated(report.compiled.state, least=SMALL) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', EVERY_RUN)
 def test_a_step_compiles_and_fits_its_pod(name, monkeypatch):
   # Smaller tiles in the products: half the time to compile, the same arrays.

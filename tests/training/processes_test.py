@@ -152,6 +152,7 @@ def nested(settings):
   return from_dict(values.to_dict())
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_on_what_each_reads(settings, undisturbed):
   """One process with eight devices, given both processes' rows."""
   config: RunConfig = nested(settings)
@@ -190,6 +191,7 @@ def test_two_processes_train_as_one_on_what_each_reads(settings, undisturbed):
   assert not silent, 'only process 0 speaks'
 
 
+@pytest.mark.long
 def test_a_killed_process_costs_only_a_restart(settings, undisturbed, tmp_path):
   """Both start again from the checkpoint, to the bit."""
   processes = start(tmp_path, [settings, settings])

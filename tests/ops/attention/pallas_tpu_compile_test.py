@@ -203,6 +203,7 @@ def test_on_a_mesh_only_projections_and_shared_heads_need_the_others():
     assert 2 <= width <= 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('topology', ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'))
 def test_both_passes_compile_for_every_shape_of_call(topology):
   lines = run(PROGRAM, topology)
