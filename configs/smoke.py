@@ -10,7 +10,8 @@ Expected (2 CPU cores, 4 minutes at most; Python 3.12.3's library, seeds 0 to
 4 of both --config.seed and --config.data.seed): validation loss 1.538 to 1.646
 nats per token, mean 1.610 and standard deviation 0.048. Without the gate
 (--config.model.gate.position=none) 1.636 to 1.850, mean 1.752, standard
-deviation 0.084. Another Python has another library, and another loss.
+deviation 0.084. Another Python has another library, and another loss: 3.11.7's
+is 1.484 (gated, seed 0).
 """
 
 from configs import base
