@@ -34,10 +34,14 @@ def on_terminal(monkeypatch, columns):
       shown.advance()
       shown.show(step, 4, VALUES)
     shown.stop()
-    terminal.flush()
-    found = os.read(reader, 1 << 16).decode()
+  # The kernel hands a terminal's output over in pieces, until it is closed:
+  # then there is no more of it, which Linux calls an error.
+  pieces = []
+  with contextlib.suppress(OSError):
+    while piece := os.read(reader, 1 << 16):
+      pieces.append(piece)
   os.close(reader)
-  return found
+  return b''.join(pieces).decode()
 
 
 # A terminal that nobody told its size has no columns.
