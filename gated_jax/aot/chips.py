@@ -10,6 +10,8 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from gated_jax.ops.attention.schedule import QUIET
+
 GIB = 1 << 30
 
 
@@ -57,18 +59,6 @@ CHIPS = {
   ),
 }
 
-# libtpu reads these when it is loaded. Without them it asks the cloud's
-# metadata server who it is, says at length that there is none, and refuses
-# to be loaded by two processes at a time.
-_QUIET = {
-  'TPU_SKIP_MDS_QUERY': '1',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'TPU_STDERR_LOG_LEVEL': '3',
-  'TPU_MIN_LOG_LEVEL': '3',
-}
-
 
 def open_topology(name: str, slices: int = 1) -> list[Any]:
   """The devices of a pod, for compilation only.
@@ -80,7 +70,7 @@ def open_topology(name: str, slices: int = 1) -> list[Any]:
   Raises:
     ValueError: the compiler does not know it, or is not installed.
   """
-  for key, value in _QUIET.items():
+  for key, value in QUIET.items():
     os.environ.setdefault(key, value)
   more = {'num_slices': slices} if slices > 1 else {}
   try:

@@ -230,13 +230,13 @@ def make_functions(
     config.optimizer,
   )
   kind = mesh.devices.flat[0].device_kind
-  compiled_step = jax.jit(
+  jitted_step = jax.jit(
     step,
     donate_argnums=0,
     out_shardings=(places, everywhere),
     compiler_options=COMPILER_OPTIONS.get(kind),
   )
-  return abstract, jax.jit(init, out_shardings=places), compiled_step
+  return abstract, jax.jit(init, out_shardings=places), jitted_step
 
 
 def read(config: RunConfig, split: str, share: Share) -> Pipeline:

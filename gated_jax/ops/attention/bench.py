@@ -36,17 +36,6 @@ from gated_jax.ops.attention.spec import Masking
 
 KINDS = {'v5e': 'TPU v5 lite', 'v5p': 'TPU v5', 'v6e': 'TPU v6 lite'}
 GATES = ('none', 'headwise', 'elementwise')
-# What libtpu reads when it is loaded: not to ask the cloud who it is, and
-# not to say at length that nobody answered.
-QUIET = {
-  'JAX_PLATFORMS': 'cpu',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'TPU_STDERR_LOG_LEVEL': '3',
-  'TPU_MIN_LOG_LEVEL': '3',
-}
 # The program is compiled for many tokens, so that the compiler leaves arrays
 # in HBM, where a model has them; their number does not change the schedule.
 TOKENS = 65_536
@@ -369,7 +358,12 @@ def apart(module: str, arguments: list[str], **more: Any) -> Any:
     flags = schedule.FLAGS.format(folder=folder)
     return subprocess.run(
       [sys.executable, '-m', module, *arguments, f'--dumps={folder}'],
-      env={**os.environ, **QUIET, 'LIBTPU_INIT_ARGS': flags},
+      env={
+        **os.environ,
+        **schedule.QUIET,
+        'JAX_PLATFORMS': 'cpu',
+        'LIBTPU_INIT_ARGS': flags,
+      },
       check=False,
       **more,
     )

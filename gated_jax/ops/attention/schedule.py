@@ -22,6 +22,17 @@ FLAGS = (
   '--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
   '--xla_jf_dump_llo_pass_label_regex=final_'
 )
+# libtpu reads these when it is loaded. Without them it asks the cloud's
+# metadata server who it is, says at length that there is none, and refuses
+# to be loaded by two processes at a time.
+QUIET = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_STDERR_LOG_LEVEL': '3',
+  'TPU_MIN_LOG_LEVEL': '3',
+}
 _PROGRAM = '-final_bundles.txt'
 _USE = 'per-bundle-utilization.txt'
 _BUNDLE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s+([A-Z]*)\s*:\s*(>*)\s*\{')
