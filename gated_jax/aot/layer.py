@@ -224,7 +224,7 @@ def costs(
     yield gate, Cost(program.cycles, inside, program.flops, saved)
 
 
-def table(kind: str, policies: list[str]) -> None:
+def table(kind: str, backends: list[str], policies: list[str]) -> None:
   """Prints it, a line as soon as it is known."""
   device = open_topology(schedule.CORES[kind].topology)[0]
   rate = chip_of([device]).flops_per_cycle
@@ -243,7 +243,7 @@ def table(kind: str, policies: list[str]) -> None:
     f'{"attention":<18}{"remat":<10}{"gate":<16}{"":>25}'
     f'{"the gate":>10}{"them":>9}{"":>8}{"B/token":>9}'
   )
-  for backend, remat in itertools.product(KERNELS, policies):
+  for backend, remat in itertools.product(backends, policies):
     plain = None
     for gate, cost in costs(backend, remat, device, price):
       plain = plain or cost
@@ -265,13 +265,16 @@ def main(arguments: list[str]) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--target', default='v5e', choices=schedule.CORES)
+  parser.add_argument('--attention', nargs='*', choices=KERNELS)
   parser.add_argument('--remat', nargs='*', choices=REMAT)
   parser.add_argument('--dumps', default='', help=argparse.SUPPRESS)
   flags = parser.parse_args(arguments)
   if flags.dumps:
     _write_prices(flags.target, pathlib.Path(flags.dumps))
   else:
-    table(flags.target, flags.remat or list(REMAT))
+    table(
+      flags.target, flags.attention or list(KERNELS), flags.remat or list(REMAT)
+    )
   return 0
 
 
