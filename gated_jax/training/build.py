@@ -47,7 +47,7 @@ from gated_jax.training.step import state_shardings
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
   'TPU v5 lite': {'xla_tpu_scoped_vmem_limit_kib': '40960'},
   'TPU v5': {'xla_tpu_scoped_vmem_limit_kib': '32768'},
-  'TPU v6 lite': {'xla_tpu_scoped_vmem_limit_kib': '65536'},
+  'TPU v6 lite': {'xla_tpu_scoped_vmem_limit_kib': '40960'},
 }
 
 
