@@ -25,6 +25,7 @@ from jaxtyping import Int
 from gated_jax import sharding
 from gated_jax.config import GateConfig
 from gated_jax.model import one_pass
+from gated_jax.model.gate import LOGITS_NAME
 from gated_jax.model.gate import Gate
 from gated_jax.model.gate import gate_spec
 from gated_jax.model.layers import Linear
@@ -118,15 +119,26 @@ class GatedAttention(nn.Module):
     if around.segments is not None:
       valid = around.segments != 0
 
-    def project(name, x, heads, axis):
+    def linear(name, x, heads, axis):
       shape, axes = (x.shape[-1], heads, width), ('embed', axis, 'head_dim')
       save_as = f'{name}_projection'
-      y = Linear(shape, axes, save_as=save_as, name=name, **self._kinds)(x)
+      return Linear(shape, axes, save_as=save_as, name=name, **self._kinds)
+
+    def project(name, x, heads, axis):
+      y = linear(name, x, heads, axis)(x)
       y = sharding.constrain(y, 'batch', 'length', axis, None)
       return self._gated_at(name, y, x, axis, valid)
 
+    of_query = (heads, width), ('heads', 'head_dim')
     query = project('query', inputs_q, heads, 'heads')
-    key = project('key', inputs_k, kv_heads, 'kv_heads')
+    logits = None
+    if self._narrow_gate and inputs_k is inputs_q:
+      narrow = self._gate(inputs_q, *of_query, bare=True)
+      wide = linear('key', inputs_q, kv_heads, 'kv_heads')
+      key, logits = wide(inputs_q, narrow)
+      logits = checkpoint_name(logits, LOGITS_NAME)[..., None]
+    else:
+      key = project('key', inputs_k, kv_heads, 'kv_heads')
     value = project('value', inputs_v, kv_heads, 'kv_heads')
     query = self._turned(query, 'query_norm', 'heads', around.rotation)
     key = self._turned(key, 'key_norm', 'kv_heads', around.rotation)
@@ -136,9 +148,9 @@ class GatedAttention(nn.Module):
     )
     if cache is not None and around.filled is not None:
       cache = extend(cache, key, value, around.filled)
-    logits = None
     if self.gate.position == 'sdpa_output' and self.gate.has_scores:
-      logits = self._gate(inputs_q, (heads, width), ('heads', 'head_dim'))
+      if logits is None:
+        logits = self._gate(inputs_q, *of_query)
       self._sow_gate(logits, valid)
     quiet, pages = None, None
     if logits is not None and around.skip_below is not None:
@@ -238,11 +250,31 @@ class GatedAttention(nn.Module):
       else self.dropout_rate
     )
 
+  @property
+  def _narrow_gate(self) -> bool:
+    """Whether keys and gate logits share the product that makes d_x of both.
+
+    On a TPU: elsewhere it was slower. Heads split over devices would have to
+    meet for it.
+    """
+    g = self.gate
+    return (
+      self._fused
+      and g.granularity == 'headwise'
+      and not g.channels
+      and sharding.axis_size('heads') == 1
+      and one_pass.on_tpu(self.implementation)
+    )
+
   def _gate(
-    self, x: Array, shape: tuple[int, ...], axes: sharding.Axes
+    self,
+    x: Array,
+    shape: tuple[int, ...],
+    axes: sharding.Axes,
+    bare: bool = False,
   ) -> Array:
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    return Gate(self.gate, shape, axes, **kinds, name='gate')(x)
+    return Gate(self.gate, shape, axes, **kinds, name='gate')(x, bare)
 
   def _gated_at(
     self, position: str, y: Array, x: Array, axis: str | None, valid: Array

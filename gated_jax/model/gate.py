@@ -44,7 +44,10 @@ class Gate(nn.Module):
   param_dtype: Any = 'float32'
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, '...']:
+  def __call__(
+    self, x: Float[Array, 'B T D'], bare: bool = False
+  ) -> Float[Array, '...']:
+    """Logits; `bare`: the kernel instead, for whoever multiplies it by x."""
     c = self.config
     headwise = c.granularity == 'headwise'
     shape, axes = self.shape, self.axes
@@ -68,5 +71,7 @@ class Gate(nn.Module):
         init=normal(std),
         dtype=self.param_dtype,
       )
+      if bare:
+        return kernel
       logits = project(x, kernel, self.dtype, name=LOGITS_NAME)
     return logits[..., None] if headwise else logits

@@ -78,6 +78,32 @@ def project(
   return y.reshape(*rows, *outputs)
 
 
+@jax.custom_vjp
+def project_both(
+  x: Float[Array, 'B T D'],
+  wide: Float[Array, 'D M'],
+  narrow: Float[Array, 'D m'],
+) -> tuple[Float[Array, 'B T M'], Float[Array, 'B T m']]:
+  """x times either matrix; one product makes the gradient of x.
+
+  A narrow matrix makes as large a gradient of x as a wide one does. By itself
+  it takes longer to write and to add than to multiply.
+  """
+  return x @ wide, x @ narrow
+
+
+def _project_both_backward(saved, grads):
+  x, *matrices = saved
+  d_x = jnp.concatenate(grads, -1) @ jnp.concatenate(matrices, -1).T
+  tokens = ((0, 1), (0, 1))
+  return d_x, *(jax.lax.dot_general(x, d, (tokens, ((), ()))) for d in grads)
+
+
+project_both.defvjp(
+  lambda *arrays: (project_both(*arrays), arrays), _project_both_backward
+)
+
+
 class Linear(nn.Module):
   """x times `kernel`, over the last `inputs` axes of x; no bias."""
 
@@ -90,7 +116,10 @@ class Linear(nn.Module):
   param_dtype: Any = 'float32'
 
   @nn.compact
-  def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
+  def __call__(
+    self, x: Float[Array, '...'], beside: Float[Array, 'D m'] | None = None
+  ) -> Any:
+    """The product, or the pair of it and x times `beside`: see project_both."""
     kernel = parameter(
       self,
       'kernel',
@@ -99,7 +128,13 @@ class Linear(nn.Module):
       init=normal(self.init_std),
       dtype=self.param_dtype,
     )
-    return project(x, kernel, self.dtype, self.inputs, self.save_as)
+    if beside is None:
+      return project(x, kernel, self.dtype, self.inputs, self.save_as)
+    dtype = jnp.dtype(self.dtype)
+    matrix = kernel.astype(dtype).reshape(x.shape[-1], -1)
+    y, other = project_both(x.astype(dtype), matrix, beside.astype(dtype))
+    y = checkpoint_name(y, self.save_as)
+    return y.reshape(*x.shape[:-1], *kernel.shape[1:]), other
 
 
 class RMSNorm(nn.Module):

@@ -12,6 +12,14 @@ from gated_jax.ops import rope_tpu
 from gated_jax.ops.attention import api
 
 
+def on_tpu(implementation: str) -> bool:
+  """Whether this is for a TPU: who asks for its kernels says so anywhere."""
+  kernels = set(api.PREFERENCE['tpu']) - set(api.PREFERENCE['cpu'])
+  return implementation in kernels or (
+    implementation == 'auto' and jax.default_backend() == 'tpu'
+  )
+
+
 def norm_and_rotation(
   x: Float[Array, 'B T N H'],
   axis: str,
@@ -26,13 +34,9 @@ def norm_and_rotation(
     axis: what their heads are called: heads or kv_heads.
     rotation: of every token.
     eps: of the norm.
-    implementation: of attention. Who asks for kernels there has them here.
+    implementation: of attention.
   """
-  kernels = set(api.PREFERENCE['tpu']) - set(api.PREFERENCE['cpu'])
-  wanted = implementation in kernels or (
-    implementation == 'auto' and jax.default_backend() == 'tpu'
-  )
-  if not wanted or rotation is None:
+  if not on_tpu(implementation) or rotation is None:
     return None
   b, t, heads, width = x.shape
   local = (b, t // sharding.axis_size('length'), heads, width)

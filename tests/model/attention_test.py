@@ -11,6 +11,8 @@ from flax.core import meta
 
 from gated_jax import GateConfig
 from gated_jax import GatedAttention
+from gated_jax.model import layers
+from gated_jax.model import one_pass
 from gated_jax.model.attention import Surroundings
 
 B, T, S, D, E = 2, 5, 7, 12, 10
@@ -119,6 +121,28 @@ def tree_step(tree, direction, size):
 
 @pytest.mark.parametrize('gate', GATES, ids=label)
 def test_values_and_gradients_are_those_of_float64_loops(gate):
+  check_against_loops(gate)
+
+
+@pytest.mark.parametrize('activation', ['sigmoid', 'identity'])
+def test_the_same_where_keys_and_a_narrow_gate_share_a_product(
+  activation, monkeypatch
+):
+  shared = []
+
+  project_both = layers.project_both
+
+  def counted(*arrays):
+    shared.append(arrays)
+    return project_both(*arrays)
+
+  monkeypatch.setattr(one_pass, 'on_tpu', lambda implementation: True)
+  monkeypatch.setattr(layers, 'project_both', counted)
+  check_against_loops(GateConfig(granularity='headwise', activation=activation))
+  assert shared
+
+
+def check_against_loops(gate):
   rng = np.random.default_rng(0)
   cross = gate.position in ('none', 'key', 'value')
   mask = rng.random((B, T, S if cross else T)) < 0.6
