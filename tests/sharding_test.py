@@ -22,6 +22,7 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
 from gated_jax.config import OptimizerConfig
 from gated_jax.config import RunConfig
+from gated_jax.model import one_pass
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.decoder import init_cache
 from gated_jax.training.build import make_functions
@@ -196,6 +197,14 @@ def test_a_mesh_computes_what_one_device_computes(mesh, gate):
 def test_every_other_pair_of_mesh_and_gate(mesh, gate):
   config = model_config(mesh, gate)
   assert_same(measure(config, MESHES[mesh]), one_device(config))
+
+
+@pytest.mark.parametrize('mesh', ['fsdp', 'context_with_data', 'tensor'])
+def test_a_product_for_keys_and_a_narrow_gate(mesh, monkeypatch):
+  config = model_config(mesh, 'sdpa_output_headwise')
+  expected = one_device(config)  # each by itself
+  monkeypatch.setattr(one_pass, 'on_tpu', lambda implementation: True)
+  assert_same(measure(config, MESHES[mesh]), expected)
 
 
 def test_scanned_layers_with_recomputation_and_qk_norm():
