@@ -20,6 +20,9 @@ _BITS = {
 }
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _HEADER = re.compile(r'^(ENTRY )?(%[^\s(]+) \(.*\{\s*$')
+# What runs beside the main core ends by saying where. Other lines that begin
+# with a bracket go on with an instruction's attributes.
+_FOOTER = re.compile(r'^\}(, execution_thread=.*)?\s*$')
 _INSTRUCTION = re.compile(r'^  (ROOT )?(%[^\s=]+) = ')
 _COMMENT = re.compile(r'/\*.*?\*/')
 _NAME = re.compile(r'%[^\s,()]+')
@@ -221,11 +224,10 @@ def _lines(text: str) -> Iterator[tuple[str, bool, str]]:
       header = _HEADER.match(raw)
       if header:
         computation, entry = header.group(2), bool(header.group(1))
-    elif raw.startswith('}') or _INSTRUCTION.match(raw):
+    elif _FOOTER.match(raw) or _INSTRUCTION.match(raw):
       if line:
         yield computation, entry, line
-      # What runs beside the main core ends by saying where.
-      closed = raw.startswith('}')
+      closed = bool(_FOOTER.match(raw))
       line = '' if closed else raw
       if closed:
         computation = ''

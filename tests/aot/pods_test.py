@@ -23,7 +23,7 @@ from gated_jax.config import from_dict
 from gated_jax.training import build
 
 pytest.importorskip('libtpu')
-# Two minutes where nothing else runs; many where much does.
+# One to five minutes where nothing else runs; many where much does.
 pytestmark = pytest.mark.timeout(1800)
 
 FORWARD, BACKWARD = 'gated_attention_forward', 'gated_attention_backward'
@@ -59,7 +59,7 @@ PODS = {
     'long_context:yarn128k', V5P, {'mesh.context': 16}, (FORWARD,), False
   ),
 }
-EVERY_RUN = ('dense28_v5e',)
+EVERY_RUN = ('dense28_v5e', '128k_v5p')
 
 
 def config_of(pod):

@@ -229,6 +229,22 @@ ENTRY %main (z: f32[8]) -> f32[8] {
   assert module.root('%beside').name == '%x'
 
 
+def test_an_attribute_may_go_on_in_lines_that_begin_with_a_bracket():
+  text = '''HloModule m, num_partitions=1
+
+ENTRY %main (a: bf16[8]) -> bf16[8] {
+  %a = bf16[8]{0} parameter(0)
+  %b = bf16[8]{0} copy(%a), frontend_attributes={kernel_metadata={
+"note":"{\\"block\\": 8}"
+}}, metadata={op_name="x"}, backend_config={"estimated_cycles":"5"}
+  ROOT %c = bf16[8]{0} copy(%b), backend_config={"estimated_cycles":"7"}
+}
+'''
+  program = Program(text)
+  assert program.cycles == 12
+  assert program.visits[1].instruction.op_name == 'x'
+
+
 def test_prediction_is_the_sum_of_its_parts():
   where, program = communicating()
   chip = chip_of(devices())
