@@ -216,11 +216,16 @@ def collect(
 ) -> Float[Array, 'M D']:
   """Sums each token's rows, in float32; the transpose of `spread`."""
   del choice
-  found = jnp.take(rows, slot, axis=0, mode='clip')
   dtype = jnp.promote_types(rows.dtype, jnp.float32)
-  inside = (slot < rows.shape[0])[..., None]
-  found = jnp.where(inside, found.astype(dtype), 0)
-  return found.sum(1).astype(rows.dtype)
+  tokens, k = slot.shape
+  found = jnp.take(rows, slot.T.reshape(-1), axis=0, mode='clip')
+  total = jnp.zeros((), dtype)
+  # One sum of k arrays: a sum over an axis of k would be made within a TPU's
+  # tiles, of a float32 copy.
+  for j in range(k):
+    part = found[j * tokens : (j + 1) * tokens].astype(dtype)
+    total += jnp.where((slot[:, j] < rows.shape[0])[:, None], part, 0)
+  return total.astype(rows.dtype)
 
 
 @jax.custom_vjp
