@@ -25,6 +25,8 @@ from gated_jax.config import RunConfig
 from gated_jax.model import one_pass
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.decoder import init_cache
+from gated_jax.ops.attention import api
+from gated_jax.ops.attention import context
 from gated_jax.training.build import make_functions
 from gated_jax.training.build import share_of_process
 
@@ -197,6 +199,17 @@ def test_a_mesh_computes_what_one_device_computes(mesh, gate):
 def test_every_other_pair_of_mesh_and_gate(mesh, gate):
   config = model_config(mesh, gate)
   assert_same(measure(config, MESHES[mesh]), one_device(config))
+
+
+@pytest.mark.parametrize('mesh', ['context', 'fsdp_context_tensor'])
+def test_keys_that_a_chunk_must_not_see_belong_to_no_document(
+  mesh, monkeypatch
+):
+  config = model_config(mesh, BEST)
+  expected = one_device(config)
+  monkeypatch.setattr(api, 'SKIPS_HIDDEN', ('xla',))
+  monkeypatch.setattr(context, '_squares', None)
+  assert_same(measure(config, MESHES[mesh]), expected)
 
 
 @pytest.mark.parametrize('mesh', ['fsdp', 'context_with_data', 'tensor'])

@@ -45,7 +45,7 @@ def prices(kind: str, config: RunConfig, tensor: int) -> Price:
     tensor: devices that share its heads.
   """
   model = config.model
-  if kind not in schedule.CORES or config.mesh.context > 1:
+  if kind not in schedule.CORES:
     return lambda kernel: None
   heads = max(1, model.heads // tensor)
   kv_heads = max(1, model.kv_heads // tensor)
@@ -64,7 +64,8 @@ def prices(kind: str, config: RunConfig, tensor: int) -> Price:
   if done.returncode:
     return lambda kernel: None
   known = json.loads(done.stdout.splitlines()[-1])
-  return lambda kernel: price(kernel, known)
+  whole = config.data.length if config.mesh.context > 1 else 0
+  return lambda kernel: price(kernel, known, whole)
 
 
 def _gate(config: RunConfig) -> str:
@@ -74,20 +75,24 @@ def _gate(config: RunConfig) -> str:
   return gate.granularity if fused else 'none'
 
 
-def price(kernel: Kernel, known: dict[str, Any]) -> float | None:
+def price(
+  kernel: Kernel, known: dict[str, Any], whole: int = 0
+) -> float | None:
   """Of a call, whose rows and heads its operands tell.
 
   Args:
     kernel: of a compiled program.
     known: cycles of one head in `attention`, of a token and so many heads in
       `rotation`, each forward and backward.
+    whole: length of a sequence that is split over devices; 0: it is not.
   """
   if kernel.name in ATTENTION:
     # The log-sum-exp, which both passes have.
     text = ' '.join((*kernel.operands, kernel.output))
-    sizes = re.search(r'f32\[(\d+),(\d+),1,\d+\]', text)
+    sizes = re.search(r'f32\[(\d+),(\d+),1,(\d+)\]', text)
     if sizes:
-      calls = int(sizes.group(1)) * int(sizes.group(2))
+      rows, heads, queries = map(int, sizes.groups())
+      calls = rows * heads * (_share(kernel, queries, whole) if whole else 1)
       return calls * known['attention'][ATTENTION[kernel.name]]
   if kernel.name in ROTATION:
     sizes = re.search(r'\[(\d+),(\d+),(\d+)\]', kernel.operands[0])
@@ -98,6 +103,19 @@ def price(kernel: Kernel, known: dict[str, Any]) -> float | None:
       tokens = int(sizes.group(1)) * int(sizes.group(2))
       return tokens * each[ROTATION[kernel.name]]
   return None
+
+
+def _share(kernel: Kernel, queries: int, whole: int) -> float:
+  """Of a causal head's squares, those that a call of one chunk computes.
+
+  A chunk with itself is half a square. With all keys it is as many as there
+  are chunks before it: of a device's two chunks, together all but one
+  (`gated_jax/ops/attention/context.py`).
+  """
+  keys = re.findall(r'bf16\[\d+,(\d+),\d+\]', ' '.join(kernel.operands))
+  chunks = whole / queries
+  alone = all(int(length) <= queries for length in keys)
+  return (1 if alone else chunks - 1) / chunks**2
 
 
 def rotation(

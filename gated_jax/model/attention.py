@@ -377,9 +377,9 @@ class GatedAttention(nn.Module):
       if parts == 1:
         return tuple(attend(query, key, value, gate, masking, spec))
       (axis,) = sharding.mesh_axes('length')
-      return tuple(
-        context.attend(attend, query, key, value, gate, masking, spec, axis)
-      )
+      arrays = (query, key, value, gate, masking, spec)
+      skips = api.first_choice(self.implementation) in api.SKIPS_HIDDEN
+      return tuple(context.attend(attend, *arrays, axis, skips=skips))
 
     rows = ('batch', 'length')
     kv_axes = ('batch', 'kv_length' if cached else 'length', 'kv_heads', None)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 from jaxtyping import Array
 from jaxtyping import Float
 
@@ -14,10 +13,7 @@ from gated_jax.ops.attention import api
 
 def on_tpu(implementation: str) -> bool:
   """Whether this is for a TPU: who asks for its kernels says so anywhere."""
-  kernels = set(api.PREFERENCE['tpu']) - set(api.PREFERENCE['cpu'])
-  return implementation in kernels or (
-    implementation == 'auto' and jax.default_backend() == 'tpu'
-  )
+  return api.NEEDS.get(api.first_choice(implementation)) == 'tpu'
 
 
 def norm_and_rotation(

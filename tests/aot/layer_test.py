@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 
+from gated_jax.aot import kernels
 from gated_jax.aot import layer
 from gated_jax.config import ModelConfig
 from gated_jax.ops.attention import api
@@ -53,3 +54,23 @@ def test_kernels_cost_what_their_calls_and_heads_say():
   kernels[0].name, kernels[1].name = 'splash_mha_fwd', 'splash_mha_dkv'
   found = prices.of(program, 'splash', 'none', 16)
   assert found == pytest.approx(heads * (2 * 20 + 50))
+
+
+def test_chunks_of_a_split_sequence_cost_their_squares():
+  parts, chunk, rows, heads = 4, 1024, 3, 2
+  whole = 2 * parts * chunk
+  lse = f'f32[{rows},{heads},1,{chunk}]'
+
+  def cycles(keys, batch):
+    kernel = types.SimpleNamespace(
+      name='gated_attention_forward',
+      operands=(f'bf16[{batch},{chunk},256]', f'bf16[{batch},{keys},128]'),
+      output=lse.replace(f'[{rows}', f'[{batch}'),
+    )
+    return kernels.price(kernel, {'attention': (64.0, 0.0)}, whole)
+
+  # Causal, the whole sequence is 32 squares of 2 cycles. Of these a device
+  # has 2 diagonal ones, which are halves, and 7 others in two calls.
+  assert cycles(chunk, 2 * rows) == rows * heads * 2 * 1.0
+  assert cycles(whole, rows) == rows * heads * 7
+  assert parts * (2 * 1 + 2 * 7) == 64

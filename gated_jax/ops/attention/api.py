@@ -37,6 +37,15 @@ PREFERENCE = {
 }
 # The only platform that each of these runs on.
 NEEDS = {'cudnn': 'gpu', 'splash': 'tpu', 'pallas_tpu': 'tpu'}
+# Those that do not compute what documents hide from one another.
+SKIPS_HIDDEN = ('pallas_tpu',)
+
+
+def first_choice(implementation: str) -> str:
+  """What 'auto' tries first here; any other name stands for itself."""
+  if implementation != 'auto':
+    return implementation
+  return PREFERENCE.get(jax.default_backend(), ('xla',))[0]
 
 
 def check_platform(implementation: str, platform: str) -> None:

@@ -30,7 +30,8 @@ class Case:
   causal: bool = True
   window: int = 0
   # 'none', 'packed' (several documents in each row, padding behind them),
-  # 'blind' (some queries share no document with any key).
+  # 'blind' (some queries share no document with any key), 'hidden' (a part of
+  # the keys belongs to the first row's only document, all others to none).
   segments: str = 'none'
   query_offset: bool = False
   gate: str = 'none'  # or 'elementwise', 'headwise'
@@ -95,6 +96,9 @@ class Case:
     kv = np.stack([_documents(self.keys, row) for row in range(self.B)])
     if self.segments == 'blind':
       query[:, self.T // 3 : self.T // 2] = 99
+    if self.segments == 'hidden':
+      query[:], kv[:] = 0, -1
+      kv[0, self.keys // 4 : self.keys // 2] = 0
     return Masking(
       jnp.asarray(query, jnp.int32),
       jnp.asarray(kv, jnp.int32),
@@ -127,6 +131,7 @@ CASES: dict[str, Case] = {
   'packed_window': Case(segments='packed', window=20, gate='headwise'),
   'blind': Case(segments='blind', **_GATED),
   'blind_full': Case(segments='blind', causal=False, gate='headwise'),
+  'hidden': Case(segments='hidden', causal=False, S=128, gate='headwise'),
   'offset': Case(T=16, S=64, query_offset=True, **_GATED),
   'offset_window': Case(T=16, S=64, query_offset=True, window=9),
   # Lengths.

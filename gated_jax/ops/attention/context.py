@@ -7,11 +7,15 @@ chunks there, for whoever lays out the batch.
 
 Each chunk attends to itself causally, and to all of every chunk before it.
 Chunk i has i before it and chunk 2 P - 1 - i the rest of 2 P - 1, so on every
-device the same number of equal squares is to be computed: one call, of a
-kernel that need not know about offsets, on a batch 2 P - 1 times as large.
-What the squares give is joined by their log-sum-exp, then gated. No product
-is computed twice or in vain. The price is memory: queries and outputs of all
-squares, as large as those of the whole sequence.
+device the same number of equal squares is to be computed, by a kernel that
+need not know about offsets. No product is computed twice or in vain:
+
+- A backend that leaves out what document numbers hide attends with each chunk
+  to all keys, of which those that are not before it belong to no document.
+- Any other has all squares as one batch, 2 P - 1 times as large. The price is
+  memory: queries and outputs of all squares are those of the whole sequence.
+
+The parts are joined by their log-sum-exp, then gated.
 
 With a window most squares would be empty. There both chunks attend to all
 keys, by a backend that takes offsets.
@@ -31,6 +35,9 @@ from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.gate import apply_gate
+
+# The document of keys that a chunk must not see. Documents count from 0.
+NOWHERE = -1
 
 
 def zigzag(length: int, parts: int) -> np.ndarray:
@@ -59,6 +66,8 @@ def attend(
   masking: Masking,
   spec: AttentionSpec,
   axis: str,
+  *,
+  skips: bool = False,
 ) -> Result:
   """Causal self-attention of this device's two chunks to all keys.
 
@@ -72,17 +81,14 @@ def attend(
     masking: its segments only.
     spec: causal.
     axis: the mesh axis that splits the sequence.
+    skips: whether function leaves out what segments hide.
   """
   if not spec.causal or masking.mask is not None:
     raise NotImplementedError(
       'a sequence split over devices is attended to causally, without a mask'
     )
-  form = _by_offset if spec.window else _by_squares
-  return form(function, (query, key, value), gate, masking, spec, axis)
-
-
-def _by_squares(function, inputs, gate, masking, spec, axis):
-  parts, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+  if spec.window:
+    return _by_offset(function, (query, key, value), gate, masking, spec, axis)
 
   def call(causal, q, k, v, ids, kv_ids):
     """Squares [C, B, t, ...], as one batch."""
@@ -96,12 +102,50 @@ def _by_squares(function, inputs, gate, masking, spec, axis):
     lse = jnp.swapaxes(lse, 1, 2)
     return output.reshape(q.shape), lse.reshape(q.shape[:-1])
 
-  halves = [
+  halves = tuple(
     None if x is None else jnp.stack(jnp.split(x, 2, axis=1))
-    for x in (*inputs, masking.query_segments)
-  ]
+    for x in (query, key, value, masking.query_segments)
+  )
+  diagonal = call(True, *halves, halves[3])
+  others = (_hidden if skips else _squares)(call, halves, axis)
+  output, lse = (
+    jnp.concatenate(list(x), axis=1) for x in _join(diagonal, *others)
+  )
+  if gate is None or spec.gate.model_dtype:
+    output = output.astype(query.dtype)
+  if gate is not None:
+    output = apply_gate(output, gate, spec.gate).astype(query.dtype)
+  return Result(output, jnp.swapaxes(lse, 1, 2) if spec.return_lse else None)
+
+
+def _hidden(call, halves, axis):
+  """Each half to all keys, of which those not before it are hidden."""
+  parts, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
   q, k, v, ids = halves
-  diagonal = call(True, q, k, v, ids, ids)
+  if ids is None:
+    ids = jnp.zeros(q.shape[:3], jnp.int32)
+
+  def whole(x):
+    """[2, B, t, ...] of this device to [B, S, ...] of all, as they lie."""
+    everyone = jax.lax.all_gather(x, axis, tiled=True)
+    everyone = jnp.moveaxis(everyone, 0, 1)
+    return everyone.reshape(x.shape[1], -1, *x.shape[3:])
+
+  keys, values, kv_ids = (whole(x) for x in (k, v, ids))
+  chunk = jnp.repeat(jnp.asarray(_order(parts)), q.shape[2])
+  found = []
+  for half, own in enumerate((index, 2 * parts - 1 - index)):
+    seen = jnp.where(chunk < own, kv_ids, NOWHERE)
+    arrays = (q[half], keys, values, ids[half], seen)
+    found.append(call(False, *(x[None] for x in arrays)))
+  output, lse = (jnp.concatenate(each) for each in zip(*found, strict=True))
+  return output, lse, None
+
+
+def _squares(call, halves, axis):
+  """All squares as one batch, and which of them are the second half's."""
+  parts, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+  q, k, v, ids = halves
   # Square j: the first chunk and chunk j of the keys, until that has no more
   # before it; then the second chunk and chunk j - index.
   j = jnp.arange(2 * parts - 1)
@@ -118,14 +162,8 @@ def _by_squares(function, inputs, gate, masking, spec, axis):
     everyone = jax.lax.all_gather(x, axis, tiled=True)
     return jnp.take(everyone, chunk, axis=0, mode='clip')
 
-  squares = call(False, queries(q), keys(k), keys(v), queries(ids), keys(ids))
-  output, lse = _join(diagonal, squares, second)
-  output, lse = (jnp.concatenate(list(x), axis=1) for x in (output, lse))
-  if gate is None or spec.gate.model_dtype:
-    output = output.astype(inputs[0].dtype)
-  if gate is not None:
-    output = apply_gate(output, gate, spec.gate).astype(inputs[0].dtype)
-  return Result(output, jnp.swapaxes(lse, 1, 2) if spec.return_lse else None)
+  found = call(False, queries(q), keys(k), keys(v), queries(ids), keys(ids))
+  return (*found, second)
 
 
 def _order(parts: int) -> list[int]:
@@ -142,11 +180,17 @@ def _choose(second: Array, x: Array) -> Array:
   return jnp.where(second.reshape(-1, *[1] * (x.ndim - 1)), x[1], x[0])
 
 
-def _join(diagonal, squares, second):
-  """Softmax over the parts of a row: outputs [2, B, t, N, H], lse without H."""
-  (own, own_lse), (others, lse) = diagonal, squares
+def _join(diagonal, output, lse, second):
+  """Softmax over the parts of a row: outputs [C, B, t, N, H], lse without H.
+
+  `second` says which half each part beside the diagonal's belongs to; None:
+  there is one for either.
+  """
+  own, own_lse = diagonal
 
   def per_half(reduce, x, nothing):
+    if second is None:
+      return x
     mask = second.reshape(-1, *[1] * (x.ndim - 1))
     return jnp.stack(
       [reduce(jnp.where(here, x, nothing), axis=0) for here in (~mask, mask)]
@@ -155,11 +199,11 @@ def _join(diagonal, squares, second):
   top = jnp.maximum(own_lse, per_half(jnp.max, lse, -jnp.inf))
   top = jax.lax.stop_gradient(top)
   own_weight = jnp.exp(own_lse - top)
-  weight = jnp.exp(lse - _choose(second, top))
+  weight = jnp.exp(lse - (top if second is None else _choose(second, top)))
   total = own_weight + per_half(jnp.sum, weight, 0.0)
-  weighted = others.astype(lse.dtype) * weight[..., None]
-  output = own * own_weight[..., None] + per_half(jnp.sum, weighted, 0.0)
-  return output / total[..., None], top + jnp.log(total)
+  weighted = output.astype(lse.dtype) * weight[..., None]
+  joined = own * own_weight[..., None] + per_half(jnp.sum, weighted, 0.0)
+  return joined / total[..., None], top + jnp.log(total)
 
 
 def _by_offset(function, inputs, gate, masking, spec, axis):

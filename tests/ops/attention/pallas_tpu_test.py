@@ -79,6 +79,10 @@ LONG = {
   'short window': (Case(B=1, T=768, N=1, K=1, window=30), {}),
   'full': (Case(B=1, T=512, N=1, K=1, causal=False), {}),
   'segments': (Case(B=1, T=512, N=1, K=1, segments='blind'), {}),
+  'hidden': (
+    Case(B=2, T=256, S=1024, N=1, K=1, causal=False, segments='hidden'),
+    {},
+  ),
   'packed': (
     Case(B=2, T=768, N=2, K=1, segments='packed', gate='headwise'),
     {},
