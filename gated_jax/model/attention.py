@@ -118,40 +118,11 @@ class GatedAttention(nn.Module):
     valid = jnp.ones(inputs_q.shape[:2], bool)
     if around.segments is not None:
       valid = around.segments != 0
-
-    def linear(name, x, heads, axis):
-      shape, axes = (x.shape[-1], heads, width), ('embed', axis, 'head_dim')
-      save_as = f'{name}_projection'
-      return Linear(shape, axes, save_as=save_as, name=name, **self._kinds)
-
-    def project(name, x, heads, axis):
-      y = linear(name, x, heads, axis)(x)
-      y = sharding.constrain(y, 'batch', 'length', axis, None)
-      return self._gated_at(name, y, x, axis, valid)
-
-    of_query = (heads, width), ('heads', 'head_dim')
-    query = project('query', inputs_q, heads, 'heads')
-    logits = None
-    if self._narrow_gate and inputs_k is inputs_q:
-      narrow = self._gate(inputs_q, *of_query, bare=True)
-      wide = linear('key', inputs_q, kv_heads, 'kv_heads')
-      key, logits = wide(inputs_q, narrow)
-      logits = checkpoint_name(logits, LOGITS_NAME)[..., None]
-    else:
-      key = project('key', inputs_k, kv_heads, 'kv_heads')
-    value = project('value', inputs_v, kv_heads, 'kv_heads')
-    query = self._turned(query, 'query_norm', 'heads', around.rotation)
-    key = self._turned(key, 'key_norm', 'kv_heads', around.rotation)
-    query, key, value = (
-      _named(x, name)
-      for x, name in ((query, 'query'), (key, 'key'), (value, 'value'))
+    (query, key, value), logits = self._projections(
+      (inputs_q, inputs_k, inputs_v), around.rotation, valid
     )
     if cache is not None and around.filled is not None:
       cache = extend(cache, key, value, around.filled)
-    if self.gate.position == 'sdpa_output' and self.gate.has_scores:
-      if logits is None:
-        logits = self._gate(inputs_q, *of_query)
-      self._sow_gate(logits, valid)
     quiet, pages = None, None
     if logits is not None and around.skip_below is not None:
       scores = self._scores(logits)
@@ -185,6 +156,47 @@ class GatedAttention(nn.Module):
     result = sharding.constrain(result, 'batch', 'length', None)
     result = self._gated_at('dense_output', result, inputs_q, None, valid)
     return result if cache is None else (result, cache)
+
+  def _projections(
+    self,
+    inputs: tuple[Array, Array, Array],
+    rotation: rope.Rotation | None,
+    valid: Array,
+  ) -> tuple[tuple[Array, Array, Array], Array | None]:
+    """Queries, keys and values as attention reads them; logits of its gate."""
+    inputs_q, inputs_k, inputs_v = inputs
+    heads, kv_heads, width = self._sizes(inputs_q.shape[-1])
+
+    def linear(name, x, heads, axis):
+      shape, axes = (x.shape[-1], heads, width), ('embed', axis, 'head_dim')
+      save_as = f'{name}_projection'
+      return Linear(shape, axes, save_as=save_as, name=name, **self._kinds)
+
+    def project(name, x, heads, axis):
+      y = linear(name, x, heads, axis)(x)
+      y = sharding.constrain(y, 'batch', 'length', axis, None)
+      return self._gated_at(name, y, x, axis, valid)
+
+    of_query = (heads, width), ('heads', 'head_dim')
+    query = project('query', inputs_q, heads, 'heads')
+    logits = None
+    if self._narrow_gate and inputs_k is inputs_q:
+      narrow = self._gate(inputs_q, *of_query, bare=True)
+      wide = linear('key', inputs_q, kv_heads, 'kv_heads')
+      key, logits = wide(inputs_q, narrow)
+      logits = checkpoint_name(logits, LOGITS_NAME)[..., None]
+    else:
+      key = project('key', inputs_k, kv_heads, 'kv_heads')
+    value = project('value', inputs_v, kv_heads, 'kv_heads')
+    if self.gate.position == 'sdpa_output' and self.gate.has_scores:
+      if logits is None:
+        logits = self._gate(inputs_q, *of_query)
+      self._sow_gate(logits, valid)
+    query = self._turned(query, 'query_norm', 'heads', rotation)
+    key = self._turned(key, 'key_norm', 'kv_heads', rotation)
+    named = zip((query, key, value), ('query', 'key', 'value'), strict=True)
+    query, key, value = (_named(x, name) for x, name in named)
+    return (query, key, value), logits
 
   def _sizes(self, width: int) -> tuple[int, int, int]:
     """(query heads, kv heads, width of a head)."""
@@ -377,7 +389,7 @@ class GatedAttention(nn.Module):
       if parts == 1:
         return tuple(attend(query, key, value, gate, masking, spec))
       (axis,) = sharding.mesh_axes('length')
-      arrays = (query, key, value, gate, masking, spec)
+      arrays = ((query, key, value), gate, masking, spec)
       skips = api.first_choice(self.implementation) in api.SKIPS_HIDDEN
       return tuple(context.attend(attend, *arrays, axis, skips=skips))
 

@@ -59,9 +59,9 @@ def zigzag(length: int, parts: int) -> np.ndarray:
 
 def attend(
   function: Callable[..., Result],
-  query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B T K H'],
-  value: Float[Array, 'B T K H'],
+  inputs: tuple[
+    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K H']
+  ],
   gate: Float[Array, 'B T N #H'] | None,
   masking: Masking,
   spec: AttentionSpec,
@@ -74,9 +74,7 @@ def attend(
   Args:
     function: (query, key, value, gate, masking, spec) -> Result. With a
       window it is given whole keys and a masking.query_offset.
-    query: this device's part, in zigzag order, as the other arrays.
-    key: likewise.
-    value: likewise.
+    inputs: query, key and value: this device's part, in zigzag order.
     gate: likewise.
     masking: its segments only.
     spec: causal.
@@ -88,7 +86,7 @@ def attend(
       'a sequence split over devices is attended to causally, without a mask'
     )
   if spec.window:
-    return _by_offset(function, (query, key, value), gate, masking, spec, axis)
+    return _by_offset(function, inputs, gate, masking, spec, axis)
 
   def call(causal, q, k, v, ids, kv_ids):
     """Squares [C, B, t, ...], as one batch."""
@@ -99,22 +97,24 @@ def attend(
       Masking(flat[3], flat[4], dropout_key=masking.dropout_key),
       dataclasses.replace(spec, causal=causal, return_lse=True),
     )
+    assert lse is not None
     lse = jnp.swapaxes(lse, 1, 2)
     return output.reshape(q.shape), lse.reshape(q.shape[:-1])
 
-  halves = tuple(
+  q, k, v, ids = (
     None if x is None else jnp.stack(jnp.split(x, 2, axis=1))
-    for x in (query, key, value, masking.query_segments)
+    for x in (*inputs, masking.query_segments)
   )
-  diagonal = call(True, *halves, halves[3])
+  halves = (q, k, v, ids)
+  diagonal = call(True, q, k, v, ids, ids)
   others = (_hidden if skips else _squares)(call, halves, axis)
   output, lse = (
     jnp.concatenate(list(x), axis=1) for x in _join(diagonal, *others)
   )
   if gate is None or spec.gate.model_dtype:
-    output = output.astype(query.dtype)
+    output = output.astype(inputs[0].dtype)
   if gate is not None:
-    output = apply_gate(output, gate, spec.gate).astype(query.dtype)
+    output = apply_gate(output, gate, spec.gate).astype(inputs[0].dtype)
   return Result(output, jnp.swapaxes(lse, 1, 2) if spec.return_lse else None)
 
 
