@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout
+from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
@@ -47,6 +49,25 @@ def normal(std: float) -> Any:
   return nn.initializers.normal(std) if std else nn.initializers.zeros
 
 
+@jax.custom_vjp
+def row_major(x: Array) -> Array:
+  """x, and its gradient, in memory row by row where this runs on a TPU.
+
+  Its compiler likes to lay products out with positions innermost, for the sake
+  of those that sum over positions. Kernels, scans and whatever works on rows
+  then begin with a copy.
+  """
+  pinned = Layout(tuple(range(x.ndim)))
+  return jax.lax.platform_dependent(
+    x,
+    tpu=lambda x: with_layout_constraint(x, pinned),
+    default=lambda x: x,
+  )
+
+
+row_major.defvjp(lambda x: (row_major(x), None), lambda _, d: (row_major(d),))
+
+
 def project(
   x: Float[Array, '...'],
   kernel: Float[Array, '...'],
@@ -57,7 +78,7 @@ def project(
   """x times kernel, over the last n axes of x and the first n of kernel.
 
   As a product of matrices, whatever axes there are: TPU compilers lay arrays
-  with heads in them out in other ways than kernels read them, and turn them.
+  with heads in them out in other ways than kernels read them.
 
   Args:
     x: what is projected.
@@ -75,7 +96,7 @@ def project(
     (((len(rows),), (0,)), ((), ())),
   )
   y = checkpoint_name(y, name) if name else y
-  return y.reshape(*rows, *outputs)
+  return row_major(y).reshape(*rows, *outputs)
 
 
 @jax.custom_vjp
@@ -133,7 +154,7 @@ class Linear(nn.Module):
     dtype = jnp.dtype(self.dtype)
     matrix = kernel.astype(dtype).reshape(x.shape[-1], -1)
     y, other = project_both(x.astype(dtype), matrix, beside.astype(dtype))
-    y = checkpoint_name(y, self.save_as)
+    y = row_major(checkpoint_name(y, self.save_as))
     return y.reshape(*x.shape[:-1], *kernel.shape[1:]), other
 
 
