@@ -90,11 +90,10 @@ def project(
   dtype = jnp.dtype(dtype)
   rows, outputs = x.shape[: x.ndim - n], kernel.shape[n:]
   matrix = kernel.astype(dtype).reshape(-1, math.prod(outputs))
-  y = jax.lax.dot_general(
-    x.astype(dtype).reshape(*rows, matrix.shape[0]),
-    matrix,
-    (((len(rows),), (0,)), ((), ())),
-  )
+  flat = x.astype(dtype).reshape(*rows, matrix.shape[0])
+  if n > 1:  # heads, from a kernel and to one
+    flat = row_major(flat)
+  y = jax.lax.dot_general(flat, matrix, (((len(rows),), (0,)), ((), ())))
   y = checkpoint_name(y, name) if name else y
   return row_major(y).reshape(*rows, *outputs)
 
