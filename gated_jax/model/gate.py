@@ -63,15 +63,16 @@ class Gate(nn.Module):
       x = x[..., : c.channels] if c.channels else x
       # A few channels are too few to be split over devices.
       into = None if c.channels else 'embed'
+      axes = (into, *axes)
       kernel = parameter(
         self,
         'kernel',
         (x.shape[-1], *shape),
-        (into, *axes),
+        axes,
         init=normal(std),
         dtype=self.param_dtype,
       )
       if bare:
         return kernel
-      logits = project(x, kernel, self.dtype, name=LOGITS_NAME)
+      logits = project(x, kernel, axes, self.dtype, name=LOGITS_NAME)
     return logits[..., None] if headwise else logits

@@ -4,6 +4,7 @@ Every parameter carries the logical axes that `gated_jax/sharding.py` places
 it by. Parameters are kept in one dtype and used in another.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from jaxtyping import Int
 from gated_jax.config import ModelConfig
 from gated_jax.ops import embed as ops
 from gated_jax.sharding import Axes
+from gated_jax.sharding import axis_size
 from gated_jax.sharding import constrain
 from gated_jax.sharding import mesh_axes
 from gated_jax.sharding import per_device
@@ -49,28 +51,43 @@ def normal(std: float) -> Any:
   return nn.initializers.normal(std) if std else nn.initializers.zeros
 
 
-@jax.custom_vjp
-def row_major(x: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def row_major(x: Float[Array, '...'], axis: str | None) -> Float[Array, '...']:
   """x, and its gradient, in memory row by row where this runs on a TPU.
 
   Its compiler likes to lay products out with positions innermost, for the sake
   of those that sum over positions. Kernels, scans and whatever works on rows
   then begin with a copy.
+
+  Args:
+    x: [B, T, M]; any other shape stays as it is.
+    axis: what M is called; None: it is on every device.
   """
-  pinned = Layout(tuple(range(x.ndim)))
-  return jax.lax.platform_dependent(
-    x,
-    tpu=lambda x: with_layout_constraint(x, pinned),
-    default=lambda x: x,
-  )
+  if x.ndim != 3:
+    return x
+
+  def pin(x):
+    return jax.lax.platform_dependent(
+      x,
+      tpu=lambda x: with_layout_constraint(x, Layout((0, 1, 2))),
+      default=lambda x: x,
+    )
+
+  # The partitioner would gather what such a constraint is about.
+  axes = ('batch', 'length', axis)
+  return per_device(pin, (axes,), axes)(x)
 
 
-row_major.defvjp(lambda x: (row_major(x), None), lambda _, d: (row_major(d),))
+row_major.defvjp(
+  lambda x, axis: (row_major(x, axis), None),
+  lambda axis, _, d: (row_major(d, axis),),
+)
 
 
 def project(
   x: Float[Array, '...'],
   kernel: Float[Array, '...'],
+  axes: Axes,
   dtype: Any,
   n: int = 1,
   name: str = '',
@@ -83,6 +100,7 @@ def project(
   Args:
     x: what is projected.
     kernel: its matrix.
+    axes: what the kernel's are called.
     dtype: of the product.
     n: axes that are summed over.
     name: of the result, for remat policies; '': none.
@@ -92,10 +110,17 @@ def project(
   matrix = kernel.astype(dtype).reshape(-1, math.prod(outputs))
   flat = x.astype(dtype).reshape(*rows, matrix.shape[0])
   if n > 1:  # heads, from a kernel and to one
-    flat = row_major(flat)
+    flat = row_major(flat, _split(axes[0], kernel.shape[0]))
   y = jax.lax.dot_general(flat, matrix, (((len(rows),), (0,)), ((), ())))
   y = checkpoint_name(y, name) if name else y
-  return row_major(y).reshape(*rows, *outputs)
+  return row_major(y, _split(axes[n], kernel.shape[n])).reshape(*rows, *outputs)
+
+
+def _split(name: str | None, size: int) -> str | None:
+  """What splits an activation's last axis, where a kernel has this one."""
+  if name in (None, 'embed') or size % axis_size(name):
+    return None
+  return name
 
 
 @jax.custom_vjp
@@ -149,11 +174,14 @@ class Linear(nn.Module):
       dtype=self.param_dtype,
     )
     if beside is None:
-      return project(x, kernel, self.dtype, self.inputs, self.save_as)
+      return project(
+        x, kernel, self.axes, self.dtype, self.inputs, self.save_as
+      )
     dtype = jnp.dtype(self.dtype)
     matrix = kernel.astype(dtype).reshape(x.shape[-1], -1)
     y, other = project_both(x.astype(dtype), matrix, beside.astype(dtype))
-    y = row_major(checkpoint_name(y, self.save_as))
+    y = checkpoint_name(y, self.save_as)
+    y = row_major(y, _split(self.axes[1], kernel.shape[1]))
     return y.reshape(*x.shape[:-1], *kernel.shape[1:]), other
 
 
