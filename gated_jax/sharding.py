@@ -36,6 +36,9 @@ Axes = tuple[str | None, ...]
 RULES: dict[str, tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
   'length': ('context',),
+  # Of what layers add to: between products, which split heads or channels,
+  # tensor devices would all work on the same tokens.
+  'residual_length': ('context', 'tensor'),
   'kv_length': (),
   'layers': (),
   # Of parameters. An activation's width is not split and goes by None.

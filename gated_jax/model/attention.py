@@ -153,7 +153,7 @@ class GatedAttention(nn.Module):
       name='out',
       **self._kinds,
     )(output)
-    result = sharding.constrain(result, 'batch', 'length', None)
+    result = sharding.constrain(result, 'batch', 'residual_length', None)
     result = self._gated_at('dense_output', result, inputs_q, None, valid)
     return result if cache is None else (result, cache)
 

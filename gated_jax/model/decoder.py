@@ -136,7 +136,8 @@ class Layer(nn.Module):
       y = norm(c, name)(y)
     if c.dropout:
       y = nn.Dropout(c.dropout, deterministic=call.deterministic)(y)
-    return sharding.constrain(x + y.astype(x.dtype), 'batch', 'length', None)
+    x = x + y.astype(x.dtype)
+    return sharding.constrain(x, 'batch', 'residual_length', None)
 
   def _attention(self) -> GatedAttention:
     c = self.config
@@ -324,7 +325,8 @@ class Decoder(nn.Module):
     around = Surroundings(rotation, segments, index, skip_below)
     valid = None if segments is None else segments != 0
     call = Call(around, valid, deterministic)
-    x = sharding.constrain(self.embed(tokens), 'batch', 'length', None)
+    x = self.embed(tokens)
+    x = sharding.constrain(x, 'batch', 'residual_length', None)
     caches = None if cache is None else cache.layers
     if c.scan:
       x, (caches, extras) = self.layers(x, caches, call)

@@ -74,7 +74,8 @@ def row_major(x: Float[Array, '...'], axis: str | None) -> Float[Array, '...']:
     )
 
   # The partitioner would gather what such a constraint is about.
-  axes = ('batch', 'length', axis)
+  length = 'length' if axis else 'residual_length'
+  axes = ('batch', length, axis)
   return per_device(pin, (axes,), axes)(x)
 
 

@@ -230,7 +230,7 @@ ENTRY %main (z: f32[8]) -> f32[8] {
 
 
 def test_an_attribute_may_go_on_in_lines_that_begin_with_a_bracket():
-  text = '''HloModule m, num_partitions=1
+  text = """HloModule m, num_partitions=1
 
 ENTRY %main (a: bf16[8]) -> bf16[8] {
   %a = bf16[8]{0} parameter(0)
@@ -239,7 +239,7 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
 }}, metadata={op_name="x"}, backend_config={"estimated_cycles":"5"}
   ROOT %c = bf16[8]{0} copy(%b), backend_config={"estimated_cycles":"7"}
 }
-'''
+"""
   program = Program(text)
   assert program.cycles == 12
   assert program.visits[1].instruction.op_name == 'x'

@@ -46,7 +46,7 @@ def test_what_fits_is_shown_with_its_flags_quickest_first():
   # Four rows at half the speed beat one.
   assert (choice.mesh.tensor, choice.remat) == (1, 'full')
   assert report.compiled.config.data.batch == 4 * len(POD)
-  title, first, *rest = search.table(found).splitlines()
+  _, first, *rest = search.table(found).splitlines()
   assert len(rest) == len(found) - 1
   assert first.split()[:3] == ['2,000', '20.0%', '4.00']
   assert '--config.mesh.fsdp=16' in first and '--config.data.batch=64' in first
