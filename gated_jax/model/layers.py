@@ -61,7 +61,7 @@ def row_major(x: Float[Array, '...'], axis: str | None) -> Float[Array, '...']:
 
   Args:
     x: [B, T, M]; any other shape stays as it is.
-    axis: what M is called; None: it is on every device.
+    axis: what M is called; None: it is on every device, as 'embed' is.
   """
   if x.ndim != 3:
     return x
@@ -74,8 +74,9 @@ def row_major(x: Float[Array, '...'], axis: str | None) -> Float[Array, '...']:
     )
 
   # The partitioner would gather what such a constraint is about.
-  length = 'length' if axis else 'residual_length'
-  axes = ('batch', length, axis)
+  axes: Axes = ('batch', 'length', axis)
+  if axis == 'embed':
+    axes = ('batch', 'residual_length', None)
   return per_device(pin, (axes,), axes)(x)
 
 
@@ -119,9 +120,8 @@ def project(
 
 def _split(name: str | None, size: int) -> str | None:
   """What splits an activation's last axis, where a kernel has this one."""
-  if name in (None, 'embed') or size % axis_size(name):
-    return None
-  return name
+  whole = name is None or (name != 'embed' and size % axis_size(name))
+  return None if whole else name
 
 
 @jax.custom_vjp

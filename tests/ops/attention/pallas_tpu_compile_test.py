@@ -183,24 +183,30 @@ def test_on_a_mesh_only_projections_and_shared_heads_need_the_others():
     (8, lines[1 : starts[1]]),
     (2, lines[starts[1] + 1 :]),
   ):
-    width = 0
+    whole = []  # of what has the width of x
     for axis, kind, shapes in found:
       arrays = re.findall(r'\w+\[([\d,]*)\]', shapes)
       if axis == 'data':  # gradients of weights, and the loss
         assert kind == 'all-reduce'
         assert all(not a or a.split(',')[0] != '2' for a in arrays)
         continue
+      if axis == 'data,tensor':
+        assert shapes == 'f32[]'  # the loss, of tokens that are split
+        continue
       assert axis == 'tensor'
       for array in arrays:
-        if array == '2,1024,512':  # what `out` and the gradient of x sum
-          assert kind == 'all-reduce'
-          width += 1
+        if array == '2,1024,512':
+          whole.append(kind)
         else:
           # Keys and values, where there are fewer of them than devices: each
           # device has those of its queries, and their gradients are summed.
           assert kv_heads == 2
           assert re.fullmatch(r'2,1024,[12],128', array), array
-    assert 2 <= width <= 3
+    # Devices with the same rows share their tokens around the layer: what
+    # `out` sums is cut, and its gradient gathered. That of x is a sum.
+    forward, gradient, *sums = whole
+    assert (forward, gradient) == ('reduce-scatter', 'all-gather')
+    assert 1 <= len(sums) <= 2 and {*sums} <= {'all-reduce', 'reduce-scatter'}
 
 
 @pytest.mark.long
