@@ -101,3 +101,29 @@ def test_linear_maps_contract_as_many_axes_as_told():
   np.testing.assert_allclose(
     found.reshape(6, 7), expected, rtol=1e-4, atol=1e-5
   )
+
+
+def test_row_by_row_is_the_same_array_with_the_same_gradient():
+  def scaled(x):
+    return 3 * layers.row_major(x, 'mlp')
+
+  found, pull = jax.vjp(jax.jit(scaled), X)
+  np.testing.assert_array_equal(found, 3 * X)
+  np.testing.assert_array_equal(pull(X)[0], 3 * X)
+
+
+def test_a_product_for_two_matrices_has_the_gradients_of_both():
+  rng = np.random.default_rng(2)
+  wide, narrow = rng.normal(size=(6, 7)), rng.normal(size=(6, 2))
+  d_wide, d_narrow = rng.normal(size=(2, 3, 7)), rng.normal(size=(2, 3, 2))
+  x = np.float64(X)
+  with jax.enable_x64(True):
+    found, pull = jax.vjp(layers.project_both, x, wide, narrow)
+    d_x, *d_matrices = pull((d_wide, d_narrow))
+  np.testing.assert_allclose(found[0], x @ wide, rtol=1e-12)
+  np.testing.assert_allclose(found[1], x @ narrow, rtol=1e-12)
+  expected = d_wide @ wide.T + d_narrow @ narrow.T
+  np.testing.assert_allclose(d_x, expected, rtol=1e-12)
+  for matrix, d in zip(d_matrices, (d_wide, d_narrow), strict=True):
+    expected = np.einsum('btd,btm->dm', x, d)
+    np.testing.assert_allclose(matrix, expected, rtol=1e-12)
