@@ -224,10 +224,9 @@ def _lines(text: str) -> Iterator[tuple[str, bool, str]]:
       header = _HEADER.match(raw)
       if header:
         computation, entry = header.group(2), bool(header.group(1))
-    elif _FOOTER.match(raw) or _INSTRUCTION.match(raw):
+    elif (closed := _FOOTER.match(raw)) or _INSTRUCTION.match(raw):
       if line:
         yield computation, entry, line
-      closed = bool(_FOOTER.match(raw))
       line = '' if closed else raw
       if closed:
         computation = ''

@@ -73,4 +73,6 @@ def test_chunks_of_a_split_sequence_cost_their_squares():
   # has 2 diagonal ones, which are halves, and 7 others in two calls.
   assert cycles(chunk, 2 * rows) == rows * heads * 2 * 1.0
   assert cycles(whole, rows) == rows * heads * 7
-  assert parts * (2 * 1 + 2 * 7) == 64
+  # All devices together compute the whole, and nothing twice.
+  each = cycles(chunk, 2 * rows) + 2 * cycles(whole, rows)
+  assert parts * each == rows * heads * 64
