@@ -146,7 +146,7 @@ def _compile(run: Callable, arguments: tuple[Any, Any], device: Any) -> Program:
   placed = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
   )
-  options = build.COMPILER_OPTIONS.get(device.device_kind)
+  options = build.compiler_options(device.device_kind)
   step = jax.jit(both, compiler_options=options)
   compiled = step.lower(*placed, placed[1]).compile()
   text = compiled.as_text()

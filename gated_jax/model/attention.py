@@ -177,20 +177,23 @@ class GatedAttention(nn.Module):
       y = sharding.constrain(y, 'batch', 'length', axis, None)
       return self._gated_at(name, y, x, axis, valid)
 
-    of_query = (heads, width), ('heads', 'head_dim')
+    g, of_query = self.gate, ((heads, width), ('heads', 'head_dim'))
     query = project('query', inputs_q, heads, 'heads')
     logits = None
+    after_attention = g.position == 'sdpa_output' and g.has_scores
     if self._narrow_gate and inputs_k is inputs_q:
       narrow = self._gate(inputs_q, *of_query, bare=True)
       wide = linear('key', inputs_q, kv_heads, 'kv_heads')
       key, logits = wide(inputs_q, narrow)
       logits = checkpoint_name(logits, LOGITS_NAME)[..., None]
     else:
+      # Backward adds up the gradients of x in the reverse of this order. The
+      # sum costs nothing on a product as wide as the gate's.
+      if after_attention:
+        logits = self._gate(inputs_q, *of_query)
       key = project('key', inputs_k, kv_heads, 'kv_heads')
     value = project('value', inputs_v, kv_heads, 'kv_heads')
-    if self.gate.position == 'sdpa_output' and self.gate.has_scores:
-      if logits is None:
-        logits = self._gate(inputs_q, *of_query)
+    if logits is not None:
       self._sow_gate(logits, valid)
     query = self._turned(query, 'query_norm', 'heads', rotation)
     key = self._turned(key, 'key_norm', 'kv_heads', rotation)
