@@ -9,6 +9,10 @@ estimate for everything outside kernels, and for attention's their schedules
 inside, once with JAX's splash and the gate after it, differentiated by JAX.
 Nothing is run.
 
+Weights are float32, as parameters are, and are cast. --weights=bfloat16 leaves
+that out, as it nearly is on a pod, where each device casts its share of them
+before they are gathered.
+
 What a gate costs beyond its own projection is the layer's cycles less those of
 the layer without one, less the FLOPs of that projection over the matrix units'
 rate. The last column is what is saved for backward, per token.
@@ -208,14 +212,12 @@ def prices(kind: str) -> Prices:
 
 
 def costs(
-  backend: str, remat: str, device: Any, price: Prices
+  backend: str, plain: ModelConfig, device: Any, price: Prices
 ) -> Iterator[tuple[str, Cost]]:
   """Of a layer with each gate."""
   name, instead = KERNELS[backend]
   for gate, gate_config in GATES.items():
-    config = ModelConfig(
-      depth=1, length=LENGTH, gate=gate_config, remat=remat, attention=name
-    )
+    config = dataclasses.replace(plain, gate=gate_config, attention=name)
     with mock.patch.dict(api.BACKENDS, instead):
       run, arguments = layer(config)
       program = _compile(run, arguments, device)
@@ -224,7 +226,9 @@ def costs(
     yield gate, Cost(program.cycles, inside, program.flops, saved)
 
 
-def table(kind: str, backends: list[str], policies: list[str]) -> None:
+def table(
+  kind: str, backends: list[str], policies: list[str], weights: str
+) -> None:
   """Prints it, a line as soon as it is known."""
   device = open_topology(schedule.CORES[kind].topology)[0]
   rate = chip_of([device]).flops_per_cycle
@@ -232,8 +236,8 @@ def table(kind: str, backends: list[str], policies: list[str]) -> None:
   bench.use_blocks_of(kind)
   print('ESTIMATES by the TPU compiler: no TPU was used.')
   print(
-    f'{kind}, {ROWS} x {LENGTH} tokens, million cycles of a layer forward and '
-    'backward'
+    f'{kind}, {ROWS} x {LENGTH} tokens, {weights} weights, million cycles of a '
+    'layer forward and backward'
   )
   print(
     f'{"":<44}{"XLA":>8}{"kernels":>9}{"both":>8}{"FLOPs of":>10}'
@@ -245,7 +249,10 @@ def table(kind: str, backends: list[str], policies: list[str]) -> None:
   )
   for backend, remat in itertools.product(backends, policies):
     plain = None
-    for gate, cost in costs(backend, remat, device, price):
+    config = ModelConfig(
+      depth=1, length=LENGTH, remat=remat, param_dtype=weights
+    )
+    for gate, cost in costs(backend, config, device, price):
       plain = plain or cost
       own = (cost.flops - plain.flops) / rate
       beyond = cost.cycles - plain.cycles - own
@@ -267,14 +274,16 @@ def main(arguments: list[str]) -> int:
   parser.add_argument('--target', default='v5e', choices=schedule.CORES)
   parser.add_argument('--attention', nargs='*', choices=KERNELS)
   parser.add_argument('--remat', nargs='*', choices=REMAT)
+  parser.add_argument(
+    '--weights', default='float32', choices=('float32', 'bfloat16')
+  )
   parser.add_argument('--dumps', default='', help=argparse.SUPPRESS)
   flags = parser.parse_args(arguments)
   if flags.dumps:
     _write_prices(flags.target, pathlib.Path(flags.dumps))
   else:
-    table(
-      flags.target, flags.attention or list(KERNELS), flags.remat or list(REMAT)
-    )
+    backends = flags.attention or list(KERNELS)
+    table(flags.target, backends, flags.remat or list(REMAT), flags.weights)
   return 0
 
 

@@ -130,19 +130,21 @@ def project_both(
   wide: Float[Array, 'D M'],
   narrow: Float[Array, 'D m'],
 ) -> tuple[Float[Array, 'B T M'], Float[Array, 'B T m']]:
-  """x times either matrix; one product makes the gradient of x.
+  """x times either matrix; one product makes each gradient of both.
 
   A narrow matrix makes as large a gradient of x as a wide one does. By itself
-  it takes longer to write and to add than to multiply.
+  it takes longer to write and to add than to multiply; and for the gradient of
+  the matrix, all of x is read.
   """
   return x @ wide, x @ narrow
 
 
 def _project_both_backward(saved, grads):
   x, *matrices = saved
-  d_x = jnp.concatenate(grads, -1) @ jnp.concatenate(matrices, -1).T
-  tokens = ((0, 1), (0, 1))
-  return d_x, *(jax.lax.dot_general(x, d, (tokens, ((), ()))) for d in grads)
+  d_both = jnp.concatenate(grads, -1)
+  d_x = d_both @ jnp.concatenate(matrices, -1).T
+  d_matrix = jax.lax.dot_general(x, d_both, (((0, 1), (0, 1)), ((), ())))
+  return d_x, *jnp.split(d_matrix, [matrices[0].shape[-1]], -1)
 
 
 project_both.defvjp(

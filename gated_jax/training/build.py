@@ -50,7 +50,7 @@ OVERLAP = {
   'xla_tpu_prefer_async_allgather_to_allreduce': 'true',
 }
 # More of the fast memory for a product's own tiles: it then reads its operands
-# seldom enough to be bound by the matrix units. What is left holds whole arrays.
+# seldom enough to be bound by the matrix units. The rest holds whole arrays.
 TILES_KIB = {'TPU v5 lite': 40960, 'TPU v5': 32768, 'TPU v6 lite': 40960}
 
 

@@ -4,7 +4,8 @@ Each must fit, run the attention kernels, hold no large array on every device,
 and gather nothing but what is listed here: of weights one layer's at a time
 and the embedding; with the sequence split, keys, values and document numbers
 of one layer; with heads split, what a layer's products read. Activations that
-are gathered elsewhere, or all layers' weights at once, would show.
+are gathered elsewhere, or all layers' weights at once, would show. Where only
+fsdp splits anything, layers' weights are gathered while something computes.
 """
 
 import dataclasses
@@ -87,7 +88,9 @@ def allowed(report):
   compiled = report.compiled
   sizes = dict(compiled.mesh.shape)
   model, data = compiled.config.model, compiled.config.data
-  weights = set()
+  # Keys and a headwise gate share a product of backward.
+  joined = model.width * (model.kv_heads * model.head_dim + model.heads)
+  weights = {joined} if model.gate.granularity == 'headwise' else set()
   for path, x in _leaves(compiled.state.params):
     whole = elements(x.shape[1:] if 'layers' in path else x.shape)
     # Split by meaning (heads, experts), it stays split.
@@ -136,6 +139,19 @@ def unexpected(report):
   return found
 
 
+def gathered_beside_computing(report):
+  """Bytes of asynchronous gathers, over those of all layers' weights."""
+  layers = report.compiled.state.params['layers']
+  kind = jax.numpy.dtype(report.compiled.config.model.dtype)
+  whole = kind.itemsize * sum(x.size for x in jax.tree.leaves(layers))
+  traffic = report.prediction.traffic
+  return sum(
+    t.payload / whole
+    for t in traffic
+    if t.kind == 'all-gather' and t.asynchronous
+  )
+
+
 def check(pod):
   config = config_of(pod)
   devices = open_topology(pod.topology)
@@ -147,6 +163,9 @@ def check(pod):
     assert any(kernel in name for name in names), (kernel, names)
   assert unexpected(report) == []
   assert replicated(report.compiled.state, least=SMALL) == []
+  if pod.train and dict(report.compiled.mesh.shape)['fsdp'] == len(devices):
+    # Forward and backward; what begins a layer has nothing to run beside.
+    assert gathered_beside_computing(report) > 1.9
 
 
 @pytest.mark.long
