@@ -1,7 +1,8 @@
-"""Spares machines without a TPU the search for one.
+"""What the TPU's compiler is told, and where there is no TPU to look for.
 
 Where libtpu is installed and no TPU is there, looking for one prints alarming
-lines. Programs call this before they touch a device; libraries do not.
+lines. Programs call `skip_absent_tpu` before they touch a device; libraries do
+not.
 """
 
 import glob
@@ -12,6 +13,25 @@ import pathlib
 import jax
 
 GOOGLE = '0x1ae0'  # as PCI vendor
+
+# Gathers beside computing: by itself v6e's compiler waits for each of them, and
+# v5p's makes them all-reduces of zeros, of twice the bytes.
+OVERLAP = {
+  'xla_enable_async_all_gather': 'true',
+  'xla_tpu_enable_async_collective_fusion': 'true',
+  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': 'true',
+  'xla_tpu_prefer_async_allgather_to_allreduce': 'true',
+}
+# More of the fast memory for a product's own tiles: it then reads its operands
+# seldom enough to be bound by the matrix units. The rest holds whole arrays.
+TILES_KIB = {'TPU v5 lite': 40960, 'TPU v5': 32768, 'TPU v6 lite': 40960}
+
+
+def compiler_options(kind: str) -> dict[str, str] | None:
+  """Of programs for whole models; by a device's `device_kind`."""
+  if kind not in TILES_KIB:
+    return None
+  return {'xla_tpu_scoped_vmem_limit_kib': str(TILES_KIB[kind]), **OVERLAP}
 
 
 def has_tpu_chip() -> bool:

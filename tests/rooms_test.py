@@ -25,11 +25,11 @@ ROOMS = {
   ),
   'model': ('config ops sharding', 'jax numpy jaxtyping flax'),
   'evals': (
-    'config ops sharding model',
+    'config ops platform sharding model',
     'jax numpy jaxtyping flax matplotlib lm_eval',
   ),
   'training': (
-    'config ops sharding data model evals',
+    'config ops platform sharding data model evals',
     'jax numpy jaxtyping flax optax orbax tqdm tensorboardX wandb',
   ),
   'decode': (
@@ -41,7 +41,7 @@ ROOMS = {
     'jax numpy flax absl ml_dtypes safetensors torch',
   ),
   'aot': (
-    'config ops sharding model evals training',
+    'config ops platform sharding model evals training',
     'jax numpy absl ml_collections',
   ),
   'bench': (

@@ -121,7 +121,8 @@ def _compile(config: RunConfig, devices: list[Any], train: bool) -> Compiled:
       compiled = step.lower(state, batch).compile()
     else:
       state = state.replace(opt_state=())
-      compiled = likelihood.sums.lower(model, state.params, batch).compile()
+      sums = likelihood.sums_on(devices[0].device_kind)
+      compiled = sums.lower(model, state.params, batch).compile()
   parameters = shard_bytes(state.params)
   memory = Memory(
     parameters=parameters,

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from gated_jax.platform import compiler_options
+
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
@@ -66,6 +68,9 @@ def evaluate(
     batches: finite.
     text_bytes: that the targets of all batches stand for; 0: not known.
   """
+  arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+  kinds = {d.device_kind for x in arrays[:1] for d in x.devices()}
+  sums = sums_on(''.join(kinds))
   # Read one batch behind: the next is on its way while the host adds.
   found = [sums(model, params, batch) for batch in batches]
   nats = sum((float(nll) for nll, _ in found), 0.0)
@@ -73,12 +78,22 @@ def evaluate(
   return Likelihood(nats, tokens, text_bytes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def sums(
-  model: nn.Module, params: Any, batch: dict[str, Any]
-) -> tuple[jax.Array, jax.Array]:
-  """Nats of one batch's tokens, and the tokens."""
-  found: Any = model.apply(
-    {'params': params}, batch, method='loss', deterministic=True
+@functools.cache
+def sums_on(kind: str) -> Any:
+  """(model, params, batch) to nats of its tokens, and the tokens.
+
+  Args:
+    kind: of the devices, as they name it.
+  """
+
+  def sums(
+    model: nn.Module, params: Any, batch: dict[str, Any]
+  ) -> tuple[jax.Array, jax.Array]:
+    found: Any = model.apply(
+      {'params': params}, batch, method='loss', deterministic=True
+    )
+    return found.nll * found.weight, found.weight
+
+  return jax.jit(
+    sums, static_argnums=0, compiler_options=compiler_options(kind)
   )
-  return found.nll * found.weight, found.weight

@@ -26,6 +26,7 @@ from gated_jax.data.pipeline import make_pipeline
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
+from gated_jax.platform import compiler_options
 from gated_jax.training.checkpoint import Checkpoints
 from gated_jax.training.checkpoint import gather
 from gated_jax.training.checkpoint import load_parameters
@@ -40,25 +41,6 @@ from gated_jax.training.step import TrainState
 from gated_jax.training.step import make_init
 from gated_jax.training.step import make_step
 from gated_jax.training.step import state_shardings
-
-# Gathers beside computing, for the TPU's compiler: by itself v6e's waits for
-# each of them, and v5p's makes them all-reduces of zeros, of twice the bytes.
-OVERLAP = {
-  'xla_enable_async_all_gather': 'true',
-  'xla_tpu_enable_async_collective_fusion': 'true',
-  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': 'true',
-  'xla_tpu_prefer_async_allgather_to_allreduce': 'true',
-}
-# More of the fast memory for a product's own tiles: it then reads its operands
-# seldom enough to be bound by the matrix units. The rest holds whole arrays.
-TILES_KIB = {'TPU v5 lite': 40960, 'TPU v5': 32768, 'TPU v6 lite': 40960}
-
-
-def compiler_options(kind: str) -> dict[str, str] | None:
-  """What the compiler of this kind of device is told about a step."""
-  if kind not in TILES_KIB:
-    return None
-  return {'xla_tpu_scoped_vmem_limit_kib': str(TILES_KIB[kind]), **OVERLAP}
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ import math
 import jax
 import pytest
 
+from gated_jax import platform
 from gated_jax.aot import hlo
 from gated_jax.aot.chips import open_topology
 from gated_jax.aot.program import mesh_axes
@@ -22,7 +23,6 @@ from gated_jax.aot.report import describe
 from gated_jax.aot.report import examine
 from gated_jax.aot.report import replicated
 from gated_jax.config import from_dict
-from gated_jax.training import build
 
 pytest.importorskip('libtpu')
 # One to five minutes where nothing else runs; many where much does.
@@ -172,7 +172,8 @@ def check(pod):
 @pytest.mark.parametrize('name', EVERY_RUN)
 def test_a_step_compiles_and_fits_its_pod(name, monkeypatch):
   # Smaller tiles in the products: half the time to compile, the same arrays.
-  monkeypatch.setattr(build, 'compiler_options', lambda kind: build.OVERLAP)
+  small = dict.fromkeys(platform.TILES_KIB, 16384)
+  monkeypatch.setattr(platform, 'TILES_KIB', small)
   check(PODS[name])
 
 
