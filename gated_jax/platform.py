@@ -14,24 +14,20 @@ import jax
 
 GOOGLE = '0x1ae0'  # as PCI vendor
 
-# Gathers beside computing: by itself v6e's compiler waits for each of them, and
-# v5p's makes them all-reduces of zeros, of twice the bytes.
-OVERLAP = {
-  'xla_enable_async_all_gather': 'true',
-  'xla_tpu_enable_async_collective_fusion': 'true',
-  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': 'true',
-  'xla_tpu_prefer_async_allgather_to_allreduce': 'true',
+# What the compiler is told about a model's programs, by `device_kind`. More of
+# the fast memory for a product's own tiles: it then reads its operands seldom
+# enough to be bound by the matrix units; the rest holds whole arrays. On v5e,
+# where gathers run beside products, that all should: small ones became
+# all-reduces of zeros. docs/tpu.md says why v5p and v6e have no such option.
+TILES = 'xla_tpu_scoped_vmem_limit_kib'
+COMPILER_OPTIONS: dict[str, dict[str, str]] = {
+  'TPU v5 lite': {
+    TILES: '40960',
+    'xla_tpu_prefer_async_allgather_to_allreduce': 'true',
+  },
+  'TPU v5': {TILES: '32768'},
+  'TPU v6 lite': {TILES: '40960'},
 }
-# More of the fast memory for a product's own tiles: it then reads its operands
-# seldom enough to be bound by the matrix units. The rest holds whole arrays.
-TILES_KIB = {'TPU v5 lite': 40960, 'TPU v5': 32768, 'TPU v6 lite': 40960}
-
-
-def compiler_options(kind: str) -> dict[str, str] | None:
-  """Of programs for whole models; by a device's `device_kind`."""
-  if kind not in TILES_KIB:
-    return None
-  return {'xla_tpu_scoped_vmem_limit_kib': str(TILES_KIB[kind]), **OVERLAP}
 
 
 def has_tpu_chip() -> bool:

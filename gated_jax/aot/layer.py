@@ -55,7 +55,7 @@ from gated_jax.ops.attention import schedule
 from gated_jax.ops.attention import splash
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.gate import apply_gate
-from gated_jax.platform import compiler_options
+from gated_jax.platform import COMPILER_OPTIONS
 
 ROWS, LENGTH = 4, 4096
 GATES = {
@@ -150,7 +150,7 @@ def _compile(run: Callable, arguments: tuple[Any, Any], device: Any) -> Program:
   placed = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
   )
-  options = compiler_options(device.device_kind)
+  options = COMPILER_OPTIONS.get(device.device_kind)
   step = jax.jit(both, compiler_options=options)
   compiled = step.lower(*placed, placed[1]).compile()
   text = compiled.as_text()

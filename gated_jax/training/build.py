@@ -26,7 +26,7 @@ from gated_jax.data.pipeline import make_pipeline
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
-from gated_jax.platform import compiler_options
+from gated_jax.platform import COMPILER_OPTIONS
 from gated_jax.training.checkpoint import Checkpoints
 from gated_jax.training.checkpoint import gather
 from gated_jax.training.checkpoint import load_parameters
@@ -226,7 +226,7 @@ def make_functions(
     step,
     donate_argnums=0,
     out_shardings=(places, everywhere),
-    compiler_options=compiler_options(kind),
+    compiler_options=COMPILER_OPTIONS.get(kind),
   )
   return abstract, jax.jit(init, out_shardings=places), jitted_step
 
