@@ -165,8 +165,9 @@ def check(pod):
   assert replicated(report.compiled.state, least=SMALL) == []
   fsdp = dict(report.compiled.mesh.shape)['fsdp']
   if pod.train and pod.topology == V5E and fsdp == len(devices):
-    # Forward and backward; what begins a layer has nothing to run beside.
-    assert gathered_beside_computing(report) > 1.9
+    # In forward and backward, but for what begins a layer and has nothing to run
+    # beside. Left to itself the compiler does so with the MLP's: 1.5 at most.
+    assert gathered_beside_computing(report) > 1.6
 
 
 @pytest.mark.long
