@@ -15,6 +15,7 @@ import functools
 import importlib.metadata
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -330,11 +331,14 @@ def _main(line: Line) -> str:
   return ' / '.join(texts)
 
 
-def measure(length: int, repeats: int = 10) -> list[str]:
-  """Times of what this device can do, milliseconds forward and backward."""
+def measure(length: int, gates: list[str], repeats: int = 10) -> list[str]:
+  """Times of what this device can do, milliseconds forward and backward.
+
+  The median, and how far the fastest and the slowest are apart.
+  """
   lines = [f'T {length}, {jax.devices()[0].device_kind}']
   for backend in ('xla', 'cudnn', 'splash', 'pallas_tpu'):
-    for gate in ('none', 'headwise', 'elementwise'):
+    for gate in gates:
       case = case_of(length, gate)
       arrays = case.arrays()
       try:
@@ -343,12 +347,13 @@ def measure(length: int, repeats: int = 10) -> list[str]:
       except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as e:
         lines.append(f'{backend:<12}{gate:<13}{str(e).splitlines()[0][:60]}')
         continue
-      start = time.perf_counter()
+      times = []
       for _ in range(repeats):
-        result = run(arrays, arrays['query'])
-      jax.block_until_ready(result)
-      ms = (time.perf_counter() - start) / repeats * 1e3
-      lines.append(f'{backend:<12}{gate:<13}{ms:8.2f} ms')
+        start = time.perf_counter()
+        jax.block_until_ready(run(arrays, arrays['query']))
+        times.append((time.perf_counter() - start) * 1e3)
+      ms, spread = statistics.median(times), max(times) - min(times)
+      lines.append(f'{backend:<12}{gate:<13}{ms:8.2f} ms, spread {spread:.2f}')
   return lines
 
 
@@ -379,9 +384,15 @@ def main(arguments: list[str]) -> int:
   flags = parser.parse_args(arguments)
   platform, _, kind = flags.target.partition(':')
   lengths, gates = flags.lengths.split(','), flags.gates.split(',')
+  for name in gates:
+    if name not in GATES:
+      parser.error(f'--gates={name} must be of: {", ".join(GATES)}')
+  for length in lengths:
+    if not length.isdecimal() or not int(length):
+      parser.error(f'--lengths={length} must be numbers of tokens')
   if flags.target == 'device':
     for length in lengths:
-      print('\n'.join(measure(int(length))), flush=True)
+      print('\n'.join(measure(int(length), gates)), flush=True)
     return 0
   if platform != 'tpu' or kind not in KINDS:
     known = ', '.join(f'tpu:{k}' for k in KINDS)

@@ -210,3 +210,12 @@ def test_steps_between_documents_are_left_out_of_packed_rows():
   square = 2 * 2 * 2048 * 2048 * 128
   assert packed == pytest.approx([n * 4 * square * blocks(8) for n in (2, 5)])
   assert whole == pytest.approx([n * 16 * square * blocks(32) for n in (2, 5)])
+
+
+@pytest.mark.parametrize(
+  'flag', ['--gates=none,twice', '--lengths=4k', '--lengths=0']
+)
+def test_the_bench_names_a_flag_that_means_nothing(flag, capsys):
+  with pytest.raises(SystemExit):
+    bench.main([flag])
+  assert flag.split(',')[-1].split('=')[-1] in capsys.readouterr().err
