@@ -51,6 +51,8 @@ RULES: dict[str, tuple[str, ...]] = {
   'mlp': ('tensor',),
   'vocab': ('tensor',),
 }
+# Of what layers add to, and of what products read and give of that width.
+RESIDUAL: Axes = ('batch', 'residual_length', None)
 # More devices than kv heads: each of them then holds every kv head, and takes
 # the one that its query heads read.
 REPEATED = ('kv_heads',)

@@ -70,9 +70,7 @@ def prices(kind: str, config: RunConfig, tensor: int) -> Price:
 
 def _gate(config: RunConfig) -> str:
   gate = config.model.gate
-  inside = gate.has_scores and gate.position == 'sdpa_output'
-  fused = inside and gate.source == 'hidden' and not gate.shared
-  return gate.granularity if fused else 'none'
+  return gate.granularity if gate.fused else 'none'
 
 
 def price(

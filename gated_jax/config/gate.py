@@ -103,3 +103,13 @@ class GateConfig:
   def has_scores(self) -> bool:
     """Whether the layer owns gate parameters and computes scores."""
     return self.position != 'none' and self.kind == 'gate'
+
+  @property
+  def scores_output(self) -> bool:
+    """Whether scores act on what attention gives, before its projection."""
+    return self.has_scores and self.position == 'sdpa_output'
+
+  @property
+  def fused(self) -> bool:
+    """Whether attention itself applies them: each head's own, of its input."""
+    return self.scores_output and self.source == 'hidden' and not self.shared

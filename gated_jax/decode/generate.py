@@ -138,8 +138,8 @@ def check_skip(config: ModelConfig, skip_below: float) -> None:
   gate = config.gate
   if not 0 <= skip_below < float('inf'):
     raise ValueError(f'{skip_below=} must not be negative')
-  fits = gate.has_scores and gate.position == 'sdpa_output'
-  if skip_below and not (fits and gate.mode == 'multiplicative'):
+  fits = gate.scores_output and gate.mode == 'multiplicative'
+  if skip_below and not fits:
     raise ValueError(
       f'{skip_below=} needs a gate that multiplies the attention output, not '
       f'position={gate.position!r}, kind={gate.kind!r}, mode={gate.mode!r}'

@@ -68,9 +68,9 @@ def evaluate(
     batches: finite.
     text_bytes: that the targets of all batches stand for; 0: not known.
   """
-  arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
-  kinds = {d.device_kind for x in arrays[:1] for d in x.devices()}
-  sums = sums_on(''.join(kinds))
+  arrays = (x for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
+  kinds = (d.device_kind for x in arrays for d in x.devices())
+  sums = sums_on(next(kinds, ''))
   # Read one batch behind: the next is on its way while the host adds.
   found = [sums(model, params, batch) for batch in batches]
   nats = sum((float(nll) for nll, _ in found), 0.0)

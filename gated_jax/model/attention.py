@@ -136,7 +136,7 @@ class GatedAttention(nn.Module):
       if cache is not None and around.filled is not None:
         key, value = (x.swapaxes(1, 2).astype(query.dtype) for x in cache)
       output, lse = self._attend(
-        (query, key, value, logits if self._fused else None),
+        (query, key, value, logits if self.gate.fused else None),
         around,
         mask,
         self._dropout(deterministic),
@@ -153,7 +153,7 @@ class GatedAttention(nn.Module):
       name='out',
       **self._kinds,
     )(output)
-    result = sharding.constrain(result, 'batch', 'residual_length', None)
+    result = sharding.constrain(result, *sharding.RESIDUAL)
     result = self._gated_at('dense_output', result, inputs_q, None, valid)
     return result if cache is None else (result, cache)
 
@@ -177,10 +177,9 @@ class GatedAttention(nn.Module):
       y = sharding.constrain(y, 'batch', 'length', axis, None)
       return self._gated_at(name, y, x, axis, valid)
 
-    g, of_query = self.gate, ((heads, width), ('heads', 'head_dim'))
+    of_query = (heads, width), ('heads', 'head_dim')
     query = project('query', inputs_q, heads, 'heads')
     logits = None
-    after_attention = g.position == 'sdpa_output' and g.has_scores
     if self._narrow_gate and inputs_k is inputs_q:
       narrow = self._gate(inputs_q, *of_query, bare=True)
       wide = linear('key', inputs_q, kv_heads, 'kv_heads')
@@ -189,7 +188,7 @@ class GatedAttention(nn.Module):
     else:
       # Backward adds up the gradients of x in the reverse of this order. The
       # sum costs nothing on a product as wide as the gate's.
-      if after_attention:
+      if self.gate.scores_output:
         logits = self._gate(inputs_q, *of_query)
       key = project('key', inputs_k, kv_heads, 'kv_heads')
     value = project('value', inputs_v, kv_heads, 'kv_heads')
@@ -223,17 +222,6 @@ class GatedAttention(nn.Module):
       'param_dtype': self.param_dtype,
       'init_std': self.init_std,
     }
-
-  @property
-  def _fused(self) -> bool:
-    """Whether the gate goes into attention itself."""
-    g = self.gate
-    return (
-      g.position == 'sdpa_output'
-      and g.has_scores
-      and g.source == 'hidden'
-      and not g.shared
-    )
 
   def _norm(self, name: str) -> RMSNorm:
     return RMSNorm(
@@ -274,7 +262,7 @@ class GatedAttention(nn.Module):
     """
     g = self.gate
     return (
-      self._fused
+      g.fused
       and g.granularity == 'headwise'
       and not g.channels
       and sharding.axis_size('heads') == 1
@@ -315,7 +303,7 @@ class GatedAttention(nn.Module):
       return self._norm('output_norm')(output)
     if self.gate.kind == 'silu':
       return jax.nn.silu(output)
-    if logits is None or self._fused:
+    if logits is None or self.gate.fused:
       return output
     return self._apply(output, logits)
 

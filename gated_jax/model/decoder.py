@@ -136,8 +136,7 @@ class Layer(nn.Module):
       y = norm(c, name)(y)
     if c.dropout:
       y = nn.Dropout(c.dropout, deterministic=call.deterministic)(y)
-    x = x + y.astype(x.dtype)
-    return sharding.constrain(x, 'batch', 'residual_length', None)
+    return sharding.constrain(x + y.astype(x.dtype), *sharding.RESIDUAL)
 
   def _attention(self) -> GatedAttention:
     c = self.config
@@ -325,8 +324,7 @@ class Decoder(nn.Module):
     around = Surroundings(rotation, segments, index, skip_below)
     valid = None if segments is None else segments != 0
     call = Call(around, valid, deterministic)
-    x = self.embed(tokens)
-    x = sharding.constrain(x, 'batch', 'residual_length', None)
+    x = sharding.constrain(self.embed(tokens), *sharding.RESIDUAL)
     caches = None if cache is None else cache.layers
     if c.scan:
       x, (caches, extras) = self.layers(x, caches, call)

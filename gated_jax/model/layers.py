@@ -21,6 +21,7 @@ from jaxtyping import Int
 
 from gated_jax.config import ModelConfig
 from gated_jax.ops import embed as ops
+from gated_jax.sharding import RESIDUAL
 from gated_jax.sharding import Axes
 from gated_jax.sharding import axis_size
 from gated_jax.sharding import constrain
@@ -52,7 +53,7 @@ def normal(std: float) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def row_major(x: Float[Array, '...'], axis: str | None) -> Float[Array, '...']:
+def row_major(x: Float[Array, '...'], axes: Axes) -> Float[Array, '...']:
   """x, and its gradient, in memory row by row where this runs on a TPU.
 
   Its compiler likes to lay products out with positions innermost, for the sake
@@ -61,7 +62,7 @@ def row_major(x: Float[Array, '...'], axis: str | None) -> Float[Array, '...']:
 
   Args:
     x: [B, T, M]; any other shape stays as it is.
-    axis: what M is called; None: it is on every device, as 'embed' is.
+    axes: what these are called.
   """
   if x.ndim != 3:
     return x
@@ -74,15 +75,12 @@ def row_major(x: Float[Array, '...'], axis: str | None) -> Float[Array, '...']:
     )
 
   # The partitioner would gather what such a constraint is about.
-  axes: Axes = ('batch', 'length', axis)
-  if axis == 'embed':
-    axes = ('batch', 'residual_length', None)
   return per_device(pin, (axes,), axes)(x)
 
 
 row_major.defvjp(
-  lambda x, axis: (row_major(x, axis), None),
-  lambda axis, _, d: (row_major(d, axis),),
+  lambda x, axes: (row_major(x, axes), None),
+  lambda axes, _, d: (row_major(d, axes),),
 )
 
 
@@ -112,16 +110,19 @@ def project(
   matrix = kernel.astype(dtype).reshape(-1, math.prod(outputs))
   flat = x.astype(dtype).reshape(*rows, matrix.shape[0])
   if n > 1:  # heads, from a kernel and to one
-    flat = row_major(flat, _split(axes[0], kernel.shape[0]))
+    flat = row_major(flat, _activation(axes[0], kernel.shape[0]))
   y = jax.lax.dot_general(flat, matrix, (((len(rows),), (0,)), ((), ())))
   y = checkpoint_name(y, name) if name else y
-  return row_major(y, _split(axes[n], kernel.shape[n])).reshape(*rows, *outputs)
+  y = row_major(y, _activation(axes[n], kernel.shape[n]))
+  return y.reshape(*rows, *outputs)
 
 
-def _split(name: str | None, size: int) -> str | None:
-  """What splits an activation's last axis, where a kernel has this one."""
-  whole = name is None or (name != 'embed' and size % axis_size(name))
-  return None if whole else name
+def _activation(name: str | None, size: int) -> Axes:
+  """What an activation's axes are called that ends in this one of a kernel."""
+  if name == 'embed':
+    return RESIDUAL
+  divides = name is not None and size % axis_size(name) == 0
+  return 'batch', 'length', name if divides else None
 
 
 @jax.custom_vjp
@@ -184,7 +185,7 @@ class Linear(nn.Module):
     matrix = kernel.astype(dtype).reshape(x.shape[-1], -1)
     y, other = project_both(x.astype(dtype), matrix, beside.astype(dtype))
     y = checkpoint_name(y, self.save_as)
-    y = row_major(y, _split(self.axes[1], kernel.shape[1]))
+    y = row_major(y, _activation(self.axes[1], kernel.shape[1]))
     return y.reshape(*x.shape[:-1], *kernel.shape[1:]), other
 
 

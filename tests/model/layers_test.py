@@ -105,7 +105,7 @@ def test_linear_maps_contract_as_many_axes_as_told():
 
 def test_row_by_row_is_the_same_array_with_the_same_gradient():
   def scaled(x):
-    return 3 * layers.row_major(x, 'mlp')
+    return 3 * layers.row_major(x, ('batch', 'length', 'mlp'))
 
   found, pull = jax.vjp(jax.jit(scaled), X)
   np.testing.assert_array_equal(found, 3 * X)
