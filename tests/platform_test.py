@@ -1,22 +1,55 @@
-"""What is told to the TPU's compiler, by the compiler that is here."""
+"""JAX is kept from looking for a TPU exactly where there is none."""
 
-import pytest
-
-pytest.importorskip('libtpu')
+import importlib.util
+import types
 
 import jax
-import jax.numpy as jnp
+import pytest
 
-from gated_jax.aot.chips import open_topology
-from gated_jax.ops.attention import schedule
-from gated_jax.platform import COMPILER_OPTIONS
+from gated_jax import platform
+
+NAMED = {'TPU_NAME': 'pod'}
 
 
-@pytest.mark.parametrize('kind', schedule.CORES)
-def test_the_compiler_takes_its_options(kind):
-  device = open_topology(schedule.CORES[kind].topology)[0]
-  options = COMPILER_OPTIONS[device.device_kind]
-  place = jax.sharding.SingleDeviceSharding(device)
-  x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=place)
-  square = jax.jit(lambda x: x @ x, compiler_options=options)
-  assert square.lower(x).compile().as_text()
+@pytest.mark.parametrize(
+  ('installed', 'environment', 'platforms', 'cpu_only'),
+  [
+    (('libtpu',), {}, '', True),
+    (('libtpu',), NAMED, '', False),
+    (('libtpu', 'jax_cuda12_plugin'), {}, '', False),
+    (('libtpu',), {}, 'tpu', False),
+    ((), {}, '', False),
+  ],
+)
+def test_only_an_absent_tpu_is_skipped(
+  installed, environment, platforms, cpu_only, monkeypatch, tmp_path
+):
+  for name in ('TPU_ACCELERATOR_TYPE', 'TPU_WORKER_HOSTNAMES', 'TPU_NAME'):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(platform.glob, 'glob', lambda pattern: [])
+  monkeypatch.setattr(platform.pathlib, 'Path', lambda path: tmp_path)
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda name: name in installed or None
+  )
+  updates = []
+  config = types.SimpleNamespace(
+    jax_platforms=platforms, update=lambda *change: updates.append(change)
+  )
+  monkeypatch.setattr(jax, 'config', config)
+  platform.skip_absent_tpu()
+  assert updates == ([('jax_platforms', 'cpu')] if cpu_only else [])
+
+
+def test_a_chip_is_known_by_its_vendor(monkeypatch, tmp_path):
+  for name in ('TPU_ACCELERATOR_TYPE', 'TPU_WORKER_HOSTNAMES', 'TPU_NAME'):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(platform.glob, 'glob', lambda pattern: [])
+  monkeypatch.setattr(platform.pathlib, 'Path', lambda path: tmp_path)
+  (tmp_path / '0').mkdir()
+  vendor = tmp_path / '0' / 'vendor'
+  vendor.write_text('0x10de\n')
+  assert not platform.has_tpu_chip()
+  vendor.write_text(platform.GOOGLE + '\n')
+  assert platform.has_tpu_chip()

@@ -18,8 +18,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from gated_jax import sharding
-from gated_jax.aot.chips import chip_of
-from gated_jax.aot.chips import open_topology
+from gated_jax.aot.topology import chip_of
+from gated_jax.aot.topology import open_topology
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 

@@ -4,7 +4,7 @@
 
 The kernels are compiled by themselves, in a process apart: the compiler writes
 schedules only if it was told so when it was loaded, and takes an hour to write
-those of a whole step. `gated_jax/ops/attention/schedule.py` reads them.
+those of a whole step. `gated_jax/aot/schedule.py` reads them.
 Waiting for memory is not in them.
 """
 
@@ -20,14 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gated_jax.aot.chips import open_topology
+from gated_jax import chips
+from gated_jax.aot import attention as bench
+from gated_jax.aot import counts
+from gated_jax.aot import schedule
 from gated_jax.aot.program import Kernel
+from gated_jax.aot.topology import open_topology
 from gated_jax.config import RunConfig
 from gated_jax.ops import rope
 from gated_jax.ops import rope_tpu
-from gated_jax.ops.attention import bench
-from gated_jax.ops.attention import counts
-from gated_jax.ops.attention import schedule
 
 # Which pass a kernel's price belongs to.
 ATTENTION = {'gated_attention_forward': 0, 'gated_attention_backward': 1}
@@ -40,12 +41,12 @@ def prices(kind: str, config: RunConfig, tensor: int) -> Price:
   """Cycles of one call, for kernels whose schedules could be counted.
 
   Args:
-    kind: v5e, v5p or v6e; another one has no prices.
+    kind: a name of `chips.TPUS`; without block sizes it has no prices.
     config: whose attention it is: causal, over the whole length.
     tensor: devices that share its heads.
   """
   model = config.model
-  if kind not in schedule.CORES:
+  if kind not in bench.TARGETS:
     return lambda kernel: None
   heads = max(1, model.heads // tensor)
   kv_heads = max(1, model.kv_heads // tensor)
@@ -133,7 +134,7 @@ def rotation(
     y, back = jax.vjp(turn, x, scale)
     return y, back(dy)
 
-  device = open_topology(schedule.CORES[kind].topology)[0]
+  device = open_topology(chips.TPUS[kind].topology)[0]
   place = jax.sharding.SingleDeviceSharding(device)
   half = ((1, length, rope_tpu.LANES // 2), jnp.float32)
   row = ((1, length, width), jnp.bfloat16)
@@ -144,14 +145,14 @@ def rotation(
   ]
   before = set(folder.iterdir())
   jax.jit(run).lower(*arguments).compile()
-  core = schedule.CORES[kind]
+  chip = chips.TPUS[kind]
   found = []
   for kernel in counts.kernels(run, *arguments):
     (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
-    each = schedule.read(path, core)
+    each = schedule.read(path, chip.core)
     # One straight program, as often as the grid has steps.
     steps = kernel.body.runs
-    found.append(sum(s.cycles for s in each) * steps / length / core.cores)
+    found.append(sum(s.cycles for s in each) * steps / length / chip.cores)
   return found
 
 
@@ -160,7 +161,7 @@ def _write(flags: argparse.Namespace) -> None:
   kind, length = flags.target, flags.length
   bench.use_blocks_of(kind)
   line = bench.kernels_of_ours(kind, flags.gate, length, folder)
-  cores = schedule.CORES[kind].cores
+  cores = chips.TPUS[kind].cores
   turns = {
     heads: rotation(kind, length, heads, folder)
     for heads in sorted({int(n) for n in flags.heads.split(',')})
@@ -176,7 +177,7 @@ def main(arguments: list[str]) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--target', default='v5e', choices=schedule.CORES)
+  parser.add_argument('--target', default='v5e', choices=bench.TARGETS)
   parser.add_argument('--length', type=int, default=4096)
   parser.add_argument('--gate', default='none', choices=bench.GATES)
   parser.add_argument('--heads', default='16,8')

@@ -5,7 +5,7 @@
 Forward and backward of attention, MLP and norms over 4 x 4096 tokens, without
 a gate, headwise and elementwise, with and without remat: the compiler's
 estimate for everything outside kernels, and for attention's their schedules
-(`gated_jax/ops/attention/bench.py`). Once with the kernels that have the gate
+(`gated_jax/aot/attention.py`). Once with the kernels that have the gate
 inside, once with JAX's splash and the gate after it, differentiated by JAX.
 Nothing is run.
 
@@ -40,22 +40,21 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import jax.numpy as jnp
 
+from gated_jax import chips
+from gated_jax.aot import attention as bench
 from gated_jax.aot import kernels
-from gated_jax.aot.chips import chip_of
-from gated_jax.aot.chips import open_topology
 from gated_jax.aot.program import Program
+from gated_jax.aot.topology import chip_of
+from gated_jax.aot.topology import open_topology
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.model import decoder
 from gated_jax.model.attention import Surroundings
 from gated_jax.ops import rope
 from gated_jax.ops.attention import api
-from gated_jax.ops.attention import bench
-from gated_jax.ops.attention import schedule
 from gated_jax.ops.attention import splash
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.gate import apply_gate
-from gated_jax.platform import COMPILER_OPTIONS
 
 ROWS, LENGTH = 4, 4096
 GATES = {
@@ -150,7 +149,7 @@ def _compile(run: Callable, arguments: tuple[Any, Any], device: Any) -> Program:
   placed = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
   )
-  options = COMPILER_OPTIONS.get(device.device_kind)
+  options = chips.compiler_options(device.device_kind)
   step = jax.jit(both, compiler_options=options)
   compiled = step.lower(*placed, placed[1]).compile()
   text = compiled.as_text()
@@ -170,7 +169,7 @@ class Prices:
   def of(self, program: Program, backend: str, gate: str, heads: int) -> float:
     """Cycles of all kernels that a program calls."""
     price = self.ours[gate] if backend == 'pallas_tpu' else self.splash
-    each = ROWS * heads / schedule.CORES[self.kind].cores
+    each = ROWS * heads / chips.TPUS[self.kind].cores
     total = 0.0
     for kernel in program.kernels():
       if kernel.name in kernels.ROTATION:
@@ -230,7 +229,7 @@ def table(
   kind: str, backends: list[str], policies: list[str], weights: str
 ) -> None:
   """Prints it, a line as soon as it is known."""
-  device = open_topology(schedule.CORES[kind].topology)[0]
+  device = open_topology(chips.TPUS[kind].topology)[0]
   rate = chip_of([device]).flops_per_cycle
   price = prices(kind)
   bench.use_blocks_of(kind)
@@ -271,7 +270,7 @@ def main(arguments: list[str]) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--target', default='v5e', choices=schedule.CORES)
+  parser.add_argument('--target', default='v5e', choices=bench.TARGETS)
   parser.add_argument('--attention', nargs='*', choices=KERNELS)
   parser.add_argument('--remat', nargs='*', choices=REMAT)
   parser.add_argument(

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from gated_jax.aot.chips import Chip
 from gated_jax.aot.program import Collective
 from gated_jax.aot.program import Kernel
 from gated_jax.aot.program import Program
 from gated_jax.aot.program import mesh_axes
+from gated_jax.chips import Tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _extents(group: list[Any]) -> tuple[list[int], int]:
 
 
 def collective_seconds(
-  collective: Collective, devices: list[Any], chip: Chip
+  collective: Collective, devices: list[Any], chip: Tpu
 ) -> float:
   """One run of it over the links that its groups span.
 
@@ -95,7 +95,7 @@ def collective_seconds(
   if n == 1 or not collective.payload:
     return 0.0
   # On-chip neighbours (v4's two cores) count as one link.
-  rates = [chip.link * (2 if s >= chip.wraps else 1) for s in spans]
+  rates = [chip.link * (2 if s >= chip.ring else 1) for s in spans]
   rates = rates or [chip.link]
   if collective.kind == 'collective-permute':
     return collective.payload / (chip.network if slices > 1 else chip.link)
@@ -116,7 +116,7 @@ def collective_seconds(
   return seconds
 
 
-def _traffic(program: Program, mesh: Any, chip: Chip) -> tuple[Traffic, ...]:
+def _traffic(program: Program, mesh: Any, chip: Tpu) -> tuple[Traffic, ...]:
   devices = list(mesh.devices.flat)
   sizes = dict(mesh.shape)
   found: dict[tuple, Traffic] = {}
@@ -135,7 +135,7 @@ def _traffic(program: Program, mesh: Any, chip: Chip) -> tuple[Traffic, ...]:
 def predict(
   program: Program,
   mesh: Any,
-  chip: Chip,
+  chip: Tpu,
   price: Callable[[Kernel], float | None] = lambda kernel: None,
 ) -> Prediction:
   """The parts of one step's time.

@@ -8,9 +8,6 @@ from typing import Any
 
 import jax
 
-from gated_jax.aot.chips import GIB
-from gated_jax.aot.chips import Chip
-from gated_jax.aot.chips import chip_of
 from gated_jax.aot.compile import Compiled
 from gated_jax.aot.compile import compile_step
 from gated_jax.aot.compile import shard_bytes
@@ -18,6 +15,9 @@ from gated_jax.aot.predict import Prediction
 from gated_jax.aot.predict import predict
 from gated_jax.aot.program import Kernel
 from gated_jax.aot.program import Program
+from gated_jax.aot.topology import chip_of
+from gated_jax.chips import GIB
+from gated_jax.chips import Tpu
 from gated_jax.config import RunConfig
 from gated_jax.model.accounting import flops_per_token
 
@@ -37,7 +37,7 @@ class Report:
   compiled: Compiled
   program: Program
   prediction: Prediction
-  chip: Chip
+  chip: Tpu
   flops: dict[str, float]  # of the model, per token, by part
 
   @property
@@ -58,12 +58,12 @@ class Report:
   def utilisation(self) -> float:
     """Model FLOPs over what the matrix units could have done."""
     model = sum(self.flops.values()) * self.tokens_per_second
-    return model / (self.chip.peak * self.devices)
+    return model / (self.chip.matrix_rate * self.devices)
 
   @property
   def excess(self) -> float:
     """Bytes by which the program is larger than the chip's memory."""
-    return self.compiled.memory.peak - self.chip.hbm
+    return self.compiled.memory.peak - self.chip.memory
 
 
 def examine(
@@ -105,16 +105,16 @@ def examine(
   )
 
 
-def _explain(message: str, chip: Chip) -> str:
+def _explain(message: str, chip: Tpu) -> str:
   """The compiler's page about memory, in one line."""
   sizes = [float(n) for n in re.findall(r'\b(\d+\.\d+)G\b', message)]
-  if not sizes or max(sizes) <= chip.hbm / GIB:
+  if not sizes or max(sizes) <= chip.memory / GIB:
     return f'it does not fit: {message.splitlines()[0][:300]}'
   need = max(sizes)
   return (
     f'it does not fit: {need:.2f} GiB needed per device, '
-    f'{chip.hbm / GIB:.2f} GiB on {chip.name}, '
-    f'{need - chip.hbm / GIB:.2f} GiB too much'
+    f'{chip.memory / GIB:.2f} GiB on {chip.name}, '
+    f'{need - chip.memory / GIB:.2f} GiB too much'
   )
 
 
@@ -157,7 +157,7 @@ def _memory(report: Report) -> str:
     ('batch', _gib(memory.batch)),
     ('activations, gradients, temporaries', _gib(memory.activations)),
     ('peak', _gib(memory.peak)),
-    (f'{report.chip.name} has', _gib(report.chip.hbm)),
+    (f'{report.chip.name} has', _gib(report.chip.memory)),
   ]
   return f'memory per device\n{_table(rows)}'
 
@@ -260,5 +260,5 @@ def verdict(report: Report) -> str:
   left = 'too much' if report.excess > 0 else 'left'
   return (
     f'it {word}: {_gib(report.compiled.memory.peak)} of '
-    f'{_gib(report.chip.hbm)}, {_gib(abs(report.excess))} {left}'
+    f'{_gib(report.chip.memory)}, {_gib(abs(report.excess))} {left}'
   )

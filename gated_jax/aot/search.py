@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from gated_jax.aot import kernels
-from gated_jax.aot.chips import chip_of
 from gated_jax.aot.report import DoesNotFit
 from gated_jax.aot.report import Report
 from gated_jax.aot.report import examine
+from gated_jax.aot.topology import chip_of
 from gated_jax.config import MeshConfig
 from gated_jax.config import RunConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from gated_jax.platform import COMPILER_OPTIONS
+from gated_jax import chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,5 +95,5 @@ def sums_on(kind: str) -> Any:
     return found.nll * found.weight, found.weight
 
   return jax.jit(
-    sums, static_argnums=0, compiler_options=COMPILER_OPTIONS.get(kind)
+    sums, static_argnums=0, compiler_options=chips.compiler_options(kind)
   )

@@ -16,6 +16,7 @@ import numpy as np
 from flax.core import meta
 from jax.experimental import multihost_utils
 
+from gated_jax import chips
 from gated_jax import sharding
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
@@ -26,7 +27,6 @@ from gated_jax.data.pipeline import make_pipeline
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
-from gated_jax.platform import COMPILER_OPTIONS
 from gated_jax.training.checkpoint import Checkpoints
 from gated_jax.training.checkpoint import gather
 from gated_jax.training.checkpoint import load_parameters
@@ -226,7 +226,7 @@ def make_functions(
     step,
     donate_argnums=0,
     out_shardings=(places, everywhere),
-    compiler_options=COMPILER_OPTIONS.get(kind),
+    compiler_options=chips.compiler_options(kind),
   )
   return abstract, jax.jit(init, out_shardings=places), jitted_step
 

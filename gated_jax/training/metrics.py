@@ -19,34 +19,19 @@ from typing import Any
 
 import jax
 
+from gated_jax import chips
 from gated_jax.config import RunConfig
 from gated_jax.config import to_dict
-
-# Dense bfloat16 operations per second of one device, as its maker states
-# them. A device that is not here has no utilisation to report.
-PEAK_FLOPS = {
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5e': 197e12,
-  'TPU v5': 459e12,
-  'TPU v5p': 459e12,
-  'TPU v6 lite': 918e12,
-  'TPU v6e': 918e12,
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H200': 989e12,
-}
 
 
 def utilisation(
   flops_per_token: float, tokens_per_second: float, kind: str, devices: int
 ) -> float:
   """Model FLOPs done over those possible; 0 where the peak is not known."""
-  peak = PEAK_FLOPS.get(kind, 0.0)
-  if not peak:
+  chip = chips.find(kind)
+  if chip is None:
     return 0.0
-  return flops_per_token * tokens_per_second / (peak * devices)
+  return flops_per_token * tokens_per_second / (chip.peak_flops * devices)
 
 
 class Clock:

@@ -5,11 +5,11 @@ from unittest import mock
 
 import pytest
 
+from gated_jax.aot import attention as bench
 from gated_jax.aot import kernels
 from gated_jax.aot import layer
 from gated_jax.config import ModelConfig
 from gated_jax.ops.attention import api
-from gated_jax.ops.attention import bench
 
 HEADS, CHANNELS = 16, 2048
 

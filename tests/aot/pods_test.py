@@ -15,13 +15,13 @@ import math
 import jax
 import pytest
 
-from gated_jax import platform
+from gated_jax import chips
 from gated_jax.aot import hlo
-from gated_jax.aot.chips import open_topology
 from gated_jax.aot.program import mesh_axes
 from gated_jax.aot.report import describe
 from gated_jax.aot.report import examine
 from gated_jax.aot.report import replicated
+from gated_jax.aot.topology import open_topology
 from gated_jax.config import from_dict
 
 pytest.importorskip('libtpu')
@@ -174,8 +174,8 @@ def check(pod):
 @pytest.mark.parametrize('name', EVERY_RUN)
 def test_a_step_compiles_and_fits_its_pod(name, monkeypatch):
   # Smaller tiles in the products: half the time to compile, the same arrays.
-  for options in platform.COMPILER_OPTIONS.values():
-    monkeypatch.delitem(options, platform.TILES)
+  for tpu in chips.TPUS.values():
+    monkeypatch.delitem(tpu.compiler_options, chips.TILES, raising=False)
   check(PODS[name])
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from gated_jax import chips
 from gated_jax.ops.gate import ACTIVATIONS
 from gated_jax.ops.gate import Activation
 from gated_jax.ops.gate import GateSpec
@@ -395,15 +396,15 @@ def _up(x: int, unit: int) -> int:
   return x + -x % unit
 
 
-# Chosen by the compiler's schedules (docs/kernels.md). The key is what JAX
-# calls the device; the first row is for hosts that compile for one.
+# Block sizes by the name of a TPU, chosen by the compiler's schedules
+# (docs/kernels.md). The first row is for hosts that interpret the kernels.
 TABLE: dict[str, Blocks] = {
   '': Blocks(queries=1024, back_keys=1024, back_resident=1024),
-  'TPU v5 lite': Blocks(strip=128, dq_mib=32.0),
-  'TPU v5': Blocks(),
-  'TPU v5p': Blocks(),
-  'TPU v6 lite': Blocks(dq_mib=32.0),
-  'TPU v6e': Blocks(dq_mib=32.0),
+  **{
+    name: Blocks(**tpu.attention_blocks)
+    for name, tpu in chips.TPUS.items()
+    if tpu.attention_blocks is not None
+  },
 }
 
 
@@ -413,8 +414,10 @@ def for_device() -> Blocks:
   kind = devices.device_kind if devices else ''
   if not kind and jax.default_backend() == 'tpu':
     kind = jax.devices()[0].device_kind
-  if kind.startswith('TPU') and kind not in TABLE:
+  tpu = chips.find_tpu(kind)
+  name = tpu.name if tpu else ''
+  if kind.startswith('TPU') and name not in (TABLE.keys() - {''}):
     raise NotImplementedError(
       f'pallas_tpu attention cannot do this: no block sizes for {kind}'
     )
-  return TABLE.get(kind, TABLE[''])
+  return TABLE[name]

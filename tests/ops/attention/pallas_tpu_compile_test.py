@@ -65,7 +65,7 @@ import sys
 
 import jax
 
-from gated_jax.ops.attention import bench
+from gated_jax.aot import attention as bench
 from gated_jax.ops.attention.cases import CASES
 
 kind, *names = sys.argv[1:]
@@ -97,7 +97,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from gated_jax import sharding
-from gated_jax.aot.chips import open_topology
+from gated_jax.aot.topology import open_topology
 from gated_jax.aot.program import Program, mesh_axes
 from gated_jax.config import GateConfig, MeshConfig
 from gated_jax.model.attention import GatedAttention

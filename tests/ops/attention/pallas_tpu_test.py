@@ -285,7 +285,7 @@ def test_blocks_that_cannot_be_are_refused(sizes, message):
 
 PROGRAM = """
 import sys
-from gated_jax.ops.attention import bench
+from gated_jax.aot import attention as bench
 kind, gate, length = sys.argv[1:]
 bench.compile_for(kind, gate, int(length))
 """

@@ -11,14 +11,15 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gated_jax.ops.attention import bench
-from gated_jax.ops.attention import counts
-from gated_jax.ops.attention import peers
-from gated_jax.ops.attention import schedule
+from gated_jax import chips
+from gated_jax.aot import attention as bench
+from gated_jax.aot import counts
+from gated_jax.aot import peers
+from gated_jax.aot import schedule
 from gated_jax.ops.attention.cases import Case
 from gated_jax.ops.attention.spec import Masking
 
-CORE = schedule.CORES['v5e']
+CORE = chips.TPUS['v5e'].core
 
 
 def _triangle(table, x, y):
@@ -145,7 +146,9 @@ def test_cycles_are_stretches_times_their_parts_counts():
     schedule.Stretch('rest', 0, 10),
     schedule.Stretch('rest', 1, 20),
     schedule.Stretch('branch', 1, 300),
-    schedule.Stretch('branch', 1, 30, products=CORE.products(2 * 128**3) * 8),
+    schedule.Stretch(
+      'branch', 1, 30, products=CORE.product_cycles(2 * 128**3) * 8
+    ),
     schedule.Stretch('rest', 1, 5),
     schedule.Stretch('loop', 2, 7),
     schedule.Stretch('rest', 1, 3),
@@ -177,7 +180,7 @@ def test_longer_rows_of_a_peer_follow_from_shorter_ones():
 def test_the_bench_compares_with_peers_end_to_end():
   if importlib.util.find_spec('libtpu') is None:
     pytest.skip('libtpu is not installed')
-  command = [sys.executable, '-m', 'gated_jax.ops.attention.bench']
+  command = [sys.executable, '-m', 'gated_jax.aot.attention']
   done = subprocess.run(
     [*command, '--target=tpu:v6e', '--lengths=1024', '--gates=headwise'],
     capture_output=True,

@@ -15,24 +15,14 @@ import functools
 import pathlib
 import re
 
-from gated_jax.ops.attention.counts import Kernel
-from gated_jax.ops.attention.counts import Part
+from gated_jax.aot.counts import Kernel
+from gated_jax.aot.counts import Part
+from gated_jax.chips import TensorCore
 
 FLAGS = (
   '--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
   '--xla_jf_dump_llo_pass_label_regex=final_'
 )
-# libtpu reads these when it is loaded. Without them it asks the cloud's
-# metadata server who it is, says at length that there is none, and refuses
-# to be loaded by two processes at a time.
-QUIET = {
-  'TPU_SKIP_MDS_QUERY': '1',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'TPU_STDERR_LOG_LEVEL': '3',
-  'TPU_MIN_LOG_LEVEL': '3',
-}
 _PROGRAM = '-final_bundles.txt'
 _USE = 'per-bundle-utilization.txt'
 _BUNDLE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s+([A-Z]*)\s*:\s*(>*)\s*\{')
@@ -41,32 +31,6 @@ _PRODUCT = re.compile(r'vmatmul\.([a-z0-9.]+)')
 _DELAY = 4
 # A shorter stretch belongs to the grid's own bookkeeping, once a step.
 _SHORT = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class Core:
-  """What the schedule does not say about a tensor core."""
-
-  topology: str
-  clock: float  # cycles per second
-  cores: int  # of one device
-  units: int  # matrix units
-  # Cycles of a matrix instruction: 16 rows of 16 bits, or 8 of 32.
-  narrow: int
-  wide: int
-  # Cycles of a product of 1024 x 128 and 128 x 128: every unit busy.
-  square: float
-
-  def products(self, flops: float) -> float:
-    """Cycles that so many FLOPs keep the matrix units busy."""
-    return flops / (2 * 1024 * 128 * 128) * self.square
-
-
-CORES = {
-  'v5e': Core('v5e:2x2', 1.5e9, 1, 4, 16, 8, 256.0),
-  'v5p': Core('v5p:2x2x1', 1.75e9, 2, 4, 16, 8, 256.0),
-  'v6e': Core('v6e:2x2', 1.75e9, 1, 2, 8, 4, 128.0),
-}
 
 
 @dataclasses.dataclass
@@ -88,7 +52,7 @@ class Stretch:
     return max(self.bundles, self.products)
 
 
-def read(path: pathlib.Path, core: Core) -> list[Stretch]:
+def read(path: pathlib.Path, core: TensorCore) -> list[Stretch]:
   """The stretches of one kernel in the order of its program."""
   stretches = [Stretch('rest')]
   left = -1
@@ -107,7 +71,7 @@ def read(path: pathlib.Path, core: Core) -> list[Stretch]:
     now.bundles += 1
     for product in _PRODUCT.findall(line):
       cycles = core.narrow if 'bf16' in product else core.wide
-      now.products += cycles / core.units
+      now.products += cycles / core.matrix_units
     left -= left > 0
     if 'sbr.rel' in line:
       left = _DELAY
@@ -163,7 +127,9 @@ class Estimate:
   runs: tuple[tuple[Stretch, float], ...]
 
 
-def estimate(stretches: list[Stretch], kernel: Kernel, core: Core) -> Estimate:
+def estimate(
+  stretches: list[Stretch], kernel: Kernel, core: TensorCore
+) -> Estimate:
   """Stretches times how often each runs.
 
   Raises:
@@ -187,7 +153,7 @@ def estimate(stretches: list[Stretch], kernel: Kernel, core: Core) -> Estimate:
 
 
 def _align(
-  stretches: list[Stretch], parts: list[Part], core: Core
+  stretches: list[Stretch], parts: list[Part], core: TensorCore
 ) -> dict[int, Part]:
   """Which part of the jaxpr a stretch is, for those that are one.
 
@@ -209,7 +175,7 @@ def _align(
     return 0.0 if s.kind == 'rest' else 0.5 if s.bundles < _SHORT else 2.0
 
   def pair(s: Stretch, p: Part) -> float:
-    wanted = core.products(p.flops)
+    wanted = core.product_cycles(p.flops)
     if bool(wanted) != (s.products > _SHORT):
       return float('inf')
     if wanted and not 0.9 < s.products / wanted < 2.2:
@@ -237,7 +203,7 @@ def _align(
   if cost == float('inf'):
     sides = (
       [round(s.products) for s in stretches if s.products > _SHORT],
-      [round(core.products(p.flops)) for p in rest if p.flops and p.runs],
+      [round(core.product_cycles(p.flops)) for p in rest if p.flops and p.runs],
     )
     raise ValueError(
       'the schedule has stretches with {} cycles of matrix products, the '

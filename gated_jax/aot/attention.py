@@ -1,7 +1,7 @@
 """What attention costs, forward and backward: estimated, or timed.
 
-    python -m gated_jax.ops.attention.bench --target=tpu:v5e
-    python -m gated_jax.ops.attention.bench --target=device
+    python -m gated_jax.aot.attention --target=tpu:v5e
+    python -m gated_jax.aot.attention --target=device
 
 With a TPU by name nothing runs: its compiler schedules the kernels, ours and
 others' (`peers.py`), and the table says how many cycles the schedules take at
@@ -27,15 +27,20 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from gated_jax.ops.attention import counts
+from gated_jax.aot import counts
+from gated_jax.aot import peers
+from gated_jax.aot import schedule
+from gated_jax.aot.topology import QUIET
+from gated_jax.chips import TPUS
 from gated_jax.ops.attention import pallas_tpu_blocks as cut
-from gated_jax.ops.attention import peers
-from gated_jax.ops.attention import schedule
 from gated_jax.ops.attention.api import gated_dot_product_attention
 from gated_jax.ops.attention.cases import Case
 from gated_jax.ops.attention.spec import Masking
 
-KINDS = {'v5e': 'TPU v5 lite', 'v5p': 'TPU v5', 'v6e': 'TPU v6 lite'}
+# The TPUs that our kernels have block sizes for.
+TARGETS = tuple(
+  name for name, tpu in TPUS.items() if tpu.attention_blocks is not None
+)
 GATES = ('none', 'headwise', 'elementwise')
 # The program is compiled for many tokens, so that the compiler leaves arrays
 # in HBM, where a model has them; their number does not change the schedule.
@@ -83,13 +88,13 @@ def compile_for(kind: str, gate: str, length: int) -> None:
 
 def use_blocks_of(kind: str) -> None:
   """The host is no TPU, so the table's row for it becomes the target's."""
-  cut.TABLE[''] = cut.TABLE[KINDS[kind]]
+  cut.TABLE[''] = cut.TABLE[kind]
 
 
 def place_of(kind: str) -> jax.sharding.Sharding:
   """One device of a TPU that is not here, to compile for."""
   topology = topologies.get_topology_desc(
-    platform='tpu', topology_name=schedule.CORES[kind].topology
+    platform='tpu', topology_name=TPUS[kind].topology
   )
   return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
@@ -162,7 +167,7 @@ def _schedules(
   jax.jit(run).lower(*_abstract(shapes, place_of(kind))).compile()
   found = {
     name: [
-      schedule.read(path, schedule.CORES[kind])
+      schedule.read(path, TPUS[kind].core)
       for path in schedule.find(folder, name)
       if path not in before
     ]
@@ -199,7 +204,7 @@ def schedule_of(
     alike = [k for k in kernels if k.name == kernel_name]
     forward = 'forward' in kernel_name or 'fwd' in kernel_name
     found[forward] += [
-      schedule.estimate(each, kernel, schedule.CORES[kind])
+      schedule.estimate(each, kernel, TPUS[kind].core)
       for each, kernel in zip(stretches, alike, strict=True)
     ]
   cycles = [
@@ -277,16 +282,18 @@ def estimate(
   kind: str, length: int, gates: list[str], folder: pathlib.Path
 ) -> None:
   """Prints the table of one length, a line as soon as it is known."""
-  core = schedule.CORES[kind]
+  chip = TPUS[kind]
   use_blocks_of(kind)
   # 2 products forward and 5 backward, of the half that causality leaves.
-  bound = [core.products(n * length * length * WIDTH) for n in (2, 5)]
+  bound = [
+    chip.core.product_cycles(n * length * length * WIDTH) for n in (2, 5)
+  ]
   print(f'\n{kind}, T {length}: thousand cycles of one head')
   print(
     f'{"":<28}{"forward":>11}{"backward":>11}{"both":>11}{"ms":>10}  '
     'of the peer  bundles of the largest stretch'
   )
-  show = functools.partial(_show, core, length)
+  show = functools.partial(_show, chip, length)
   show('matrix units full', bound, 0.0, '')
   peer = 0.0
   for name, other in peers.PEERS.items():
@@ -301,10 +308,10 @@ def estimate(
     show(line.name, line.cycles, peer, _main(line))
 
 
-def _show(core, length, name, cycles, peer, more):
+def _show(chip, length, name, cycles, peer, more):
   both = sum(cycles)
   # Of a layer of 16 heads and at least 16,384 tokens.
-  ms = both * HEADS * max(1, 4 * 4096 // length) / core.cores / core.clock * 1e3
+  ms = both * HEADS * max(1, 4 * 4096 // length) / chip.cores / chip.clock * 1e3
   ratio = f'{both / peer:.3f}' if peer else ''
   print(
     f'{name:<28}{cycles[0] / 1e3:>11,.1f}{cycles[1] / 1e3:>11,.1f}'
@@ -365,7 +372,7 @@ def apart(module: str, arguments: list[str], **more: Any) -> Any:
       [sys.executable, '-m', module, *arguments, f'--dumps={folder}'],
       env={
         **os.environ,
-        **schedule.QUIET,
+        **QUIET,
         'JAX_PLATFORMS': 'cpu',
         'LIBTPU_INIT_ARGS': flags,
       },
@@ -394,12 +401,12 @@ def main(arguments: list[str]) -> int:
     for length in lengths:
       print('\n'.join(measure(int(length), gates)), flush=True)
     return 0
-  if platform != 'tpu' or kind not in KINDS:
-    known = ', '.join(f'tpu:{k}' for k in KINDS)
+  if platform != 'tpu' or kind not in TARGETS:
+    known = ', '.join(f'tpu:{k}' for k in TARGETS)
     print(f'--target={flags.target} must be device, {known}', file=sys.stderr)
     return 2
   if not flags.dumps:
-    return apart('gated_jax.ops.attention.bench', arguments).returncode
+    return apart('gated_jax.aot.attention', arguments).returncode
   versions = {
     name: importlib.metadata.version(name)
     for name in ('jax', 'libtpu', 'tokamax')
