@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import string
 
 import hypothesis
@@ -13,8 +15,10 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
 from gated_jax.config import from_dict
+from gated_jax.config import names_with
 from gated_jax.config import to_dict
 from gated_jax.config.gate import ACTIVATIONS
+from gated_jax.config.roles import ROLES
 
 
 def leaves(values, path=()):
@@ -174,8 +178,15 @@ REFUSED = [
   ({'optimizer.schedule': 'linear'}, "schedule='linear' must be one of"),
   ({'optimizer.decay_share': 0.0}, 'decay_share=0.0 must lie in (0, 1]'),
   ({'optimizer.b2': 1.0}, 'optimizer.b2=1.0 must lie in [0, 1)'),
-  ({'optimizer.learning_rate': float('nan')}, 'learning_rate=nan must be posi'),
-  ({'optimizer.clip_norm': float('inf')}, 'clip_norm=inf must not be negative'),
+  (
+    {'optimizer.gate_learning_rate': 0.0, 'model.gate.init': 'zeros'},
+    'gate_learning_rate=0.0 never updates a gate that starts with the same',
+  ),
+  (
+    {'model.moe.experts': 4, 'model.moe.top_k': 1},
+    'moe.top_k=1 with moe.normalize=True gives the one chosen expert weight 1',
+  ),
+  ({'data.batch': 2 * 10**9}, 'rows of data.length=256 are 512000000000 token'),
   ({'optimizer.accumulate': 3}, 'data.batch=8 must be a multiple of'),
   (
     {'optimizer.warmup_steps': 2000},
@@ -204,6 +215,32 @@ def test_what_cannot_be_meant_is_refused_with_the_reason(values, message):
     from_dict(nested)
   assert message in str(error.value)
   assert '\n' not in str(error.value)
+
+
+FLOATS = sorted(
+  path for path, value in leaves(to_dict(RunConfig())) if type(value) is float
+)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('path', FLOATS)
+def test_no_float_takes_what_is_not_finite(path, value):
+  name = '.'.join(path).removeprefix('model.')
+  with pytest.raises(
+    ValueError, match=f'{re.escape(name)}={value} must be a f'
+  ):
+    from_dict(put(path, value))
+
+
+def test_every_setting_says_its_role_once():
+  config = RunConfig()
+  by_role = {role: names_with(config, role) for role in ROLES}
+  every = {'.'.join(path) for path, _ in leaves(to_dict(config))}
+  assert frozenset().union(*by_role.values()) == every
+  assert sum(map(len, by_role.values())) == len(every)
+  assert {'model.width', 'model.gate.position'} <= by_role['model']
+  assert {'seed', 'data.seed', 'model.dropout'} <= by_role['execution']
+  assert {'steps', 'mesh.fsdp', 'data.paths'} <= by_role['free']
 
 
 def test_every_gate_of_the_paper_that_means_something_is_taken():

@@ -17,6 +17,7 @@ from gated_jax.config.gate import GateConfig
 from gated_jax.config.model import ModelConfig
 from gated_jax.config.model import MoEConfig
 from gated_jax.config.model import RopeConfig
+from gated_jax.config.roles import names_with
 from gated_jax.config.run import CheckpointConfig
 from gated_jax.config.run import MeshConfig
 from gated_jax.config.run import OptimizerConfig
@@ -34,5 +35,6 @@ __all__ = [
   'RunConfig',
   'differences',
   'from_dict',
+  'names_with',
   'to_dict',
 ]

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 from gated_jax.config.checks import below_one
 from gated_jax.config.checks import choice
+from gated_jax.config.checks import finite
 from gated_jax.config.checks import positive
 from gated_jax.config.checks import valid_seed
+from gated_jax.config.roles import setting
 
 # What a run can read; see gated_jax/data/sources.py.
 SOURCES = (
@@ -24,10 +27,14 @@ SOURCES = (
 class DataConfig:
   """Text to rows of tokens. See gated_jax/data/pipeline.py."""
 
+  ROLE: ClassVar[str] = 'execution'
+
   # 'stdlib': the running interpreter's own standard library. 'synthetic':
   # random spans that repeat. 'mixture': `mixture` below. The rest read `paths`.
   source: str = 'stdlib'
-  paths: str = ''  # globs, comma-separated; ** is folders at any depth
+  # Globs, comma-separated; ** is folders at any depth. Files may move: a
+  # checkpoint's position in the data knows their names and sizes.
+  paths: str = setting('', 'free')
   column: str = 'text'  # field of JSONL, Parquet and ArrayRecord examples
   # For source='mixture': entries 'weight:source:paths', weighted by tokens.
   mixture: tuple[str, ...] = ()
@@ -41,9 +48,10 @@ class DataConfig:
   # Resuming packs that many again, and memory holds them twice, 20 bytes each.
   shuffle_tokens: int = 1 << 20
   seed: int = 0
-  prefetch: int = 4  # batches made ahead of the step
+  prefetch: int = setting(4, 'free')  # batches made ahead of the step
 
   def __post_init__(self):
+    finite('data.', self)
     choice('data.source', self.source, (*SOURCES, 'mixture'))
     positive(
       **{

@@ -4,9 +4,12 @@ Read `gated_jax/ops/gate.py` for its mathematics.
 """
 
 import dataclasses
+from typing import ClassVar
 
 from gated_jax.config.checks import choice
+from gated_jax.config.checks import finite
 from gated_jax.config.checks import not_negative
+from gated_jax.config.roles import setting
 
 # Where a gate can act. In the paper's numbering sdpa_output is G1, value G2,
 # key G3, query G4 and dense_output G5 (arXiv 2505.06708, section 2.2).
@@ -30,6 +33,8 @@ class GateConfig:
   row of the paper's tables in these words.
   """
 
+  ROLE: ClassVar[str] = 'model'
+
   position: str = 'sdpa_output'
   # 'gate': scores from `source`. 'rms_norm', 'silu': no scores at all, that
   # function of each head's attention output instead (Table 3, rows 5 and 6).
@@ -40,11 +45,13 @@ class GateConfig:
   activation: str = 'sigmoid'
   source: str = 'hidden'  # or 'parameter': the same scores for every token
   channels: int = 0  # the scores read only these first channels; 0: all
-  init: str = 'normal'  # or 'zeros'
-  init_std: float = 0.02
-  dtype: str = 'float32'  # or 'model': rounded as the rest of the layer
+  init: str = setting('normal', 'execution')  # or 'zeros'
+  init_std: float = setting(0.02, 'execution')
+  # Or 'model': scores are rounded as the rest of the layer.
+  dtype: str = setting('float32', 'execution')
 
   def __post_init__(self):
+    finite('gate.', self)
     choice('gate.position', self.position, POSITIONS)
     choice('gate.kind', self.kind, ('gate', 'rms_norm', 'silu'))
     choice('gate.granularity', self.granularity, ('elementwise', 'headwise'))
@@ -106,10 +113,14 @@ class GateConfig:
 
   @property
   def scores_output(self) -> bool:
-    """Whether scores act on what attention gives, before its projection."""
+    """Whether scores act on the attention output, before its projection."""
     return self.has_scores and self.position == 'sdpa_output'
 
   @property
   def fused(self) -> bool:
-    """Whether attention itself applies them: each head's own, of its input."""
+    """Whether the attention call itself can apply the scores.
+
+    It can where every head has its own scores, computed from the layer's
+    input.
+    """
     return self.scores_output and self.source == 'hidden' and not self.shared

@@ -1,17 +1,22 @@
 """A decoder: its sizes, its positions, its experts."""
 
 import dataclasses
+from typing import ClassVar
 
 from gated_jax.config.checks import below_one
 from gated_jax.config.checks import choice
+from gated_jax.config.checks import finite
 from gated_jax.config.checks import not_negative
 from gated_jax.config.checks import positive
 from gated_jax.config.gate import GateConfig
+from gated_jax.config.roles import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
   """Rotary position embedding. Names and formulas as Hugging Face has them."""
+
+  ROLE: ClassVar[str] = 'model'
 
   base: float = 10_000.0
   fraction: float = 1.0  # of head_dim that turns (partial rotary)
@@ -26,6 +31,7 @@ class RopeConfig:
   truncate: bool = True  # round the correction range to whole channels
 
   def __post_init__(self):
+    finite('rope.', self)
     choice('rope.scaling', self.scaling, ('none', 'linear', 'yarn'))
     positive(**{'rope.base': self.base, 'rope.fraction': self.fraction})
     if self.fraction > 1:
@@ -47,16 +53,21 @@ class RopeConfig:
 class MoEConfig:
   """Experts in place of the MLP; experts=0 keeps the MLP."""
 
+  ROLE: ClassVar[str] = 'model'
+
   experts: int = 0
   top_k: int = 8
   width: int = 768  # of one expert
   shared_width: int = 0  # of an expert that every token takes; 0: none
   normalize: bool = True  # the chosen weights sum to one
-  balance_loss: float = 1e-2  # ours: the paper does not print it
-  router_z_loss: float = 1e-3  # ours as well
-  implementation: str = 'auto'  # grouped matmul: 'ragged_dot', 'gmm'
+  # The paper does not print these two; the values are this project's.
+  balance_loss: float = setting(1e-2, 'execution')
+  router_z_loss: float = setting(1e-3, 'execution')
+  # Grouped matmul: 'ragged_dot', 'gmm'.
+  implementation: str = setting('auto', 'free')
 
   def __post_init__(self):
+    finite('moe.', self)
     not_negative(
       **{
         'moe.experts': self.experts,
@@ -74,11 +85,19 @@ class MoEConfig:
         f'moe.top_k={self.top_k} experts cannot be chosen from '
         f'moe.experts={self.experts}'
       )
+    if self.experts and self.top_k == 1 and self.normalize:
+      raise ValueError(
+        'moe.top_k=1 with moe.normalize=True gives the one chosen expert '
+        'weight 1 whatever the router says, so that the router learns nothing '
+        'from the loss: set moe.normalize=False'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder. The default is the paper's 1.7B model with 28 layers."""
+
+  ROLE: ClassVar[str] = 'model'
 
   vocab: int = 151_936
   length: int = 4096  # the longest sequence it is built for
@@ -97,20 +116,25 @@ class ModelConfig:
   # tokens back a query sees, itself included; 0: all.
   windows: tuple[int, ...] = (0,)
   global_rope: bool = True  # False: layers with window 0 have no positions
-  dropout: float = 0.0  # on attention weights and on what a block adds
-  dtype: str = 'bfloat16'  # of activations
-  param_dtype: str = 'float32'
-  init_std: float = 0.02
-  attention: str = 'auto'  # backend: xla, cudnn, splash, pallas_tpu
-  scan: bool = True  # compile one layer and loop over it
-  remat: str = 'none'  # what backward recomputes: see model/decoder.py
-  logit_chunk: int = 0  # tokens per chunk of the loss; 0: chosen by vocabulary
-  z_loss: float = 0.0
+  # On attention weights and on each block's output.
+  dropout: float = setting(0.0, 'execution')
+  dtype: str = setting('bfloat16', 'execution')  # of activations
+  param_dtype: str = setting('float32', 'execution')
+  init_std: float = setting(0.02, 'execution')
+  # Attention backend: 'xla', 'cudnn', 'splash', 'pallas_tpu'.
+  attention: str = setting('auto', 'free')
+  scan: bool = setting(True, 'execution')  # compile one layer and loop over it
+  # What the backward pass recomputes; see model/decoder.py.
+  remat: str = setting('none', 'free')
+  # Tokens per chunk of the loss; 0: chosen by the vocabulary.
+  logit_chunk: int = setting(0, 'free')
+  z_loss: float = setting(0.0, 'execution')
   gate: GateConfig = GateConfig()
   rope: RopeConfig = RopeConfig()
   moe: MoEConfig = MoEConfig()
 
   def __post_init__(self):
+    finite('model.', self)
     positive(
       **{
         f'model.{name}': getattr(self, name)

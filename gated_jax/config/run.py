@@ -1,19 +1,25 @@
 """A run: its length, its updates, its devices, what it keeps."""
 
 import dataclasses
+from typing import ClassVar
 
+from gated_jax.config.checks import LARGEST
 from gated_jax.config.checks import below_one
 from gated_jax.config.checks import choice
+from gated_jax.config.checks import finite
 from gated_jax.config.checks import not_negative
 from gated_jax.config.checks import positive
 from gated_jax.config.checks import valid_seed
 from gated_jax.config.data import DataConfig
 from gated_jax.config.model import ModelConfig
+from gated_jax.config.roles import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """One update. See gated_jax/training/optimizer.py."""
+
+  ROLE: ClassVar[str] = 'execution'
 
   name: str = 'adamw'  # or 'muon': matrices by Muon, the rest by AdamW
   learning_rate: float = 3e-4
@@ -26,13 +32,14 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0  # 0: no clipping
-  accumulate: int = 1  # parts that a batch is worked through in, one by one
-  # The gates are a group of their own: both are relative to the rest.
+  accumulate: int = 1  # gradient accumulation: microbatches per step
+  # Multipliers on learning rate and weight decay for gate parameters.
   gate_learning_rate: float = 1.0
   gate_weight_decay: float = 1.0
   muon_momentum: float = 0.95
 
   def __post_init__(self):
+    finite('optimizer.', self)
     choice('optimizer.name', self.name, ('adamw', 'muon'))
     choice('optimizer.schedule', self.schedule, ('cosine', 'wsd', 'constant'))
     positive(
@@ -76,6 +83,8 @@ class MeshConfig:
   data axis, or on fsdp where `slice_axis` says so.
   """
 
+  ROLE: ClassVar[str] = 'free'
+
   data: int = 1
   fsdp: int = -1
   expert: int = 1
@@ -105,7 +114,9 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """What is kept on disk. See gated_jax/training/checkpoint.py."""
+  """Which checkpoints stay on disk. See gated_jax/training/checkpoint.py."""
+
+  ROLE: ClassVar[str] = 'free'
 
   every: int = 500  # steps; 0: only the last one
   keep_last: int = 2
@@ -126,8 +137,11 @@ class CheckpointConfig:
 class RunConfig:
   """A whole run: what train.py builds from a file in configs/ and flags."""
 
+  ROLE: ClassVar[str] = 'free'
+
+  # Moves the end of the schedule; a resumed run says that it has changed.
   steps: int = 1000
-  seed: int = 0
+  seed: int = setting(0, 'execution')
   log_every: int = 10
   eval_every: int = 250  # 0: only at the end
   eval_batches: int = 8
@@ -147,6 +161,7 @@ class RunConfig:
   checkpoint: CheckpointConfig = CheckpointConfig()
 
   def __post_init__(self):
+    finite('', self)
     positive(
       steps=self.steps,
       log_every=self.log_every,
@@ -174,4 +189,23 @@ class RunConfig:
       raise ValueError(
         f'data.batch={self.data.batch} must be a multiple of '
         f'optimizer.accumulate={self.optimizer.accumulate}'
+      )
+    tokens = self.data.batch * self.data.length
+    if tokens >= LARGEST:
+      raise ValueError(
+        f'data.batch={self.data.batch} rows of data.length='
+        f'{self.data.length} are {tokens} tokens a step, and must be below '
+        '2**31'
+      )
+    self._refuse_frozen_constants()
+
+  def _refuse_frozen_constants(self):
+    """Refuses a gate that starts constant and is never updated."""
+    gate = self.model.gate
+    constant = gate.init == 'zeros' or not gate.init_std
+    if gate.has_scores and constant and not self.optimizer.gate_learning_rate:
+      raise ValueError(
+        'optimizer.gate_learning_rate=0.0 never updates a gate that starts '
+        f'with the same score everywhere (gate.init={gate.init!r}, '
+        f'gate.init_std={gate.init_std}): it would stay a constant'
       )

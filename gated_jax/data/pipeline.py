@@ -31,6 +31,7 @@ import grain
 import numpy as np
 
 from gated_jax.config import DataConfig
+from gated_jax.config import names_with
 from gated_jax.data.packing import PackedRows
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
@@ -41,9 +42,6 @@ from gated_jax.data.stages import make_source
 from gated_jax.data.tokenizer import make_tokenizer
 
 Batch = dict[str, np.ndarray]
-# What may change between a run and its continuation without moving the data.
-# Where files lie may change: their names and sizes are compared instead.
-_FREE = ('prefetch', 'paths')
 
 
 class Pipeline:
@@ -207,10 +205,12 @@ def _about(
     for unit in source.units:
       name = os.path.basename(unit.path)
       digest.update(repr((name, unit.begin, unit.end)).encode())
+  free = names_with(config, 'free')
   about = {
     f'data.{name}': value
     for name, value in dataclasses.asdict(config).items()
-    if name not in _FREE
+    # Where files lie may change: their names and sizes are compared instead.
+    if name not in free
   }
   about |= {
     'split': view.split,

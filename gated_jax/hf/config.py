@@ -15,6 +15,7 @@ from gated_jax.config import MoEConfig
 from gated_jax.config import RopeConfig
 from gated_jax.config import differences
 from gated_jax.config import from_dict
+from gated_jax.config import names_with
 from gated_jax.config import to_dict
 from gated_jax.hf.families import FAMILIES
 from gated_jax.hf.families import Family
@@ -26,24 +27,6 @@ from gated_jax.hf.keys import read_rope
 from gated_jax.hf.keys import shortest_pattern
 from gated_jax.hf.keys import write_common
 from gated_jax.hf.keys import write_rope
-
-# Settings that say how to compute or to train, and not what.
-OURS_ALONE = {
-  'dropout',
-  'dtype',
-  'param_dtype',
-  'attention',
-  'scan',
-  'remat',
-  'logit_chunk',
-  'z_loss',
-  'moe.balance_loss',
-  'moe.router_z_loss',
-  'moe.implementation',
-  'gate.init',
-  'gate.init_std',
-  'gate.dtype',
-}
 
 
 def family_named(name: str) -> Family:
@@ -117,12 +100,13 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
   if family.fraction == 1:
     del values['partial_rotary_factor']  # a class that does not read it
   back = read_config(values, family)
+  describes = names_with(config, 'model')
   changed = {
     name: old
     for name, (old, _) in differences(
       to_dict(_canonical(config)), to_dict(_canonical(back))
     ).items()
-    if name not in OURS_ALONE
+    if name in describes
   }
   if changed:
     shown = ', '.join(f'model.{k}={v!r}' for k, v in changed.items())

@@ -26,35 +26,11 @@ from gated_jax.config import CheckpointConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
 from gated_jax.config import from_dict
+from gated_jax.config import names_with
 from gated_jax.config import to_dict
 from gated_jax.training.step import TrainState
 
 Tree = Any
-
-# What a resumed run may do differently: none of it changes a later loss by
-# more than rounding. `steps` moves the end of the schedule, and is announced.
-MAY_CHANGE = (
-  'steps',
-  'log_every',
-  'eval_every',
-  'eval_batches',
-  'probe_every',
-  'max_bad_steps',
-  'profile_start',
-  'profile_steps',
-  'tensorboard',
-  'wandb',
-  'figures',
-  'init_from',
-  'checkpoint.',
-  'mesh.',
-  'data.prefetch',
-  'data.paths',  # the data's own position knows which files it is of
-  'model.attention',
-  'model.moe.implementation',
-  'model.remat',
-  'model.logit_chunk',
-)
 
 
 class CheckpointError(RuntimeError):
@@ -66,7 +42,8 @@ def check_same_run(
 ) -> dict[str, tuple[Any, Any]]:
   """Settings that differ and may; ValueError for those that may not."""
   changed = differences(old, to_dict(new))
-  refused = {k: v for k, v in changed.items() if not k.startswith(MAY_CHANGE)}
+  free = names_with(new, 'free')
+  refused = {k: v for k, v in changed.items() if k not in free}
   if not refused:
     return changed
   shown = '; '.join(

@@ -170,17 +170,6 @@ def test_settings_that_matter_are_refused_and_others_announced(tmp_path):
     open_at(tmp_path, optimizer=hotter).restore(abstract())
 
 
-def test_every_name_that_may_change_exists():
-  from gated_jax.config import to_dict
-
-  def has(name, values):
-    first, _, rest = name.rstrip('.').partition('.')
-    return first in values and (not rest or has(rest, values[first]))
-
-  for name in checkpoint.MAY_CHANGE:
-    assert has(name, to_dict(RunConfig())), name
-
-
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, 'gather', lambda mine: [mine, mine])
   saved(tmp_path, [NEVER])
