@@ -22,10 +22,10 @@ import threading
 # JAX's C++ side prints warnings before Python is heard; users can raise this.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-import absl.logging
 from absl import flags
 from ml_collections import config_flags
 
+from gated_jax import cli
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.platform import skip_absent_tpu
@@ -187,32 +187,24 @@ def _mute_late_readers() -> None:
 
 
 def main(argv: list[str]) -> int:
-  """The exit code: 2 for what the user has to change, 1 for other failures."""
-  absl.logging.set_verbosity(absl.logging.FATAL)
+  """The exit code; see gated_jax/cli.py."""
   logging.basicConfig(format='%(message)s')
   if not {'--help', '-help', '-h'}.isdisjoint(argv):
     print(__doc__, FLAGS.main_module_help(), sep='\n')
-    return 0
+    return cli.DONE
   _mute_late_readers()
-  try:
-    config = read_flags(argv)
-    skip_absent_tpu()
-    join_processes()
-    from gated_jax.training import loop
+  return cli.run(lambda: train(argv), debug='--debug' in argv)
 
-    command = shlex.join(sys.orig_argv)  # with the interpreter as typed
-    loop.run(config, pathlib.Path(FLAGS.workdir), command)
-  except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
-    # What JAX itself throws takes many lines, and needs them.
-    text = str(error)
-    if ('--debug' in argv) or len(text.splitlines()) > 1:
-      raise
-    print(f'error: {text}', file=sys.stderr)
-    user = isinstance(error, ValueError | NotImplementedError)
-    return 2 if user else 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+
+def train(argv: list[str]) -> None:
+  """Trains as the command line says."""
+  config = read_flags(argv)
+  skip_absent_tpu()
+  join_processes()
+  from gated_jax.training import loop
+
+  command = shlex.join(sys.orig_argv)  # with the interpreter as typed
+  loop.run(config, pathlib.Path(FLAGS.workdir), command)
 
 
 if __name__ == '__main__':

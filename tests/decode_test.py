@@ -33,7 +33,7 @@ from gated_jax.model.decoder import Decoder
 from gated_jax.model.decoder import init_cache
 from gated_jax.ops.attention import decode as attention
 from gated_jax.ops.attention.api import gated_dot_product_attention
-from gated_jax.training.checkpoint import Checkpoints
+from gated_jax.training.checkpoints import Checkpoints
 from gated_jax.training.step import TrainState
 
 BASE = ModelConfig(

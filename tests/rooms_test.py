@@ -1,6 +1,7 @@
 """Imports go one way: the rooms of the house, and who may know what.
 
-`ROOMS` is the whole rule. Imports inside functions count like the others.
+CONTRIBUTING.md's table of rooms is the whole rule. Imports inside functions
+count like the others.
 """
 
 import ast
@@ -13,44 +14,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Room: the rooms it may import, and the libraries beside the standard one.
+# Room: the rooms that it may import, and the libraries beside the standard one.
+ROW = re.compile(r'^\| `([\w.]+)/?` \|[^|]*\|([^|]*)\|([^|]*)\|$', re.MULTILINE)
 ROOMS = {
-  'config': ('', ''),
-  'chips': ('', ''),
-  'platform': ('', 'jax'),
-  'ops': ('chips', 'jax numpy jaxtyping'),
-  'sharding': ('config', 'jax numpy flax'),
-  'data': (
-    'config',
-    'grain numpy jaxtyping array_record pyarrow sentencepiece tokenizers',
-  ),
-  'model': ('config ops sharding', 'jax numpy jaxtyping flax'),
-  'evals': (
-    'chips config ops platform sharding model',
-    'jax numpy jaxtyping flax matplotlib lm_eval',
-  ),
-  'training': (
-    'chips config ops platform sharding data model evals',
-    'jax numpy jaxtyping flax optax orbax tqdm tensorboardX wandb',
-  ),
-  'decode': (
-    'config ops platform sharding data model training hf',
-    'jax numpy jaxtyping flax absl torch transformers',
-  ),
-  'hf': (
-    'config sharding model training',
-    'jax numpy flax absl ml_dtypes safetensors torch',
-  ),
-  'aot': (
-    'chips config ops sharding model evals training',
-    'jax numpy absl ml_collections tokamax',
-  ),
-  'bench': (
-    'config ops sharding model training',
-    'jax numpy jaxtyping absl torch',
-  ),
-  'train.py': ('config platform training', 'jax absl ml_collections'),
-  'configs': ('config', 'ml_collections'),
+  room.removesuffix('.py') if room != 'train.py' else room: (rooms, libraries)
+  for room, rooms, libraries in ROW.findall(
+    (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+  )
 }
 BACKENDS = ('xla', 'cudnn', 'splash', 'pallas_tpu')
 

@@ -12,11 +12,11 @@ import sys
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-import absl.logging
 import jax
 from absl import flags
 from ml_collections import config_flags
 
+from gated_jax import cli
 from gated_jax import sharding
 from gated_jax.aot.topology import chip_of
 from gated_jax.aot.topology import open_topology
@@ -80,15 +80,10 @@ def run(config: RunConfig) -> int:
 
 
 def main(argv: list[str]) -> int:
-  """The exit code."""
-  absl.logging.set_verbosity(absl.logging.FATAL)
+  """The exit code; see gated_jax/cli.py."""
   # The host compiles; it must not look for a TPU of its own.
   jax.config.update('jax_platforms', 'cpu')
-  try:
-    return run(read_flags(argv))
-  except (ValueError, NotImplementedError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
+  return cli.run(lambda: run(read_flags(argv)))
 
 
 if __name__ == '__main__':

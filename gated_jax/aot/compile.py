@@ -10,22 +10,14 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gated_jax import sharding
 from gated_jax.config import RunConfig
+from gated_jax.data.batch import SCHEMA
 from gated_jax.evals import likelihood
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops.attention import api
 from gated_jax.training import build
-
-BATCH = {
-  'tokens': jnp.int32,
-  'targets': jnp.int32,
-  'segments': jnp.int32,
-  'positions': jnp.int32,
-  'weights': jnp.float32,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +103,7 @@ def _compile(config: RunConfig, devices: list[Any], train: bool) -> Compiled:
   sharding.check_batch(mesh, *shape, config.optimizer.accumulate)
   batch = {
     name: jax.ShapeDtypeStruct(shape, kind, sharding=rows)
-    for name, kind in BATCH.items()
+    for name, kind in SCHEMA.items()
   }
   with sharding.activate(mesh):
     model = Decoder(config.model)

@@ -114,7 +114,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """Which checkpoints stay on disk. See gated_jax/training/checkpoint.py."""
+  """Which checkpoints stay on disk. See gated_jax/training/checkpoints.py."""
 
   ROLE: ClassVar[str] = 'free'
 

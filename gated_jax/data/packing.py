@@ -16,8 +16,9 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Float32
 from jaxtyping import Int32
+
+from gated_jax.data.batch import SCHEMA
 
 Row = dict[str, np.ndarray]
 
@@ -25,9 +26,7 @@ Row = dict[str, np.ndarray]
 class PackedRows(grain.IterDataset):
   """Rows of `length` from a dataset of documents (arrays of two ids or more).
 
-  A row is `tokens`, `targets`, `segments` (the number of the document in the
-  row, from 1; 0: padding), `positions` (from 0 per segment) and `weights` (1
-  where the target counts).
+  `gated_jax/data/batch.py` says what a row holds.
   """
 
   def __init__(self, parent: grain.IterDataset, length: int):
@@ -86,24 +85,14 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
 def pack_row(chunks: list[Int32[np.ndarray, ' _']], length: int) -> Row:
   """One row from chunks, each one token longer than the room it takes."""
-  tokens: Int32[np.ndarray, ' T'] = np.zeros(length, np.int32)
-  targets: Int32[np.ndarray, ' T'] = np.zeros(length, np.int32)
-  segments: Int32[np.ndarray, ' T'] = np.zeros(length, np.int32)
-  positions: Int32[np.ndarray, ' T'] = np.zeros(length, np.int32)
-  weights: Float32[np.ndarray, ' T'] = np.zeros(length, np.float32)
+  row = {name: np.zeros(length, dtype) for name, dtype in SCHEMA.items()}
   begin = 0
   for number, chunk in enumerate(chunks, 1):
     end = begin + len(chunk) - 1
-    tokens[begin:end] = chunk[:-1]
-    targets[begin:end] = chunk[1:]
-    segments[begin:end] = number
-    positions[begin:end] = np.arange(end - begin)
+    row['tokens'][begin:end] = chunk[:-1]
+    row['targets'][begin:end] = chunk[1:]
+    row['segments'][begin:end] = number
+    row['positions'][begin:end] = np.arange(end - begin)
     begin = end
-  weights[:begin] = 1
-  return {
-    'tokens': tokens,
-    'targets': targets,
-    'segments': segments,
-    'positions': positions,
-    'weights': weights,
-  }
+  row['weights'][:begin] = 1
+  return row

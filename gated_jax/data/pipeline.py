@@ -47,8 +47,7 @@ Batch = dict[str, np.ndarray]
 class Pipeline:
   """An iterator of batches that knows its place.
 
-  A batch is int32 `tokens`, `targets`, `segments`, `positions` and float32
-  `weights`, each `[B, T]`; `gated_jax/data/packing.py` says what they mean.
+  `gated_jax/data/batch.py` says what a batch holds.
   """
 
   def __init__(

@@ -14,12 +14,11 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import argparse
 from typing import Any
-from typing import NoReturn
 
-import absl.logging
 import jax
 import numpy as np
 
+from gated_jax import cli
 from gated_jax import sharding
 from gated_jax.config import MeshConfig
 from gated_jax.data.tokenizer import Tokenizer
@@ -30,15 +29,10 @@ from gated_jax.decode.weights import load
 from gated_jax.platform import skip_absent_tpu
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise ValueError(message)
-
-
 def read_flags(argv: list[str]) -> argparse.Namespace:
   """Parses the command line; ValueError in one line where it is wrong."""
   default = Sampling()
-  parser = _Parser(
+  parser = cli.Parser(
     prog='python -m gated_jax.decode',
     description='Samples from a trained model.',
     allow_abbrev=False,
@@ -148,29 +142,9 @@ def _print(
 
 
 def main(argv: list[str]) -> int:
-  """The exit code: 2 for what the user has to change, 1 for other failures."""
-  absl.logging.set_verbosity(absl.logging.FATAL)
+  """The exit code; see gated_jax/cli.py."""
   skip_absent_tpu()
-  try:
-    run(read_flags(argv))
-  except BrokenPipeError:
-    return 1  # who read the text has seen enough
-  except (
-    ValueError,
-    NotImplementedError,
-    ImportError,
-    OSError,
-    RuntimeError,
-  ) as error:
-    # What JAX itself throws takes many lines, and needs them.
-    if len(str(error).splitlines()) > 1:
-      raise
-    print(f'error: {error}', file=sys.stderr)
-    user = isinstance(error, ValueError | NotImplementedError)
-    return 2 if user else 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  return cli.run(lambda: run(read_flags(argv)))
 
 
 if __name__ == '__main__':

@@ -17,11 +17,11 @@ from flax import traverse_util
 from flax.core import meta
 
 from gated_jax import sharding
+from gated_jax.checkpoint import load_config
+from gated_jax.checkpoint import load_parameters
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.model.decoder import Decoder
-from gated_jax.training.checkpoint import load_config
-from gated_jax.training.checkpoint import load_parameters
 
 Params = Mapping[str, Any]
 

@@ -18,9 +18,10 @@ from typing import Any
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-import absl.logging
 import jax
 
+from gated_jax import checkpoint
+from gated_jax import cli
 from gated_jax import sharding
 from gated_jax.config import MeshConfig
 from gated_jax.config import RunConfig
@@ -29,7 +30,6 @@ from gated_jax.hf import convert
 from gated_jax.hf import rewrites
 from gated_jax.hf.families import FAMILIES
 from gated_jax.hf.files import DTYPES
-from gated_jax.training import checkpoint
 
 ADD_GATE = (
   'give an ungated model a gate that changes nothing at first: zero weights '
@@ -58,7 +58,7 @@ TOKENIZER_FILES = (
 
 def parser() -> argparse.ArgumentParser:
   """The command line."""
-  top = argparse.ArgumentParser(
+  top = cli.Parser(
     prog='python -m gated_jax.hf', description=(__doc__ or '').split('\n')[0]
   )
   commands = top.add_subparsers(dest='command', required=True)
@@ -196,16 +196,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-  """The exit code."""
-  absl.logging.set_verbosity(absl.logging.FATAL)
-  args = parser().parse_args(argv)
-  try:
-    run(args)
-  except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    user = isinstance(error, ValueError | NotImplementedError)
-    return 2 if user else 1
-  return 0
+  """The exit code; see gated_jax/cli.py."""
+  return cli.run(lambda: run(parser().parse_args(argv)))
 
 
 if __name__ == '__main__':

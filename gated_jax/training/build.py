@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from gated_jax import chips
 from gated_jax import sharding
+from gated_jax.checkpoint import load_parameters
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
@@ -27,9 +28,8 @@ from gated_jax.data.pipeline import make_pipeline
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
-from gated_jax.training.checkpoint import Checkpoints
-from gated_jax.training.checkpoint import gather
-from gated_jax.training.checkpoint import load_parameters
+from gated_jax.training.checkpoints import Checkpoints
+from gated_jax.training.checkpoints import gather
 from gated_jax.training.console import Console
 from gated_jax.training.evaluation import Evaluation
 from gated_jax.training.evaluation import target_bytes

@@ -5,7 +5,7 @@
       -> final evaluation, checkpoint, figures and report
 
 Read `gated_jax/training/step.py` for what one step computes, `build.py` for
-how it is put together, `checkpoint.py` for what is kept and `report.py` for
+how it is put together, `checkpoints.py` for what is kept and `report.py` for
 what is said at the end.
 """
 
@@ -15,12 +15,12 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from gated_jax import sharding
 from gated_jax.config import RunConfig
+from gated_jax.data.batch import SCHEMA
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.model.accounting import flops_per_token
 from gated_jax.training import report
@@ -113,18 +113,12 @@ class Loop:
       ) from None
 
   def _compile(self) -> Any:
-    """The step for exactly these shapes; the batch it saw is not lost."""
+    """The step, compiled for the shapes of the run's batches."""
     parts = self.parts
     shape = (parts.config.data.batch, parts.config.data.length)
     batch = {
       name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
-      for name, dtype in (
-        ('tokens', jnp.int32),
-        ('targets', jnp.int32),
-        ('segments', jnp.int32),
-        ('positions', jnp.int32),
-        ('weights', jnp.float32),
-      )
+      for name, dtype in SCHEMA.items()
     }
     start = time.perf_counter()
     step = parts.step.lower(parts.abstract, batch).compile()

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from gated_jax import checkpoint
 from gated_jax.config import GateConfig
 from gated_jax.config import RunConfig
 from gated_jax.hf import __main__ as cli
 from gated_jax.hf import convert
 from gated_jax.hf import rewrites
 from gated_jax.model.decoder import Decoder
-from gated_jax.training import checkpoint
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
 

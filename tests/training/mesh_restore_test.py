@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gated_jax import sharding
+from gated_jax.checkpoint import load_parameters
 from gated_jax.config import DataConfig
 from gated_jax.config import MeshConfig
 from gated_jax.config import ModelConfig
@@ -16,8 +17,7 @@ from gated_jax.config import OptimizerConfig
 from gated_jax.config import RunConfig
 from gated_jax.model.decoder import Decoder
 from gated_jax.training.build import make_functions
-from gated_jax.training.checkpoint import Checkpoints
-from gated_jax.training.checkpoint import load_parameters
+from gated_jax.training.checkpoints import Checkpoints
 
 CONFIG = RunConfig(
   model=ModelConfig(

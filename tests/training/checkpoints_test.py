@@ -13,11 +13,12 @@ import numpy as np
 import optax
 import pytest
 
+from gated_jax import checkpoint
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import OptimizerConfig
 from gated_jax.config import RunConfig
-from gated_jax.training import checkpoint
+from gated_jax.training import checkpoints
 from gated_jax.training.step import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def abstract():
 
 def open_at(folder, say=print, **settings):
   config = RunConfig(**{'checkpoint': CheckpointConfig(), **settings})
-  return checkpoint.Checkpoints(folder, config, say)
+  return checkpoints.Checkpoints(folder, config, say)
 
 
 def saved(folder, losses, **settings):
@@ -171,7 +172,7 @@ def test_settings_that_matter_are_refused_and_others_announced(tmp_path):
 
 
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, 'gather', lambda mine: [mine, mine])
+  monkeypatch.setattr(checkpoints, 'gather', lambda mine: [mine, mine])
   saved(tmp_path, [NEVER])
   with pytest.raises(ValueError, match=r'2 processes and cannot be .* by 1'):
     open_at(tmp_path).restore(abstract())
@@ -182,7 +183,7 @@ def test_parameters_and_config_can_be_had_alone(tmp_path):
   saved(workdir / 'checkpoints', [NEVER, NEVER], steps=123)
   step = workdir / 'checkpoints' / '2'
   for path in (workdir, workdir / 'checkpoints', step):
-    assert checkpoint.find_checkpoint(path) == step
+    assert checkpoint.find(path) == step
   assert checkpoint.load_config(workdir).steps == 123
   found = checkpoint.load_parameters(workdir, abstract().params)
   np.testing.assert_array_equal(
@@ -192,7 +193,7 @@ def test_parameters_and_config_can_be_had_alone(tmp_path):
   with pytest.raises(ValueError, match=r'embed/embedding is .3, 4. there'):
     checkpoint.load_parameters(workdir, wrong)
   with pytest.raises(ValueError, match='no checkpoint at'):
-    checkpoint.find_checkpoint(tmp_path / 'nowhere')
+    checkpoint.find(tmp_path / 'nowhere')
 
 
 def test_a_save_that_fails_leaves_the_last_good_one(tmp_path):
@@ -200,7 +201,7 @@ def test_a_save_that_fails_leaves_the_last_good_one(tmp_path):
   code = f"""
     import resource, sys, pathlib
     sys.path.insert(0, {str(ROOT / 'tests' / 'training')!r})
-    import checkpoint_test as t
+    import checkpoints_test as t
     folder = pathlib.Path({str(tmp_path)!r})
     manager = t.open_at(folder)
     manager.save(t.state_at(1), 'place 1')

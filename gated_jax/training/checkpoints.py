@@ -10,9 +10,7 @@ after reading: a file that was damaged without becoming unreadable is found.
 import hashlib
 import json
 import pathlib
-import re
 from collections.abc import Callable
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,19 +20,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from gated_jax.checkpoint import CheckpointError
+from gated_jax.checkpoint import one_line
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
-from gated_jax.config import from_dict
 from gated_jax.config import names_with
 from gated_jax.config import to_dict
 from gated_jax.training.step import TrainState
 
 Tree = Any
-
-
-class CheckpointError(RuntimeError):
-  """A checkpoint that could not be written, or none that could be read."""
 
 
 def check_same_run(
@@ -106,15 +101,6 @@ def _split(state: TrainState) -> tuple[Tree, dict[str, Tree]]:
     'bad_in_row': state.bad_in_row,
   }
   return state.params, rest
-
-
-def _one_line(error: BaseException) -> str:
-  """The gist of an error whose text may fill a screen."""
-  text = ' '.join(str(error).split())
-  system = re.search(r'([^:\[\]]+) \[os_error_code', text)
-  if system:
-    return system[1].strip()
-  return text if len(text) < 200 else f'{text[:120]} ... {text[-80:]}'
 
 
 class Checkpoints:
@@ -226,7 +212,7 @@ class Checkpoints:
     good = self._complete()
     kept = f'; the last good one is {self.path(good[-1])}' if good else ''
     return CheckpointError(
-      f'could not save step {step} in {self.folder}{kept}: {_one_line(error)}'
+      f'could not save step {step} in {self.folder}{kept}: {one_line(error)}'
     )
 
   def _complete(self) -> list[int]:
@@ -300,7 +286,7 @@ class Checkpoints:
     path = self.path(step)
     aside = path.with_name(f'damaged-{step}')
     self._say(
-      f'checkpoint {path} is damaged ({_one_line(error)}); it is now '
+      f'checkpoint {path} is damaged ({one_line(error)}); it is now '
       f'{aside.name}, going back to the one before'
     )
     if jax.process_index() == 0:
@@ -312,96 +298,3 @@ class Checkpoints:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'put aside {step}')
     self._manager.reload()
-
-
-def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
-  """A step's folder, given it, its `checkpoints` folder or the workdir."""
-  given = pathlib.Path(path)
-  if (given / 'params').is_dir():
-    return given
-  for folder in (given / 'checkpoints', given):
-    steps = [p for p in folder.glob('*') if p.name.isdigit()]
-    if steps:
-      return max(steps, key=lambda p: int(p.name))
-  raise ValueError(f'no checkpoint at {path}')
-
-
-def save_parameters(
-  path: str | pathlib.Path, params: Tree, config: RunConfig
-) -> None:
-  """Writes a checkpoint of parameters alone, whole or not at all.
-
-  `load_parameters` reads it, so a run can start from it; none can resume.
-
-  Args:
-    path: A new folder.
-    params: Arrays, where they lie.
-    config: Whose model they are of.
-  """
-  folder = pathlib.Path(path).absolute()
-  if folder.exists():
-    raise ValueError(f'{path} exists; choose another name or remove it')
-  args = ocp.args.Composite(
-    params=ocp.args.StandardSave(params),
-    run=ocp.args.JsonSave({'config': to_dict(config)}),
-  )
-  try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-      writer.save(folder, args=args)
-  except Exception as error:
-    raise CheckpointError(
-      f'could not write {path}: {_one_line(error)}'
-    ) from error
-
-
-def load_config(path: str | pathlib.Path) -> RunConfig:
-  """The config of the run that wrote a checkpoint."""
-  folder = find_checkpoint(path)
-  try:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-      run = reader.restore((folder / 'run').absolute())
-    return from_dict(run['config'])
-  except Exception as error:
-    raise CheckpointError(f'{folder} is damaged: {_one_line(error)}') from error
-
-
-def load_parameters(path: str | pathlib.Path, abstract: Tree) -> Tree:
-  """Parameters alone, with the shapes, dtypes and shardings of `abstract`."""
-  folder = find_checkpoint(path)
-  _check_shapes(folder, abstract)
-  try:
-    with ocp.StandardCheckpointer() as reader:
-      return reader.restore((folder / 'params').absolute(), abstract)
-  except Exception as error:
-    raise CheckpointError(f'{folder} is damaged: {_one_line(error)}') from error
-
-
-def _check_shapes(folder: pathlib.Path, abstract: Tree) -> None:
-  """ValueError naming what a checkpoint's parameters lack or have more."""
-  try:
-    with ocp.StandardCheckpointer() as reader:
-      there = _shapes(
-        reader.metadata((folder / 'params').absolute()).item_metadata.tree
-      )
-  except Exception as error:
-    raise CheckpointError(f'{folder} is damaged: {_one_line(error)}') from error
-  here = _shapes(abstract)
-  wrong = [
-    f'{name} is {there.get(name, "absent")} there and '
-    f'{here.get(name, "absent")} here'
-    for name in sorted({*there, *here})
-    if there.get(name) != here.get(name)
-  ]
-  if wrong:
-    more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-    raise ValueError(
-      f'{folder} holds another model: {"; ".join(wrong[:3])}{more}'
-    )
-
-
-def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
-  def name(path: Iterable[Any]) -> str:
-    return '/'.join(str(getattr(p, 'key', p)) for p in path)
-
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {name(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,85 @@
+"""The manners of every command: exit codes, and errors in one line.
+
+    sys.exit(cli.run(lambda: program(cli.Parser(...).parse_args())))
+
+A program raises ValueError, NotImplementedError or ImportError for what the
+user has to change, and OSError or RuntimeError for what failed for another
+reason; their messages are one line, or a list below one.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+import absl.logging
+
+DONE = 0
+FAILED = 1  # not for anything that the user typed
+REFUSED = 2  # the user has to change something first
+UNFINISHED = 75  # "try again" in sysexits.h: the same command goes on
+INTERRUPTED = 130  # a person pressed Ctrl-C
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse, but a wrong command line is a ValueError and no usage text."""
+
+  def error(self, message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def run(program: Callable[[], int | None], debug: bool = False) -> int:
+  """The exit code of a program whose errors are printed as one line.
+
+  Args:
+    program: Returns an exit code; None stands for 0.
+    debug: Whether errors are raised, to show where they arose.
+  """
+  absl.logging.set_verbosity(absl.logging.FATAL)
+  try:
+    return program() or DONE
+  except BrokenPipeError:  # the reader of the output has closed the pipe
+    discard(sys.stdout)
+    return FAILED
+  except (ValueError, NotImplementedError, ImportError) as error:
+    if debug:
+      raise
+    return _report(error, REFUSED)
+  except (OSError, RuntimeError) as error:
+    if debug:
+      raise
+    return _report(error, FAILED)
+  except KeyboardInterrupt:
+    return INTERRUPTED
+
+
+def _report(error: Exception, code: int) -> int:
+  # Messages of JAX itself take many lines, and are of no use without the place.
+  if len(str(error).splitlines()) > 1 and not _raised_here(error):
+    raise error
+  try:
+    print(f'error: {error}', file=sys.stderr, flush=True)
+  except OSError:
+    discard(sys.stderr)
+  return code
+
+
+def _raised_here(error: Exception) -> bool:
+  """Whether a line of this package raised it, and so wrote the message."""
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  return (
+    pathlib.Path(__file__).parent
+    in pathlib.Path(frame.f_code.co_filename).parents
+  )
+
+
+def discard(stream: object) -> None:
+  """Sends a stream that nobody reads any more nowhere.
+
+  Python writes what is left in it when it ends, and would complain.
+  """
+  descriptor = stream.fileno()  # type: ignore[attr-defined]
+  os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -1,0 +1,15 @@
+"""A batch: the arrays that training, compiling and benches agree on.
+
+Every array is `[B, T]`; a row alone is `[T]`. `gated_jax/data/packing.py` says
+how documents become rows.
+"""
+
+import numpy as np
+
+SCHEMA: dict[str, type[np.generic]] = {
+  'tokens': np.int32,
+  'targets': np.int32,  # the token that follows, of the same document
+  'segments': np.int32,  # number of the document in its row; 0: padding
+  'positions': np.int32,  # place of the token in its segment
+  'weights': np.float32,  # 1 where the target counts, else 0
+}
