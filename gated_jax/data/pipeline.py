@@ -178,7 +178,7 @@ def make_pipeline(
     shard,
     shards,
     vocab,
-    make_tokenizer(config.tokenizer),
+    make_tokenizer(config.tokenizer, config.special_tokens),
     Skipped(log=split == 'train'),
   )
   weights, parts = zip(*config.parts(), strict=True)

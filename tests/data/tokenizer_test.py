@@ -1,14 +1,23 @@
 """Text survives the way to ids and back, whole and token by token."""
 
 import builtins
+import functools
 import io
 import json
+import pathlib
+import tempfile
 
 import numpy as np
 import pytest
+import tokenizers
+from hypothesis import HealthCheck
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
+from tokenizers import trainers
 
 from gated_jax.data.tokenizer import ByteTokenizer
 from gated_jax.data.tokenizer import document
@@ -20,13 +29,7 @@ TEXT = TRAINED + 'ßþ🙃語 end'
 
 
 def _hugging_face(folder, special=('<s>', '<|endoftext|>'), config=None):
-  from tokenizers import Tokenizer
-  from tokenizers import decoders
-  from tokenizers import models
-  from tokenizers import pre_tokenizers
-  from tokenizers import trainers
-
-  tokenizer = Tokenizer(models.BPE())
+  tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
@@ -42,9 +45,10 @@ def _hugging_face(folder, special=('<s>', '<|endoftext|>'), config=None):
   return str(folder / 'tokenizer.json')
 
 
-def _sentence_piece(folder):
+def _sentence_piece(folder, **options):
   import sentencepiece
 
+  options = {'remove_extra_whitespaces': False} | options
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter([TRAINED] * 20),
@@ -52,9 +56,9 @@ def _sentence_piece(folder):
     vocab_size=320,
     model_type='bpe',
     byte_fallback=True,
-    remove_extra_whitespaces=False,
     normalization_rule_name='identity',
     minloglevel=2,
+    **options,
   )
   path = folder / 'small.model'
   path.write_bytes(model.getvalue())
@@ -129,14 +133,223 @@ def test_half_a_character_at_the_end_is_replaced():
   assert stream.finish() == '\ufffd'
 
 
-def test_the_config_beside_a_tokenizer_says_which_tokens_are_the_ends(tmp_path):
-  path = _hugging_face(
-    tmp_path,
-    special=('<|im_end|>', '<|endoftext|>'),
-    config={'bos_token': None, 'eos_token': {'content': '<|im_end|>'}},
-  )
+# Pieces that mean something to one decoder or another: spaces of each kind,
+# words' ends and middles, the bytes of characters whole and in parts.
+PIECES = [
+  *('\u2581a', 'b', '\u2581', '\u2581\u2581', ' c', ' ', '##d', 'e</w>'),
+  *('<0xE2>', '<0x82>', '<0xAC>', '<0xC3>', '<0xA9>', '.', "n't", '\u0120x'),
+  *('\u00e2', '\u0124', '\u00ac', '\u00c3', '\u00a9f', '\ufffd', '|', '<pad>'),
+]
+LLAMA = [
+  ('Replace', {'pattern': '\u2581', 'content': ' '}),
+  ('ByteFallback', {}),
+  ('Fuse', {}),
+  ('Strip', {'content': ' ', 'left': 1, 'right': 0}),
+]
+DECODERS = {
+  'none': [],
+  'byte_level': [('ByteLevel', {})],
+  'byte_level_strip': [('ByteLevel', {}), LLAMA[3]],
+  'llama': LLAMA,
+  'gemma': LLAMA[:3],
+  'strip_more': [*LLAMA[:3], ('Strip', {'content': ' ', 'left': 3})],
+  'metaspace': [('Metaspace', {})],
+  'metaspace_never': [('Metaspace', {'prepend_scheme': 'never'})],
+  'word_piece': [('WordPiece', {})],
+  'word_piece_uncleaned': [('WordPiece', {'cleanup': False})],
+  'bpe': [('BPEDecoder', {'suffix': '</w>'})],
+  'ctc': [('CTC', {})],
+  'replace_late': [('Fuse', {}), LLAMA[0]],
+  'replace_across': [
+    ('Fuse', {}),
+    ('Replace', {'pattern': 'b.', 'content': ''}),
+  ],
+}
+
+
+@functools.cache
+def _with_decoder(name):
+  parts = [getattr(decoders, kind)(**kw) for kind, kw in DECODERS[name]]
+  vocab = {piece: i for i, piece in enumerate([*PIECES, '<s>', '<unk>'])}
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, '<unk>'))
+  if parts:
+    tokenizer.decoder = (
+      parts[0] if len(parts) == 1 else decoders.Sequence(parts)
+    )
+  tokenizer.add_special_tokens(['<s>'])
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer.save(f'{folder}/tokenizer.json')
+    return make_tokenizer(folder)
+
+
+@functools.cache
+def _pieces_with(**options):
+  with tempfile.TemporaryDirectory() as folder:
+    return make_tokenizer(_sentence_piece(pathlib.Path(folder), **options))
+
+
+STREAMED = {
+  **{name: functools.partial(_with_decoder, name) for name in DECODERS},
+  'bytes': ByteTokenizer,
+  'sentence_piece': _pieces_with,
+  'sentence_piece_tidy': functools.partial(
+    _pieces_with, remove_extra_whitespaces=True
+  ),
+  'sentence_piece_bare': functools.partial(
+    _pieces_with, add_dummy_prefix=False
+  ),
+}
+
+
+@pytest.mark.parametrize('make', STREAMED.values(), ids=STREAMED)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_stream_gives_what_decoding_at_once_does(make, data):
+  tokenizer = make()
+  # Bytes make up most of some vocabularies; ids without a token are in reach.
+  known = st.integers(-1, tokenizer.vocab + 1)
+  ids = data.draw(st.lists(known, max_size=12))
+  before = data.draw(st.lists(known, max_size=6))
+  whole, shown = tokenizer.decode(before + ids), tokenizer.decode(before)
+  stream = tokenizer.stream(before)
+  streamed = ''.join(stream.feed(i) for i in ids) + stream.finish()
+  while not whole.startswith(shown):  # half a character, for example
+    shown = shown[:-1]
+  assert streamed == whole[len(shown) :]
+
+
+def test_a_stream_keeps_the_space_after_a_prompt_and_does_not_wait():
+  tokenizer = _with_decoder('llama')
+  a, b, half = (PIECES.index(x) for x in ('\u2581a', 'b', '<0xE2>'))
+  stream = tokenizer.stream([a])
+  assert [stream.feed(i) for i in (a, b, half, a)] == [
+    ' a',
+    'b',
+    '',
+    '\ufffd a',
+  ]
+
+
+# What files say (None: no file), and the ids of (bos, eos, start) that follow;
+# the vocabulary has <s> 0, <|endoftext|> 1 and <|im_end|> 2.
+ENDS = [
+  (None, (0, 1, 0)),
+  ({}, (-1, 1, 0)),
+  ({'bos_token': '<s>'}, (-1, 1, 0)),
+  ({'bos_token': '<s>', 'add_bos_token': True}, (0, 1, 0)),
+  ({'bos_token': '<s>', 'add_bos_token': False}, (-1, 1, 0)),
+  ({'bos_token': None, 'eos_token': {'content': '<|im_end|>'}}, (-1, 2, 2)),
+  ({'bos_token': None, 'add_bos_token': None, 'eos_token': None}, (-1, -1, -1)),
+]
+
+
+@pytest.mark.parametrize(('config', 'ends'), ENDS)
+def test_what_stands_before_a_text_is_what_its_authors_say(
+  tmp_path, config, ends
+):
+  path = _hugging_face(tmp_path, ('<s>', '<|endoftext|>', '<|im_end|>'), config)
   tokenizer = make_tokenizer(path)
-  assert tokenizer.bos == tokenizer.eos == 0
+  assert (tokenizer.bos, tokenizer.eos, tokenizer.start) == ends
+  expected = [i for i in (ends[0], *tokenizer.encode('ab'), ends[1]) if i >= 0]
+  assert document(tokenizer, 'ab').tolist() == expected
+
+
+def test_a_template_that_puts_a_token_first_is_followed(tmp_path):
+  from tokenizers import processors
+
+  path = _hugging_face(tmp_path, config={'bos_token': '<s>'})
+  inner = tokenizers.Tokenizer.from_file(path)
+  inner.post_processor = processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[('<s>', 0)]
+  )
+  inner.save(path)
+  assert make_tokenizer(path).bos == 0
+
+
+@pytest.mark.parametrize(
+  ('config', 'ends'),
+  [
+    (None, (1, 2, 1)),
+    ({'bos_token': '<s>', 'add_bos_token': False}, (-1, 2, 1)),
+    ({'bos_token': None}, (-1, 2, 1)),
+    ({'bos_token': '<s>'}, (1, 2, 1)),
+  ],
+)
+def test_a_sentence_piece_model_follows_the_config_beside_it(
+  tmp_path, config, ends
+):
+  path = _sentence_piece(tmp_path)
+  if config is not None:
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+  tokenizer = make_tokenizer(path)
+  assert (tokenizer.bos, tokenizer.eos, tokenizer.start) == ends
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    ('{', 'is not JSON'),
+    ('[]', 'holds no object'),
+    ('{"add_bos_token": 1}', 'add_bos_token=1 must be true or false'),
+    ('{"add_bos_token": true, "bos_token": null}', 'and no bos_token'),
+  ],
+)
+def test_a_config_that_makes_no_sense_is_refused_by_name(
+  tmp_path, config, message
+):
+  path = _hugging_face(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_text(config)
+  with pytest.raises(ValueError, match=f'tokenizer_config.json.*{message}'):
+    make_tokenizer(path)
+
+
+def _matching_specials(folder):
+  """A tokenizer whose special token is an ordinary piece of its model too."""
+  pieces = ['<unk>', '</s>', '<', '/', 's', '>', 'a', 'b', '\u2581']
+  scored = [(piece, -2.0 * len(piece) ** 0.5) for piece in pieces]
+  tokenizer = tokenizers.Tokenizer(models.Unigram(scored, 0, False))
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+  tokenizer.decoder = decoders.Metaspace()
+  tokenizer.add_special_tokens(['</s>', '<unk>'])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  return str(folder / 'tokenizer.json')
+
+
+@pytest.mark.parametrize('make', [_hugging_face, _matching_specials])
+@settings(
+  max_examples=30,
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(text=st.lists(st.sampled_from(['a', '</s>', '<', 'b ', '<s>', '\0'])))
+def test_no_document_spells_a_special_token(tmp_path, make, text):
+  tokenizer = make_tokenizer(make(tmp_path))
+  text = ''.join(text)
+  ids = tokenizer.encode(text)
+  unknown = tokenizer._tokenizer.token_to_id('<unk>')
+  assert not tokenizer._special.intersection(ids) - {unknown}
+  # A spelling that had to be cut may have a space at the cut.
+  back = tokenizer.decode(ids).replace('< /s>', '</s>')
+  assert back == text or unknown in ids
+
+
+def test_a_switch_lets_text_spell_special_tokens(tmp_path):
+  path = _hugging_face(tmp_path)
+  text = 'a<|endoftext|>b'
+  apart, read = make_tokenizer(path), make_tokenizer(path, special_tokens=True)
+  assert read.eos in read.encode(text) and apart.eos not in apart.encode(text)
+  assert apart.special_in(text) == ['<|endoftext|>']
+  assert apart.special_in('ab') == []
+  with pytest.raises(ValueError, match="does nothing with tokenizer 'bytes'"):
+    make_tokenizer('bytes', special_tokens=True)
+
+
+def test_gaps_of_a_vocabulary_are_known(tmp_path):
+  tokenizer = tokenizers.Tokenizer(models.WordLevel({'a': 0, 'b': 3}, 'a'))
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  known = make_tokenizer(str(tmp_path)).known()
+  assert known.tolist() == [True, False, False, True]
+  assert ByteTokenizer().known().all()
 
 
 def test_without_an_end_token_text_stands_alone(tmp_path):

@@ -1,0 +1,279 @@
+"""Tokenizers in files: Hugging Face's `tokenizer.json`, SentencePiece models.
+
+Both are read by the packages that wrote them. What a model's authors say in
+the `tokenizer_config.json` beside the file is followed: which tokens open and
+close a text, and whether one is put before it at all.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+from jaxtyping import Int32
+
+from gated_jax.data.text_stream import PieceStream
+from gated_jax.data.text_stream import TextStream
+from gated_jax.data.text_stream import unsettled_pieces
+
+# Names that vocabularies give to the two ends of a document, likeliest first;
+# read only where tokenizer_config.json does not say.
+_BOS_NAMES = ('<s>', '<bos>', '<|begin_of_text|>', '[CLS]')
+_EOS_NAMES = ('<|endoftext|>', '</s>', '<eos>', '<|end_of_text|>', '[SEP]')
+_CONFIG = 'tokenizer_config.json'
+
+
+class Ends(NamedTuple):
+  """Ids around a text; -1: none. See `Tokenizer` for what each is for."""
+
+  bos: int
+  eos: int
+  start: int
+
+  @staticmethod
+  def of(bos: int, eos: int, put_before: bool | None) -> 'Ends':
+    """Chooses them by the vocabulary and by what its authors say.
+
+    Args:
+      bos: For the beginning of a text; -1: the vocabulary has none.
+      eos: For its end; -1: none.
+      put_before: Whether the first stands before every text; None: nothing
+        is said, so that our own layout takes what there is.
+    """
+    start = eos if bos < 0 else bos
+    if put_before is None:
+      return Ends(start, eos, start)
+    return Ends(bos if put_before else -1, eos, start)
+
+
+def _stated(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The contents of tokenizer_config.json; None where there is none."""
+  path = folder / _CONFIG
+  if not path.is_file():
+    return None
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON: {error}') from None
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} holds no object')
+  asked = values.get('add_bos_token')
+  if not isinstance(asked, bool | None):
+    raise ValueError(f'{path}: add_bos_token={asked!r} must be true or false')
+  if asked and 'bos_token' in values and values['bos_token'] is None:
+    raise ValueError(f'{path} has add_bos_token=true and no bos_token')
+  return values
+
+
+def _content(token: Any) -> str:
+  """The spelling of a token that a config names; '' for null."""
+  if isinstance(token, dict):
+    token = token.get('content')
+  return token if isinstance(token, str) else ''
+
+
+class HuggingFaceTokenizer:
+  """A `tokenizer.json`, read with the package `tokenizers`.
+
+  Args:
+    path: The file.
+    special_tokens: Whether text that spells a special token becomes it.
+  """
+
+  def __init__(self, path: pathlib.Path, special_tokens: bool = False):
+    try:
+      import tokenizers
+    except ImportError as error:
+      raise ImportError(
+        f'{path} needs the package tokenizers: pip install gated_jax[hf]'
+      ) from error
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+      raise ValueError(f'{path} is no tokenizer.json: {error}') from error
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self._tokenizer.encode_special_tokens = not special_tokens
+    self._reads_special = special_tokens
+    self.name = str(path)
+    tokens = self._tokenizer.get_vocab(with_added_tokens=True)
+    self._pieces = {i: piece for piece, i in tokens.items()}
+    self._added = self._tokenizer.get_added_tokens_decoder()
+    self._special = {i for i, token in self._added.items() if token.special}
+    self.vocab = max(tokens.values(), default=-1) + 1
+    self._layout = json.loads(self._tokenizer.to_str())
+    ends = self._find_ends(path.parent, tokens)
+    self.bos, self.eos, self.start = ends
+    self._no_text = set(ends)
+    self._unsettled = self._find_unsettled()
+
+  def _find_ends(self, folder: pathlib.Path, tokens: dict[str, int]) -> Ends:
+    stated = _stated(folder)
+
+    def find(key: str, names: tuple[str, ...]) -> int:
+      if stated and key in stated:
+        return tokens.get(_content(stated[key]), -1)
+      return next((tokens[name] for name in names if name in tokens), -1)
+
+    bos = find('bos_token', _BOS_NAMES)
+    eos = find('eos_token', _EOS_NAMES)
+    around = self._tokenizer.encode('', add_special_tokens=True).ids
+    puts = bool(around) and around[0] == bos
+    put_before: bool | None = True if puts else None
+    if stated is not None:
+      asked = stated.get('add_bos_token')
+      put_before = puts if asked is None else asked
+    return Ends.of(bos, eos, put_before)
+
+  def _find_unsettled(self) -> Callable[[int], bool]:
+    """Tells which ids a stream returns only with the ids after them."""
+    kind = unsettled_pieces(self._layout['decoder'])
+    if kind == 'all':
+      return lambda _: True
+    if kind == 'none':
+      return lambda _: False
+    return lambda i: _is_byte(self._pieces[i])
+
+  def encode(self, text: str) -> Int32[np.ndarray, ' T']:
+    """See `Tokenizer`."""
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    cuts = [] if self._reads_special else self._spelled(encoding)
+    if not cuts:
+      return np.asarray(encoding.ids, np.int32)
+    parts = zip([0, *cuts], [*cuts, len(text)], strict=True)
+    return np.concatenate([self.encode(text[a:b]) for a, b in parts])
+
+  def _spelled(self, encoding: Any) -> list[int]:
+    """Returns where to cut a text so that it spells no special token.
+
+    Some models have their special tokens among their ordinary pieces too, and
+    match them there whatever the package is told. A spelling cut after its
+    first character matches neither; at worst it
+    gains a space there.
+    """
+    model = self._layout['model']
+    unknown = {model.get('unk_id')}
+    if model.get('unk_token'):
+      unknown.add(self._tokenizer.token_to_id(model['unk_token']))
+    return [
+      begin + 1
+      for i, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True)
+      if i in self._special - unknown and end - begin > 1
+    ]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """See `Tokenizer`."""
+    text = [int(i) for i in ids if i not in self._no_text]
+    return self._tokenizer.decode(text, skip_special_tokens=False)
+
+  def stream(self, before: Iterable[int] = ()) -> TextStream:
+    """See `Tokenizer`."""
+
+    def is_text(i: int) -> bool:
+      return i in self._pieces and i not in self._no_text
+
+    return PieceStream(self.decode, is_text, self._unsettled, before)
+
+  def known(self) -> Bool[np.ndarray, ' V']:
+    """See `Tokenizer`."""
+    return np.isin(np.arange(self.vocab), list(self._pieces))
+
+  def special_in(self, text: str) -> list[str]:
+    """See `Tokenizer`."""
+    spellings = sorted(self._pieces[i] for i in self._special)
+    return [piece for piece in spellings if piece in text]
+
+  def byte_lengths(self) -> Int32[np.ndarray, ' V']:
+    """See `Tokenizer`."""
+    # A byte-level vocabulary writes each byte as one character.
+    parts = json.dumps([self._layout['decoder'], self._layout['pre_tokenizer']])
+    byte_level = '"ByteLevel"' in parts
+    lengths = np.zeros(self.vocab, np.int32)
+    for i, piece in self._pieces.items():
+      if i in self._special or i in self._no_text:
+        continue
+      if byte_level and i not in self._added:
+        lengths[i] = len(piece)
+      else:
+        lengths[i] = _piece_bytes(piece)
+    return lengths
+
+
+class SentencePieceTokenizer:
+  """A `*.model`, read with the package `sentencepiece`."""
+
+  def __init__(self, path: pathlib.Path):
+    try:
+      import sentencepiece
+    except ImportError as error:
+      raise ImportError(
+        f'{path} needs the package sentencepiece: pip install gated_jax[hf]'
+      ) from error
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(path)
+      )
+    except (OSError, RuntimeError, ValueError) as error:
+      raise ValueError(f'{path} is no SentencePiece model: {error}') from error
+    self.name = str(path)
+    self.vocab = self._processor.vocab_size()
+    bos, stated = self._processor.bos_id(), _stated(path.parent)
+    put_before = None
+    if stated is not None and 'bos_token' in stated:
+      put_before = stated['bos_token'] is not None
+    if stated is not None and isinstance(stated.get('add_bos_token'), bool):
+      put_before = stated['add_bos_token']
+    ends = Ends.of(bos, self._processor.eos_id(), put_before)
+    self.bos, self.eos, self.start = ends
+    self._no_text = set(ends)
+
+  def encode(self, text: str) -> Int32[np.ndarray, ' T']:
+    """See `Tokenizer`."""
+    return np.asarray(self._processor.encode(text), np.int32)
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """See `Tokenizer`."""
+    return self._processor.decode([int(i) for i in ids if self._is_text(i)])
+
+  def _is_text(self, i: int) -> bool:
+    return 0 <= i < self.vocab and i not in self._no_text
+
+  def stream(self, before: Iterable[int] = ()) -> TextStream:
+    """See `Tokenizer`."""
+    return PieceStream(self.decode, self._is_text, lambda _: False, before)
+
+  def known(self) -> Bool[np.ndarray, ' V']:
+    """See `Tokenizer`."""
+    return np.array(
+      [not self._processor.is_unused(i) for i in range(self.vocab)]
+    )
+
+  def special_in(self, text: str) -> list[str]:
+    """See `Tokenizer`; a model never reads its control pieces from text."""
+    del text
+    return []
+
+  def byte_lengths(self) -> Int32[np.ndarray, ' V']:
+    """See `Tokenizer`."""
+    lengths = np.zeros(self.vocab, np.int32)
+    for i in range(self.vocab):
+      if not (self._processor.is_control(i) or self._processor.is_unknown(i)):
+        lengths[i] = _piece_bytes(self._processor.id_to_piece(i))
+    return lengths
+
+
+def _is_byte(piece: str) -> bool:
+  """Tells whether a piece stands for one byte, as <0xNN>."""
+  return len(piece) == 6 and piece.startswith('<0x') and piece.endswith('>')
+
+
+def _piece_bytes(piece: str) -> int:
+  """Bytes of a piece that writes a space as U+2581 and a byte as <0xNN>."""
+  if _is_byte(piece):
+    return 1
+  return len(piece.replace('\u2581', ' ').encode('utf-8', 'surrogatepass'))
