@@ -39,6 +39,9 @@ class DataConfig:
   # For source='mixture': entries 'weight:source:paths', weighted by tokens.
   mixture: tuple[str, ...] = ()
   tokenizer: str = 'bytes'  # or a path: tokenizer.json, *.model
+  # Text that spells a special token becomes that token. Documents can then
+  # end themselves: this is for text written with such tokens on purpose.
+  special_tokens: bool = False
   batch: int = 8  # rows per step, over all processes
   length: int = 256  # tokens per row
   validation: float = 0.05  # share of documents held out, by their content
