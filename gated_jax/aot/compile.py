@@ -13,7 +13,7 @@ import jax
 
 from gated_jax import sharding
 from gated_jax.config import RunConfig
-from gated_jax.data.batch import SCHEMA
+from gated_jax.data.batch import arrays_of
 from gated_jax.evals import likelihood
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops.attention import api
@@ -103,7 +103,7 @@ def _compile(config: RunConfig, devices: list[Any], train: bool) -> Compiled:
   sharding.check_batch(mesh, *shape, config.optimizer.accumulate)
   batch = {
     name: jax.ShapeDtypeStruct(shape, kind, sharding=rows)
-    for name, kind in SCHEMA.items()
+    for name, kind in arrays_of(config.data.rows).items()
   }
   with sharding.activate(mesh):
     model = Decoder(config.model)

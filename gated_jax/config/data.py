@@ -21,6 +21,8 @@ SOURCES = (
   'tokens',
   'synthetic',
 )
+# How documents become rows; see gated_jax/data/packing.py.
+ROWS = ('cut', 'joined')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,11 @@ class DataConfig:
   special_tokens: bool = False
   batch: int = 8  # rows per step, over all processes
   length: int = 256  # tokens per row
+  # 'cut': documents end to end, each attending to itself alone. 'joined':
+  # attention crosses documents, as in GPT-style runs.
+  rows: str = 'cut'
+  # For rows='joined': the id that every row begins with; -1: none.
+  first_token: int = -1
   validation: float = 0.05  # share of documents held out, by their content
   max_document: int = 1 << 20  # bytes of text, or ids; longer ones are cut
   shuffle: bool = True
@@ -69,6 +76,16 @@ class DataConfig:
       }
     )
     below_one(**{'data.validation': self.validation})
+    choice('data.rows', self.rows, ROWS)
+    if self.first_token < -1:
+      raise ValueError(
+        f'data.first_token={self.first_token} must be an id, or -1 for none'
+      )
+    if self.first_token >= 0 and self.rows != 'joined':
+      raise ValueError(
+        f'data.first_token={self.first_token} does nothing with '
+        f"data.rows={self.rows!r}: it needs data.rows='joined'"
+      )
     valid_seed(**{'data.seed': self.seed})
     if not self.tokenizer:
       raise ValueError("data.tokenizer='' must be 'bytes' or a path")

@@ -13,3 +13,13 @@ SCHEMA: dict[str, type[np.generic]] = {
   'positions': np.int32,  # place of the token in its segment
   'weights': np.float32,  # 1 where the target counts, else 0
 }
+
+
+def arrays_of(rows: str) -> dict[str, type[np.generic]]:
+  """The arrays that a batch of such rows (`data.rows`) has.
+
+  Joined rows have no document numbers, which spares attention a mask, and
+  their positions are those in the row, which is what a model assumes.
+  """
+  absent = ('segments', 'positions') if rows == 'joined' else ()
+  return {name: kind for name, kind in SCHEMA.items() if name not in absent}

@@ -41,7 +41,8 @@ class Documents(grain.IterDataset):
   """Token arrays of the documents that `keep` says are this stream's own.
 
   `order` maps the place in the stream to the number of a unit; its length is
-  where the stream ends. `epoch` is how many units make one pass.
+  where the stream ends. `epoch` is how many units make one pass. Documents
+  with fewer ids than `least` are left out.
   """
 
   def __init__(
@@ -52,6 +53,7 @@ class Documents(grain.IterDataset):
     keep: Callable[[Document], bool],
     encode: Callable[[Document], np.ndarray],
     nothing: Callable[[], str],
+    least: int = 2,
   ):
     super().__init__()
     self._source = source
@@ -60,6 +62,7 @@ class Documents(grain.IterDataset):
     self._keep = keep
     self._encode = encode
     self._nothing = nothing
+    self._least = least
 
   def __iter__(self) -> grain.DatasetIterator:
     return _DocumentsIterator(
@@ -69,13 +72,14 @@ class Documents(grain.IterDataset):
       self._keep,
       self._encode,
       self._nothing,
+      self._least,
     )
 
 
 class _DocumentsIterator(grain.DatasetIterator):
   """The position: which unit of the order, and the cursor inside it."""
 
-  def __init__(self, source, order, epoch, keep, encode, nothing):
+  def __init__(self, source, order, epoch, keep, encode, nothing, least):
     super().__init__()
     self._source = source
     self._order = order
@@ -83,6 +87,7 @@ class _DocumentsIterator(grain.DatasetIterator):
     self._keep = keep
     self._encode = encode
     self._nothing = nothing
+    self._least = least
     self._place = 0
     self._cursor = 0
     self._reader: Iterator[tuple[int, Document]] | None = None
@@ -127,7 +132,7 @@ class _DocumentsIterator(grain.DatasetIterator):
       if not self._keep(document):
         continue
       ids = self._encode(document)
-      if len(ids) >= 2:  # one alone predicts nothing
+      if len(ids) >= self._least:
         return ids
 
   def get_state(self) -> dict[str, Any]:

@@ -32,13 +32,13 @@ import numpy as np
 
 from gated_jax.config import DataConfig
 from gated_jax.config import names_with
-from gated_jax.data.packing import PackedRows
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
 from gated_jax.data.stages import View
 from gated_jax.data.stages import batches as make_batches
 from gated_jax.data.stages import documents
 from gated_jax.data.stages import make_source
+from gated_jax.data.stages import pack
 from gated_jax.data.tokenizer import make_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -108,6 +108,8 @@ class Pipeline:
       position = saved['position']
     except (ValueError, TypeError, KeyError) as error:
       raise ValueError(f'not a data position: {bytes(state)[:40]!r}') from error
+    # A setting that is younger than the position stood at its default.
+    about = _settings(DataConfig()) | about
     for key, now in self._about.items():
       if key == 'files' and about.get(key) != now:
         raise ValueError(
@@ -184,7 +186,7 @@ def make_pipeline(
   weights, parts = zip(*config.parts(), strict=True)
   sources = [make_source(part, view) for part in parts]
   rows = [
-    PackedRows(documents(part, source, view), config.length)
+    pack(part, documents(part, source, view), view)
     for part, source in zip(parts, sources, strict=True)
   ]
   mixed = (
@@ -204,17 +206,21 @@ def _about(
     for unit in source.units:
       name = os.path.basename(unit.path)
       digest.update(repr((name, unit.begin, unit.end)).encode())
-  free = names_with(config, 'free')
-  about = {
-    f'data.{name}': value
-    for name, value in dataclasses.asdict(config).items()
-    # Where files lie may change: their names and sizes are compared instead.
-    if name not in free
-  }
-  about |= {
+  about = _settings(config) | {
     'split': view.split,
     'process': view.shard,
     'processes': view.shards,
     'files': digest.hexdigest(),
   }
   return json.loads(json.dumps(about))
+
+
+def _settings(config: DataConfig) -> dict[str, Any]:
+  """The settings that move the data."""
+  free = names_with(config, 'free')
+  return {
+    f'data.{name}': value
+    for name, value in dataclasses.asdict(config).items()
+    # Where files lie may change: their names and sizes are compared instead.
+    if name not in free
+  }

@@ -14,6 +14,8 @@ from gated_jax.config import DataConfig
 from gated_jax.data.documents import Documents
 from gated_jax.data.documents import content_hash
 from gated_jax.data.documents import is_held_out
+from gated_jax.data.packing import JoinedRows
+from gated_jax.data.packing import PackedRows
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
@@ -77,11 +79,19 @@ def _own_rows(batch: Batch, view: View) -> Batch:
   """This process's rows of a global batch, the last one padded to its size."""
   size = view.config.batch // view.shards
   begin = view.shard * size
+  count = len(batch['weights'])
+  rows = np.arange(begin, begin + size)
+  if count >= begin + size:
+    return {name: value[begin : begin + size] for name, value in batch.items()}
+  # Without document numbers nothing but its weight marks padding, so what is
+  # measured inside the model had better be text: earlier rows again.
+  joined = 'segments' not in batch
   out = {}
   for name, value in batch.items():
-    own = value[begin : begin + size]
-    missing = ((0, size - len(own)), (0, 0))
-    out[name] = np.pad(own, missing) if len(own) < size else own
+    own = value[rows % count]
+    if name == 'weights' or not joined:
+      own[rows >= count] = 0
+    out[name] = own
   return out
 
 
@@ -144,8 +154,30 @@ def documents(
     )
 
   return Documents(
-    source, order, epoch, keep, functools.partial(_encode, view), nothing
+    source,
+    order,
+    epoch,
+    keep,
+    functools.partial(_encode, view),
+    nothing,
+    # In rows of their own, documents of a single id predict nothing.
+    least=1 if part.rows == 'joined' else 2,
   )
+
+
+def pack(
+  part: DataConfig, documents: grain.IterDataset, view: View
+) -> grain.IterDataset:
+  """The rows that `data.rows` asks for."""
+  if part.rows == 'cut':
+    return PackedRows(documents, part.length)
+  vocab = view.vocab or view.tokenizer.vocab
+  if part.first_token >= vocab:
+    raise ValueError(
+      f'data.first_token={part.first_token} lies outside the vocabulary of '
+      f'{vocab}'
+    )
+  return JoinedRows(documents, part.length, part.first_token)
 
 
 def _encode(view: View, found: Document) -> np.ndarray:
@@ -153,7 +185,10 @@ def _encode(view: View, found: Document) -> np.ndarray:
   if found.ids is None:
     if not found.text:
       return np.empty(0, np.int32)
-    return document(view.tokenizer, found.text)
+    ids = document(view.tokenizer, found.text)
+    # Where one token serves both ends, one of it stands between documents.
+    shared = view.tokenizer.bos == view.tokenizer.eos >= 0
+    return ids[1:] if shared and view.config.rows == 'joined' else ids
   low, high = int(found.ids.min()), int(found.ids.max())
   vocab = view.vocab or 2**31
   if low < 0 or high >= vocab:

@@ -269,7 +269,8 @@ class Decoder(nn.Module):
 
     Args:
       batch: tokens, targets, segments, positions (int32) and weights
-        (float32), each [B, T].
+        (float32), each [B, T]. Without segments a row is one document,
+        without positions they count from its beginning.
       deterministic: no dropout.
     """
     c = self.config
@@ -309,8 +310,8 @@ class Decoder(nn.Module):
   ) -> tuple[Array, Cache | None, dict[str, dict[str, Array]]]:
     """Final hidden states; what layers returned beside, stacked."""
     c = self.config
-    tokens, segments = inputs['tokens'], inputs['segments']
-    positions = inputs['positions']
+    tokens, segments = inputs['tokens'], inputs.get('segments')
+    positions = inputs.get('positions')
     b, t = tokens.shape
     index = None if cache is None else cache.length
     if positions is None:
@@ -380,7 +381,7 @@ def _permute(inputs: dict[str, Any], order: Any) -> dict[str, Any]:
   if order is None:
     return inputs
   moved = {}
-  for name, x in inputs.items():
+  for name, x in {'positions': None, **inputs}.items():
     if x is None and name == 'positions':
       x = jnp.broadcast_to(jnp.arange(len(order)), inputs['tokens'].shape)
     if x is not None:

@@ -25,6 +25,7 @@ from gated_jax.checkpoint import one_line
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
+from gated_jax.config import from_dict
 from gated_jax.config import names_with
 from gated_jax.config import to_dict
 from gated_jax.training.step import TrainState
@@ -36,7 +37,8 @@ def check_same_run(
   old: dict[str, Any], new: RunConfig, folder: pathlib.Path
 ) -> dict[str, tuple[Any, Any]]:
   """Settings that differ and may; ValueError for those that may not."""
-  changed = differences(old, to_dict(new))
+  # A setting that is younger than the checkpoint stood at its default.
+  changed = differences(to_dict(from_dict(old)), to_dict(new))
   free = names_with(new, 'free')
   refused = {k: v for k, v in changed.items() if k not in free}
   if not refused:

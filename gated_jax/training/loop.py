@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from gated_jax import sharding
 from gated_jax.config import RunConfig
-from gated_jax.data.batch import SCHEMA
+from gated_jax.data.batch import arrays_of
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.model.accounting import flops_per_token
 from gated_jax.training import report
@@ -118,7 +118,7 @@ class Loop:
     shape = (parts.config.data.batch, parts.config.data.length)
     batch = {
       name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
-      for name, dtype in SCHEMA.items()
+      for name, dtype in arrays_of(parts.config.data.rows).items()
     }
     start = time.perf_counter()
     step = parts.step.lower(parts.abstract, batch).compile()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from gated_jax.data.packing import JoinedRows
 from gated_jax.data.packing import PackedRows
 from gated_jax.data.packing import pack_row
 
@@ -115,9 +116,55 @@ def test_segments_are_runs_of_one_document_with_positions_from_zero(
       previous = segments[i]
 
 
+def test_joined_rows_are_written_as_one_would_by_hand():
+  documents = [np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)]
+  plain = list(JoinedRows(_List(documents), 3, -1))
+  assert [r['tokens'].tolist() for r in plain] == [[5, 6, 7], [8, 0, 0]]
+  assert [r['targets'].tolist() for r in plain] == [[6, 7, 8], [9, 0, 0]]
+  assert [r['weights'].tolist() for r in plain] == [[1, 1, 1], [1, 0, 0]]
+  first = list(JoinedRows(_List(documents), 3, 4))
+  assert [r['tokens'].tolist() for r in first] == [[4, 5, 6], [4, 8, 0]]
+  assert [r['targets'].tolist() for r in first] == [[5, 6, 7], [8, 9, 0]]
+  assert [r['weights'].tolist() for r in first] == [[1, 1, 1], [1, 1, 0]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+  lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+  length=st.integers(1, 17),
+  first=st.sampled_from([-1, 10**6]),
+)
+def test_joined_rows_are_the_stream_and_predict_each_id_once(
+  lengths, length, first
+):
+  stream = np.arange(sum(lengths))
+  rows = list(JoinedRows(_List(_documents(lengths)), length, first))
+  weights = [row['weights'].astype(bool) for row in rows]
+  targets = [row['targets'][w] for row, w in zip(rows, weights, strict=True)]
+  wanted = stream if first >= 0 else stream[1:]
+  assert np.concatenate([*targets, []]).tolist() == wanted.tolist()
+  for row, used in zip(rows, weights, strict=True):
+    assert set(row) == {'tokens', 'targets', 'weights'}
+    assert used[: used.sum()].all()
+    tokens, after = row['tokens'][used], row['targets'][used]
+    assert tokens[0] == (first if first >= 0 else after[0] - 1)
+    assert (tokens[1:] == after[:-1]).all()
+  assert all(used.all() for used in weights[:-1])
+
+
+@pytest.mark.parametrize('first', [-1, 99])
+@pytest.mark.parametrize('length', [1, 3, 8])
+def test_joined_rows_resume_from_every_position(length, first):
+  data = JoinedRows(_List(_documents([2, 9, 1, 3, 25, 2, 8])), length, first)
+  _check_resumes(data)
+
+
 @pytest.mark.parametrize('length', [1, 3, 8])
 def test_every_position_can_be_saved_as_json_and_resumed(length):
-  data = PackedRows(_List(_documents([2, 9, 3, 25, 2, 2, 8])), length)
+  _check_resumes(PackedRows(_List(_documents([2, 9, 3, 25, 2, 2, 8])), length))
+
+
+def _check_resumes(data):
   iterator = data.__iter__()
   states, rows = [iterator.get_state()], []
   for row in iterator:

@@ -241,12 +241,26 @@ def _sources(tmp_path):
       mixture=(f'1:text:{files}', f'2:jsonl:{lines}', '0.5:synthetic'),
     ),
     'unshuffled': _config(files, shuffle=False),
+    'joined': _config(files, rows='joined', first_token=256),
+    'joined tokens': _config(
+      str(tmp_path / 'a.npy'), 'tokens', validation=0, rows='joined'
+    ),
   }
 
 
 @pytest.mark.parametrize(
   'source',
-  ['stdlib', 'text', 'jsonl', 'tokens', 'synthetic', 'mixture', 'unshuffled'],
+  [
+    'stdlib',
+    'text',
+    'jsonl',
+    'tokens',
+    'synthetic',
+    'mixture',
+    'unshuffled',
+    'joined',
+    'joined tokens',
+  ],
 )
 def test_a_restored_pipeline_goes_on_with_the_same_batches(tmp_path, source):
   config = _sources(tmp_path)[source]
@@ -284,6 +298,84 @@ def test_validation_resumes_as_well(tmp_path):
     again.restore(state)
     for a, b in zip(again, rest, strict=True):
       _equal(a, b)
+
+
+def test_joined_rows_of_an_array_are_the_array(tmp_path):
+  ids = np.arange(1000, dtype=np.uint16) % 250
+  ids[99::100] = 256
+  np.save(tmp_path / 'a.npy', ids)
+  config = _config(
+    str(tmp_path / 'a.npy'),
+    'tokens',
+    rows='joined',
+    shuffle=False,
+    validation=0,
+  )
+  (batch,) = _take(make_pipeline(config, 'train'), 1)
+  kinds = {name: value.dtype.name for name, value in batch.items()}
+  assert kinds == {'tokens': 'int32', 'targets': 'int32', 'weights': 'float32'}
+  np.testing.assert_array_equal(batch['tokens'].reshape(-1), ids[:128])
+  np.testing.assert_array_equal(batch['targets'].reshape(-1), ids[1:129])
+
+
+def test_joined_text_has_one_end_between_documents_and_none_is_shared(tmp_path):
+  paths = _write_corpus(tmp_path)
+  config = _config(paths, rows='joined', first_token=256, validation=0.3)
+  held = _take(make_pipeline(config, 'validation'), 10_000)
+  seen = _take(make_pipeline(config, 'train'), 200)
+  for batch in held + seen:
+    assert (batch['tokens'][:, 0] == 256).all()
+    both_ends = (batch['tokens'] == 256) & (batch['targets'] == 256)
+    # A row may begin with the first token where a document has just ended.
+    assert not both_ends[:, 1:].any()
+  held, seen = (
+    {int(n) for b in batches for n in MARK.findall(_as_text(b))}
+    for batches in (held, seen)
+  )
+  assert not held & seen
+  assert held | seen == set(range(120))
+
+
+def _as_text(batch):
+  ids = batch['tokens'][batch['weights'] > 0]
+  return bytes(np.where(ids < 256, ids, 10).astype(np.uint8)).decode()
+
+
+def test_padding_of_joined_rows_repeats_text_without_weight(tmp_path):
+  config = _config(_write_corpus(tmp_path), rows='joined', validation=0.3)
+  batches = _take(make_pipeline(config, 'validation'), 10_000)
+  last = batches[-1]
+  used = last['weights'].any(axis=1)
+  assert 0 < used.sum() < 4  # the corpus is chosen so
+  for row in np.flatnonzero(~used):
+    np.testing.assert_array_equal(
+      last['tokens'][row], last['tokens'][row % used.sum()]
+    )
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'rows': 'glued'}, "data.rows='glued' must be one of cut, joined"),
+    ({'rows': 'joined', 'first_token': -2}, 'must be an id, or -1 for none'),
+    ({'first_token': 5}, "does nothing with data.rows='cut'"),
+    ({'rows': 'joined', 'first_token': 300}, 'outside the vocabulary of 257'),
+  ],
+)
+def test_rows_that_make_no_sense_are_refused(changes, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    make_pipeline(_config(source='stdlib', **changes), 'train')
+
+
+def test_a_position_without_a_younger_setting_stands_at_its_default(tmp_path):
+  config = _config(_write_corpus(tmp_path, documents=10))
+  state = json.loads(make_pipeline(config, 'train').state())
+  del state['about']['data.rows'], state['about']['data.first_token']
+  old = json.dumps(state).encode()
+  make_pipeline(config, 'train').restore(old)
+  joined = _config(config.paths, rows='joined')
+  with pytest.raises(ValueError, match=r"data.rows='cut', not 'joined'"):
+    make_pipeline(joined, 'train').restore(old)
 
 
 @pytest.mark.parametrize(

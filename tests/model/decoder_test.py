@@ -96,6 +96,20 @@ def loss_of(model, params, batch):
   return run(params, batch)
 
 
+def test_a_row_without_document_numbers_is_one_document():
+  model, params = make(SMALL)
+  batch = batch_of(rows=2)
+  named = {
+    'segments': np.ones((2, 8), np.int32),
+    'positions': np.tile(np.arange(8, dtype=np.int32), (2, 1)),
+  }
+  bare = {k: v for k, v in batch.items() if k not in named}
+  expected = loss_of(model, params, batch | named)
+  np.testing.assert_allclose(
+    loss_of(model, params, bare).total, expected.total, rtol=1e-6
+  )
+
+
 @pytest.mark.parametrize('name', VARIANTS)
 def test_a_token_sees_its_own_document_up_to_itself(name):
   config = config_of(name)
