@@ -28,7 +28,7 @@ from gated_jax.model.decoder import init_cache
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention import context
 from gated_jax.training.build import make_functions
-from gated_jax.training.build import share_of_process
+from gated_jax.training.rows import rows_of_process
 
 BATCH, LENGTH = 8, 32
 MODEL = ModelConfig(
@@ -460,5 +460,5 @@ class Rows:
 def test_a_process_reads_the_rows_that_it_holds(processes, expected):
   batch = 1 + max(max(rows) for rows in processes)
   for process, share in enumerate(expected):
-    found = share_of_process(Rows(*processes), batch, 16, process)
+    found = rows_of_process(Rows(*processes), batch, 16, process)
     assert tuple(found) == share

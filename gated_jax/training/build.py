@@ -1,4 +1,4 @@
-"""What a run is made of, put together: mesh, model, optimizer, state, data.
+"""Puts a run together: mesh, model, optimizer, state, data.
 
 A state comes from the newest checkpoint of the workdir, or fresh from the
 seed. Read `gated_jax/training/loop.py` next.
@@ -8,7 +8,6 @@ import dataclasses
 import pathlib
 import tempfile
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +36,9 @@ from gated_jax.training.metrics import Clock
 from gated_jax.training.metrics import Metrics
 from gated_jax.training.optimizer import make_optimizer
 from gated_jax.training.optimizer import make_schedule
+from gated_jax.training.rows import HostRows
+from gated_jax.training.rows import rows_of_process
+from gated_jax.training.rows import to_devices
 from gated_jax.training.step import TrainState
 from gated_jax.training.step import make_init
 from gated_jax.training.step import make_step
@@ -44,8 +46,8 @@ from gated_jax.training.step import state_shardings
 
 
 @dataclasses.dataclass
-class Parts:
-  """What a run is made of. Only `state` changes."""
+class RunState:
+  """The objects of one run, made by `build`. Only `state` changes."""
 
   config: RunConfig
   workdir: pathlib.Path
@@ -94,55 +96,9 @@ def check_platform(config: ModelConfig, platform: str) -> None:
     moe.check_platform(config.moe.implementation, platform)
 
 
-class Share(NamedTuple):
-  """The rows of every batch that a process reads, and its place for them."""
-
-  part: int
-  parts: int
-  rows: tuple[int, ...]  # in the global batch, of each row that it reads
-
-
-def share_of_process(
-  where: jax.sharding.Sharding, batch: int, length: int, process: int = -1
-) -> Share:
-  """What a process (-1: this one) has to read.
-
-  Processes that hold the same rows (they share a tensor axis, say) read the
-  same. The rows need not stand together: a pod's mesh follows its network.
-  """
-  held: dict[int, set[int]] = {}
-  everywhere: Any = where.devices_indices_map((batch, length))
-  for device, index in everywhere.items():
-    rows = range(batch)[index[0]]
-    held.setdefault(device.process_index, set()).update(rows)
-  sets = sorted({tuple(sorted(rows)) for rows in held.values()})
-  if any(len(rows) * len(sets) != batch for rows in sets):
-    # Some rows are shared and others not: everyone reads everything.
-    return Share(0, 1, tuple(range(batch)))
-  own = held[jax.process_index() if process < 0 else process]
-  part = sets.index(tuple(sorted(own)))
-  return Share(part, len(sets), sets[part])
-
-
-def to_devices(
-  batch: dict[str, np.ndarray], where: jax.sharding.Sharding, share: Share
-) -> dict[str, jax.Array]:
-  """Global arrays of which this process provides its rows."""
-  places = {row: place for place, row in enumerate(share.rows)}
-
-  def place(rows: np.ndarray) -> jax.Array:
-    shape = (len(rows) * share.parts, *rows.shape[1:])
-
-    def shard(index):
-      chosen = [places[row] for row in range(shape[0])[index[0]]]
-      return rows[(chosen, *index[1:])]
-
-    return jax.make_array_from_callback(shape, where, shard)
-
-  return {name: place(rows) for name, rows in batch.items()}
-
-
-def build(config: RunConfig, workdir: pathlib.Path, console: Console) -> Parts:
+def build(
+  config: RunConfig, workdir: pathlib.Path, console: Console
+) -> RunState:
   """Everything a run needs, restored from its newest checkpoint if any."""
   check_workdir(workdir)
   check_same_config(config)
@@ -156,8 +112,8 @@ def build(config: RunConfig, workdir: pathlib.Path, console: Console) -> Parts:
     abstract, init, step = make_functions(config, model, mesh)
 
   rows = sharding.batch_sharding(mesh)
-  share = share_of_process(rows, *shape)
-  data = read(config, 'train', share)
+  own = rows_of_process(rows, *shape)
+  data = read(config, 'train', own)
   data.start()
   with sharding.activate(mesh):
     checkpoints = Checkpoints(workdir / 'checkpoints', config, say=console.say)
@@ -174,8 +130,8 @@ def build(config: RunConfig, workdir: pathlib.Path, console: Console) -> Parts:
       for name, (old, new) in changed.items():
         console.say(f'changed since: {name} {old!r} -> {new!r}')
 
-  evaluation = _evaluation(config, model, rows, share)
-  return Parts(
+  evaluation = _evaluation(config, model, rows, own)
+  return RunState(
     config=config,
     workdir=workdir,
     mesh=mesh,
@@ -231,24 +187,24 @@ def make_functions(
   return abstract, jax.jit(init, out_shardings=places), jitted_step
 
 
-def read(config: RunConfig, split: str, share: Share) -> Pipeline:
-  """This process's share of a split's batches."""
+def read(config: RunConfig, split: str, own: HostRows) -> Pipeline:
+  """This process's rows of a split's batches."""
   return make_pipeline(
     config.data,
     split,
-    shard=share.part,
-    shards=share.parts,
+    shard=own.part,
+    shards=own.parts,
     vocab=config.model.vocab,
   )
 
 
 def _evaluation(
-  config: RunConfig, model: Decoder, rows: Any, share: Share
+  config: RunConfig, model: Decoder, rows: Any, own: HostRows
 ) -> Evaluation:
   """Reads the held-out batches, once."""
   if not config.data.validation:
     return Evaluation(model, [], 0.0)
-  with read(config, 'validation', share) as pipeline:
+  with read(config, 'validation', own) as pipeline:
     batches = [
       batch
       for batch, _ in zip(pipeline, range(config.eval_batches), strict=False)
@@ -256,8 +212,8 @@ def _evaluation(
     known = target_bytes(
       config.data, batches, pipeline.tokenizer.byte_lengths()
     )
-  if share.parts > 1:
+  if own.parts > 1:
     sums = np.asarray(multihost_utils.process_allgather(np.float64(known)))
-    known = float(sums.sum()) * share.parts / jax.process_count()
-  placed = [to_devices(batch, rows, share) for batch in batches]
+    known = float(sums.sum()) * own.parts / jax.process_count()
+  placed = [to_devices(batch, rows, own) for batch in batches]
   return Evaluation(model, placed, known)

@@ -24,14 +24,14 @@ from gated_jax.data.batch import arrays_of
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.model.accounting import flops_per_token
 from gated_jax.training import report
-from gated_jax.training.build import Parts
+from gated_jax.training.build import RunState
 from gated_jax.training.build import build
-from gated_jax.training.build import share_of_process
-from gated_jax.training.build import to_devices
 from gated_jax.training.console import Console
 from gated_jax.training.console import StopRequest
 from gated_jax.training.console import stop_on_signal
 from gated_jax.training.metrics import utilisation
+from gated_jax.training.rows import rows_of_process
+from gated_jax.training.rows import to_devices
 
 # Steps dispatched ahead of the one whose metrics the host has seen: enough to
 # keep the device busy, few enough to notice trouble at once.
@@ -45,24 +45,24 @@ class RunStopped(RuntimeError):
 class Loop:
   """The steps of a run, dispatched ahead of what the host has seen."""
 
-  def __init__(self, parts: Parts):
-    self.parts = parts
-    self.first = self.done = int(parts.state.step)
+  def __init__(self, run: RunState):
+    self.run = run
+    self.first = self.done = int(run.state.step)
     self.validation = Likelihood(0.0, 0.0)
     self._validated = -1  # the step it was measured at
     self.report: Any = None
     self._pending: collections.deque[Any] = collections.deque()
-    self._waited = parts.data.wait_seconds
+    self._waited = run.data.wait_seconds
     self._lap_step = self.first
-    self._tokens = parts.config.data.batch * parts.config.data.length
+    self._tokens = run.config.data.batch * run.config.data.length
     self._flops = sum(
-      flops_per_token(parts.config.model, parts.config.data.length).values()
+      flops_per_token(run.config.model, run.config.data.length).values()
     )
     self._trained = 0.0  # seconds of steps alone
     self._profiling = False
-    self._rows = sharding.batch_sharding(parts.mesh)
-    self._share = share_of_process(
-      self._rows, parts.config.data.batch, parts.config.data.length
+    self._rows = sharding.batch_sharding(run.mesh)
+    self._own = rows_of_process(
+      self._rows, run.config.data.batch, run.config.data.length
     )
 
   @property
@@ -72,25 +72,25 @@ class Loop:
     return steps * self._tokens / self._trained if self._trained else 0.0
 
   @property
-  def outcome(self) -> report.Outcome:
-    """What there is to say at the end."""
-    return report.Outcome(
+  def result(self) -> report.RunResult:
+    """The figures that the report closes with."""
+    return report.RunResult(
       self.done, self.validation, self.report, self.tokens_per_second
     )
 
-  def run(self, request: StopRequest) -> bool:
+  def train(self, request: StopRequest) -> bool:
     """Trains to the end, or until asked to stop; says which."""
-    parts, config = self.parts, self.parts.config
+    run, config = self.run, self.run.config
     step: Any = self._compile() if self.done < config.steps else None
-    parts.clock.lap()
+    run.clock.lap()
     while self.done < config.steps:
       if self._should_stop(request):
         self._save()
-        parts.checkpoints.wait()
+        run.checkpoints.wait()
         return False
       self._profile()
-      batch = to_devices(self._next_batch(), self._rows, self._share)
-      parts.state, metrics = step(parts.state, batch)
+      batch = to_devices(self._next_batch(), self._rows, self._own)
+      run.state, metrics = step(run.state, batch)
       self.done += 1
       self._after_step(metrics)
     self._drain()
@@ -99,32 +99,32 @@ class Loop:
 
   def _next_batch(self) -> dict[str, np.ndarray]:
     try:
-      return next(self.parts.data)
+      return next(self.run.data)
     except ValueError as error:
       # Files can be mended, so nothing is lost: with several processes only
       # what came after the last checkpoint, as the others do not stop here.
       if self.done == self.first or jax.process_count() > 1:
         raise
       self._save()
-      self.parts.checkpoints.wait()
-      path = self.parts.checkpoints.path(self.done)
+      self.run.checkpoints.wait()
+      path = self.run.checkpoints.path(self.done)
       raise ValueError(
         f'{error}; step {self.done} is saved in {path}'
       ) from None
 
   def _compile(self) -> Any:
     """The step, compiled for the shapes of the run's batches."""
-    parts = self.parts
-    shape = (parts.config.data.batch, parts.config.data.length)
+    run = self.run
+    shape = (run.config.data.batch, run.config.data.length)
     batch = {
       name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
       for name, dtype in arrays_of(parts.config.data.rows).items()
     }
     start = time.perf_counter()
-    step = parts.step.lower(parts.abstract, batch).compile()
+    step = run.step.lower(run.abstract, batch).compile()
     seconds = time.perf_counter() - start
-    parts.clock.add('compile', seconds)
-    parts.console.say(f'compiled the step in {seconds:.1f} s')
+    run.clock.add('compile', seconds)
+    run.console.say(f'compiled the step in {seconds:.1f} s')
     return step
 
   def _should_stop(self, request: StopRequest) -> bool:
@@ -133,11 +133,11 @@ class Loop:
     return bool(request)
 
   def _after_step(self, metrics: dict[str, jax.Array]) -> None:
-    parts, config = self.parts, self.parts.config
+    run, config = self.run, self.run.config
     for value in metrics.values():
       value.copy_to_host_async()
     self._pending.append((self.done, metrics))
-    parts.console.advance()
+    run.console.advance()
     while len(self._pending) > IN_FLIGHT:
       self._look()
 
@@ -153,36 +153,36 @@ class Loop:
 
   def _rates(self, step: int) -> dict[str, float]:
     """Speed since the last logged step, and where the time went."""
-    parts = self.parts
-    seconds, spent = parts.clock.lap()
-    waited = parts.data.wait_seconds - self._waited
-    self._waited = parts.data.wait_seconds
-    parts.clock.add('data', waited)
-    parts.clock.lap()
+    run = self.run
+    seconds, spent = run.clock.lap()
+    waited = run.data.wait_seconds - self._waited
+    self._waited = run.data.wait_seconds
+    run.clock.add('data', waited)
+    run.clock.lap()
     steps, self._lap_step = step - self._lap_step, step
     training = max(seconds - sum(spent.values()), 1e-9)
     self._trained += training
     speed = steps * self._tokens / training
     device = jax.devices()[0].device_kind
     mfu = utilisation(self._flops, speed, device, jax.device_count())
-    total = parts.clock.seconds
+    total = run.clock.seconds
     return {
       'tokens_per_second': speed,
       **({'mfu': mfu} if mfu else {}),
       'time/data': waited / max(seconds, 1e-9),
       **{
-        f'time/{name}': parts.clock.total.get(name, 0.0) / total
+        f'time/{name}': run.clock.total.get(name, 0.0) / total
         for name in ('compile', 'checkpoint', 'evaluation')
       },
     }
 
   def _look(self) -> None:
     """Takes in the oldest step whose metrics the host has not seen."""
-    parts, config = self.parts, self.parts.config
+    run, config = self.run, self.run.config
     step, metrics = self._pending.popleft()
     bad = int(metrics['bad_in_row'])  # waits until the step is done
     if bad:
-      parts.console.say(
+      run.console.say(
         f'step {step}: loss {float(metrics["loss"])}, gradient norm '
         f'{float(metrics["grad_norm"])}: update skipped'
       )
@@ -194,15 +194,15 @@ class Loop:
     if step == config.steps or step % config.log_every == 0:
       values = {name: np.asarray(x).item() for name, x in metrics.items()}
       values |= self._rates(step)
-      parts.metrics.write(step, values)
-      parts.console.show(step, config.steps, values)
+      run.metrics.write(step, values)
+      run.console.show(step, config.steps, values)
 
   def _last_good(self) -> str:
-    self.parts.checkpoints.wait()
-    steps = self.parts.checkpoints.steps
+    self.run.checkpoints.wait()
+    steps = self.run.checkpoints.steps
     if not steps:
       return 'there is no checkpoint yet'
-    path = self.parts.checkpoints.path(steps[-1])
+    path = self.run.checkpoints.path(steps[-1])
     return f'the last good checkpoint is {path}'
 
   def _drain(self) -> None:
@@ -210,63 +210,63 @@ class Loop:
       self._look()
 
   def _validate(self) -> None:
-    parts = self.parts
+    run = self.run
     self._drain()
-    with parts.clock.spent('evaluation'), sharding.activate(parts.mesh):
-      self.validation = parts.evaluation.validate(parts.state.params)
-    found = self.validation.scalars()
+    with run.clock.spent('evaluation'), sharding.activate(run.mesh):
+      self.validation = run.evaluation.validate(run.state.params)
+    scalars = self.validation.scalars()
     self._validated = self.done
-    if found:
-      parts.metrics.write(self.done, found)
-      text = '  '.join(f'{name} {value:.4f}' for name, value in found.items())
-      parts.console.say(f'step {self.done}/{parts.config.steps}  {text}')
+    if scalars:
+      run.metrics.write(self.done, scalars)
+      text = '  '.join(f'{name} {value:.4f}' for name, value in scalars.items())
+      run.console.say(f'step {self.done}/{run.config.steps}  {text}')
 
   def _probe(self) -> None:
-    parts = self.parts
+    run = self.run
     self._drain()
-    with parts.clock.spent('evaluation'), sharding.activate(parts.mesh):
-      self.report = parts.evaluation.probe(parts.state.params)
+    with run.clock.spent('evaluation'), sharding.activate(run.mesh):
+      self.report = run.evaluation.probe(run.state.params)
     if self.report is not None:
-      parts.metrics.write(self.done, self.report.scalars())
+      run.metrics.write(self.done, self.report.scalars())
 
   def _save(self) -> None:
-    parts = self.parts
+    run = self.run
     self._drain()
     fresh = self._validated == self.done
-    with parts.clock.spent('checkpoint'):
-      parts.checkpoints.save(
-        parts.state,
-        parts.data.state().decode(),
+    with run.clock.spent('checkpoint'):
+      run.checkpoints.save(
+        run.state,
+        run.data.state().decode(),
         self.validation.loss if fresh else float('inf'),
       )
 
   def _profile(self) -> None:
-    config = self.parts.config
+    config = self.run.config
     if not config.profile_steps:
       return
     if self.done == config.profile_start:
       self._drain()
-      jax.profiler.start_trace(str(self.parts.workdir / 'profile'))
+      jax.profiler.start_trace(str(self.run.workdir / 'profile'))
       self._profiling = True
     elif self.done == config.profile_start + config.profile_steps:
       self._stop_profile()
 
   def _stop_profile(self) -> None:
     if self._profiling:
-      jax.block_until_ready(self.parts.state)
+      jax.block_until_ready(self.run.state)
       jax.profiler.stop_trace()
       self._profiling = False
-      self.parts.console.say(f'profile in {self.parts.workdir / "profile"}')
+      self.run.console.say(f'profile in {self.run.workdir / "profile"}')
 
   def finish(self) -> None:
-    """What a resumed, already finished run still lacks."""
+    """Measures and saves what a run that came back finished still lacks."""
     if np.isnan(self.validation.loss):
       self._validate()
     if self.report is None:
       self._probe()
     self._save()
-    with self.parts.clock.spent('checkpoint'):
-      self.parts.checkpoints.wait()
+    with self.run.clock.spent('checkpoint'):
+      self.run.checkpoints.wait()
 
 
 def run(config: RunConfig, workdir: pathlib.Path, command: str = '') -> None:
@@ -283,25 +283,25 @@ def run(config: RunConfig, workdir: pathlib.Path, command: str = '') -> None:
     CheckpointError: A checkpoint could not be written.
   """
   console = Console()
-  parts = build(config, workdir, console)
-  console.say(report.opening(config, parts.state.params, workdir))
-  loop = Loop(parts)
+  run_state = build(config, workdir, console)
+  console.say(report.opening(config, run_state.state.params, workdir))
+  loop = Loop(run_state)
   try:
-    with stop_on_signal() as request, sharding.activate(parts.mesh):
+    with stop_on_signal() as request, sharding.activate(run_state.mesh):
       console.start(loop.done, config.steps)
-      finished = loop.run(request)
+      finished = loop.train(request)
       if finished:
         loop.finish()
     console.stop()
     if finished:
-      report.closing(parts, loop.outcome, command)
+      report.closing(run_state, loop.result, command)
     else:
       console.say(
         f'{request.name or "asked to stop"}: saved step {loop.done} in '
-        f'{parts.checkpoints.path(loop.done)}; go on with: {command}'
+        f'{run_state.checkpoints.path(loop.done)}; go on with: {command}'
       )
   finally:
     console.stop()
-    parts.metrics.close()
-    parts.data.close()
-    parts.checkpoints.close()
+    run_state.metrics.close()
+    run_state.data.close()
+    run_state.checkpoints.close()

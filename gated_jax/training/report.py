@@ -10,23 +10,23 @@ import jax
 
 from gated_jax.config import RunConfig
 from gated_jax.evals.likelihood import Likelihood
-from gated_jax.training.build import Parts
+from gated_jax.training.build import RunState
 
 NAMED = 10  # skipped files
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-  """What a run came to."""
+class RunResult:
+  """The figures that a run ended with."""
 
   step: int
   validation: Likelihood
-  report: Any  # of diagnostics; None: nothing was held out
+  report: Any  # made by evals.diagnostics; None: nothing was held out
   tokens_per_second: float
 
 
 def opening(config: RunConfig, params: Any, workdir: pathlib.Path) -> str:
-  """What is about to be trained, on what."""
+  """One line on the model, the data and the devices of a run."""
   count = sum(x.size for x in jax.tree.leaves(params))
   kind = jax.devices()[0].device_kind
   data = config.data
@@ -37,16 +37,16 @@ def opening(config: RunConfig, params: Any, workdir: pathlib.Path) -> str:
   )
 
 
-def _rows(parts: Parts, outcome: Outcome) -> list[tuple[str, str]]:
+def _rows(run: RunState, result: RunResult) -> list[tuple[str, str]]:
   """Names and values of the closing table, without what was not measured."""
   numbers: list[tuple[str, float, str]] = [
-    ('validation loss', outcome.validation.loss, '{:.4f} nats per token'),
-    ('bits per byte', outcome.validation.bits_per_byte, '{:.4f}'),
+    ('validation loss', result.validation.loss, '{:.4f} nats per token'),
+    ('bits per byte', result.validation.bits_per_byte, '{:.4f}'),
   ]
-  if outcome.report is not None:
-    numbers += outcome.report.summary()
-  numbers.append(('tokens/s', outcome.tokens_per_second or math.nan, '{:,.0f}'))
-  clock = parts.clock
+  if result.report is not None:
+    numbers += result.report.summary()
+  numbers.append(('tokens/s', result.tokens_per_second or math.nan, '{:,.0f}'))
+  clock = run.clock
   lost = ', '.join(
     f'{name} {clock.total.get(name, 0.0) / clock.seconds:.1%}'
     for name in ('data', 'compile', 'checkpoint', 'evaluation')
@@ -56,25 +56,25 @@ def _rows(parts: Parts, outcome: Outcome) -> list[tuple[str, str]]:
     for name, value, form in numbers
   ]
   rows.append(('time spent on', lost))
-  skipped = int(parts.state.skipped)
+  skipped = int(run.state.skipped)
   if skipped:
     rows.append(('skipped updates', str(skipped)))
   return rows
 
 
-def _figures(parts: Parts, report: Any) -> str:
+def _figures(run: RunState, report: Any) -> str:
   """Draws them; a reason where they cannot be drawn."""
-  if not parts.config.figures:
+  if not run.config.figures:
     return 'off (figures=False)'
   if report is None:
     return 'none: nothing was held out to look at'
   if jax.process_index():
     return ''
-  folder = parts.workdir / 'figures'
+  folder = run.workdir / 'figures'
   try:
     from gated_jax.evals import plot
 
-    paths = plot.figures(parts.metrics.path, report, folder)
+    paths = plot.figures(run.metrics.path, report, folder)
   except ImportError:
     return "none: matplotlib is missing, pip install 'gated_jax[plot]'"
   except OSError as error:  # the rest of the report is no less true
@@ -91,28 +91,30 @@ def _skipped(files: dict[str, str]) -> str:
 
 def _longer(command: str, steps: int) -> str:
   """The user's command, with more steps."""
-  kept = [x for x in command.split(' ') if not x.startswith('--config.steps=')]
-  return ' '.join([*kept, f'--config.steps={steps}'])
+  others = [
+    x for x in command.split(' ') if not x.startswith('--config.steps=')
+  ]
+  return ' '.join([*others, f'--config.steps={steps}'])
 
 
-def closing(parts: Parts, outcome: Outcome, command: str) -> None:
+def closing(run: RunState, result: RunResult, command: str) -> None:
   """Prints what came out, where it lies and what to type next."""
-  checkpoint = parts.checkpoints.path(outcome.step)
+  checkpoint = run.checkpoints.path(result.step)
   python = shlex.split(command)[0] if command else 'python'
   sample = shlex.join(
     [python, '-m', 'gated_jax.decode', f'--checkpoint={checkpoint}']
   )
   rows = [
-    *_rows(parts, outcome),
+    *_rows(run, result),
     ('checkpoint', str(checkpoint)),
-    ('metrics', str(parts.metrics.path)),
-    ('figures', _figures(parts, outcome.report)),
+    ('metrics', str(run.metrics.path)),
+    ('figures', _figures(run, result.report)),
     ('sample from it', f"{sample} --prompt='def '"),
-    ('resume it', _longer(command, 2 * parts.config.steps)),
+    ('resume it', _longer(command, 2 * run.config.steps)),
   ]
-  if parts.data.skipped:
-    rows.append(('skipped files', _skipped(parts.data.skipped)))
+  if run.data.skipped:
+    rows.append(('skipped files', _skipped(run.data.skipped)))
   width = max(len(name) for name, _ in rows)
-  parts.console.say('')
+  run.console.say('')
   for name, value in rows:
-    parts.console.say(f'{name:<{width}}  {value}')
+    run.console.say(f'{name:<{width}}  {value}')

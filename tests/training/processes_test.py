@@ -21,6 +21,8 @@ from gated_jax.data.pipeline import make_pipeline
 from gated_jax.model.decoder import Decoder
 from gated_jax.training import build
 from gated_jax.training import metrics
+from gated_jax.training.rows import rows_of_process
+from gated_jax.training.rows import to_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
@@ -163,8 +165,8 @@ def test_two_processes_train_as_one_on_what_each_reads(settings, undisturbed):
   ]
   mesh = sharding.make_mesh(config.mesh)
   rows = sharding.batch_sharding(mesh)
-  share = build.share_of_process(rows, config.data.batch, config.data.length)
-  assert (share.part, share.parts) == (0, 1)
+  own = rows_of_process(rows, config.data.batch, config.data.length)
+  assert (own.part, own.parts) == (0, 1)
   found = {}
   with sharding.activate(mesh):
     _, init, step = build.make_functions(config, Decoder(config.model), mesh)
@@ -176,7 +178,7 @@ def test_two_processes_train_as_one_on_what_each_reads(settings, undisturbed):
         name: np.concatenate([half[name] for half in halves])
         for name in halves[0]
       }
-      state, scalars = step(state, build.to_devices(batch, rows, share))
+      state, scalars = step(state, to_devices(batch, rows, own))
       found[i] = float(scalars['loss'])
   for pipeline in read:
     pipeline.close()

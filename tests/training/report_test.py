@@ -9,7 +9,7 @@ from gated_jax.config import RunConfig
 from gated_jax.evals.diagnostics import Report
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.training import report
-from gated_jax.training.build import Parts
+from gated_jax.training.build import RunState
 from gated_jax.training.console import Console
 from gated_jax.training.metrics import Clock
 
@@ -30,8 +30,8 @@ FOUND = Report(
 
 def said(workdir, capsys, found=FOUND, skipped=(), **settings):
   """The closing table by name."""
-  parts = object.__new__(Parts)  # with what the report looks at
-  vars(parts).update(
+  run = object.__new__(RunState)  # with what the report looks at
+  vars(run).update(
     config=RunConfig(**settings),
     workdir=workdir,
     console=Console(),
@@ -42,8 +42,8 @@ def said(workdir, capsys, found=FOUND, skipped=(), **settings):
     data=types.SimpleNamespace(skipped=dict(skipped)),
   )
   loss = Likelihood(nats=200.0, tokens=100.0, text_bytes=50.0)
-  outcome = report.Outcome(9, loss, found, 1234.5)
-  report.closing(parts, outcome, COMMAND)
+  result = report.RunResult(9, loss, found, 1234.5)
+  report.closing(run, result, COMMAND)
   lines = capsys.readouterr().out.splitlines()[1:]
   width = len('first-token attention') + 2
   return {line[:width].strip(): line[width:].strip() for line in lines}
