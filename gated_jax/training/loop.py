@@ -118,7 +118,7 @@ class Loop:
     shape = (run.config.data.batch, run.config.data.length)
     batch = {
       name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
-      for name, dtype in arrays_of(parts.config.data.rows).items()
+      for name, dtype in arrays_of(run.config.data.rows).items()
     }
     start = time.perf_counter()
     step = run.step.lower(run.abstract, batch).compile()
