@@ -6,11 +6,13 @@ Read `gated_jax/data/sources.py` first.
 import json
 import pathlib
 import sysconfig
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Skipped
+from gated_jax.data.sources import Source
 from gated_jax.data.sources import Unit
 from gated_jax.data.sources import byte_units
 from gated_jax.data.sources import find_files
@@ -280,14 +282,24 @@ def _piece_end(raw: bytes, begin: int, size: int) -> int:
 
 def make_text_source(
   kind: str, paths: str, column: str, max_document: int, skipped: Skipped
-):
-  """Returns the source that the word in `DataConfig.source` stands for."""
-  if kind == 'stdlib':
-    return TextSource(stdlib_files(), max_document, skipped)
-  files = find_files(paths)
-  if kind == 'text':
+) -> Source:
+  """The source that the word in `DataConfig.source` stands for."""
+  files = stdlib_files() if kind == 'stdlib' else find_files(paths)
+  return text_source(kind, files, column, max_document, skipped)
+
+
+def text_source(
+  kind: str,
+  files: list[str],
+  column: str,
+  max_document: int,
+  skipped: Skipped,
+) -> Source:
+  """The same for files by name. Without any it has no units of its own, and
+  reads those of another source of its kind."""
+  if kind in ('stdlib', 'text'):
     return TextSource(files, max_document, skipped)
-  table = {
+  table: dict[str, Callable[..., Source]] = {
     'jsonl': JsonLinesSource,
     'parquet': ParquetSource,
     'array_record': ArrayRecordSource,

@@ -111,6 +111,7 @@ class HuggingFaceTokenizer:
     self.bos, self.eos, self.start = ends
     self._no_text = set(ends)
     self._unsettled = self._find_unsettled()
+    self._spellable = self._find_spellable()
 
   def _find_ends(self, folder: pathlib.Path, tokens: dict[str, int]) -> Ends:
     stated = _stated(folder)
@@ -139,6 +140,28 @@ class HuggingFaceTokenizer:
       return lambda _: False
     return lambda i: _is_byte(self._pieces[i])
 
+  def _find_spellable(self) -> Bool[np.ndarray, ' V']:
+    """Marks special tokens, but not the one that stands for unknown text."""
+    model = self._layout['model']
+    unknown = {model.get('unk_id')}
+    if model.get('unk_token'):
+      unknown.add(self._tokenizer.token_to_id(model['unk_token']))
+    return np.isin(np.arange(self.vocab), list(self._special - unknown))
+
+  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' _']]:
+    """See `Tokenizer`."""
+    # The package holds Python's lock for single texts, and not for a batch.
+    encodings = self._tokenizer.encode_batch_fast(
+      list(texts), add_special_tokens=False
+    )
+    rows = [np.array(encoding.ids, np.int32) for encoding in encodings]
+    if self._reads_special:
+      return rows
+    return [
+      self.encode(text) if self._spellable[ids].any() else ids
+      for text, ids in zip(texts, rows, strict=True)
+    ]
+
   def encode(self, text: str) -> Int32[np.ndarray, ' T']:
     """See `Tokenizer`."""
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -156,14 +179,10 @@ class HuggingFaceTokenizer:
     first character matches neither; at worst it
     gains a space there.
     """
-    model = self._layout['model']
-    unknown = {model.get('unk_id')}
-    if model.get('unk_token'):
-      unknown.add(self._tokenizer.token_to_id(model['unk_token']))
     return [
       begin + 1
       for i, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True)
-      if i in self._special - unknown and end - begin > 1
+      if self._spellable[i] and end - begin > 1
     ]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -235,6 +254,11 @@ class SentencePieceTokenizer:
   def encode(self, text: str) -> Int32[np.ndarray, ' T']:
     """See `Tokenizer`."""
     return np.asarray(self._processor.encode(text), np.int32)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' _']]:
+    """See `Tokenizer`."""
+    rows = self._processor.encode(list(texts), num_threads=1)
+    return [np.array(ids, np.int32) for ids in rows]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """See `Tokenizer`."""
