@@ -207,7 +207,8 @@ def test_keys_that_a_chunk_must_not_see_belong_to_no_document(
 ):
   config = model_config(mesh, BEST)
   expected = one_device(config)
-  monkeypatch.setattr(api, 'SKIPS_HIDDEN', ('xla',))
+  xla = dataclasses.replace(api.BACKENDS['xla'], skips_hidden=True)
+  monkeypatch.setitem(api.BACKENDS, 'xla', xla)
   monkeypatch.setattr(context, '_squares', None)
   assert_same(measure(config, MESHES[mesh]), expected)
 

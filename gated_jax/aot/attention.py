@@ -35,6 +35,7 @@ from gated_jax.chips import TPUS
 from gated_jax.ops.attention import pallas_tpu_blocks as cut
 from gated_jax.ops.attention.api import gated_dot_product_attention
 from gated_jax.ops.attention.cases import Case
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 
 # The TPUs that our kernels have block sizes for.
@@ -70,7 +71,10 @@ def gradients(case: Case, backend: str, masking: Masking = Masking()):
   def run(arrays, d_output):
     def attend(arrays):
       return gated_dot_product_attention(
-        **arrays, masking=masking, spec=case.spec, implementation=backend
+        *Inputs(**arrays),
+        masking=masking,
+        spec=case.spec,
+        implementation=backend,
       ).output
 
     return jax.vjp(attend, arrays)[1](d_output)[0]

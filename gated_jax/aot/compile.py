@@ -60,9 +60,7 @@ def on_tpu(config: RunConfig) -> list[RunConfig]:
   if model.moe.implementation == 'auto':
     moe = dataclasses.replace(model.moe, implementation='gmm')
     model = dataclasses.replace(model, moe=moe)
-  names = (
-    api.PREFERENCE['tpu'] if model.attention == 'auto' else (model.attention,)
-  )
+  names = api.candidates(model.attention, platform='tpu')
   return [
     dataclasses.replace(
       config, model=dataclasses.replace(model, attention=name)

@@ -53,6 +53,7 @@ from gated_jax.model.attention import Surroundings
 from gated_jax.ops import rope
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention import splash
+from gated_jax.ops.attention.spec import Backend
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.gate import apply_gate
 
@@ -65,18 +66,22 @@ GATES = {
 REMAT = ('none', 'minimal', 'full')
 
 
-def _autodiff(query, key, value, gate, masking, spec):
+def _autodiff(inputs, masking, spec):
   """Splash, and the gate as anybody would write it after it."""
-  output, lse = splash.attend(query, key, value, None, masking, spec)
-  if gate is not None:
-    output = apply_gate(output, gate, spec.gate)
+  plain = inputs._replace(gate_logits=None)
+  output, lse = splash.attend(plain, masking, spec)
+  if inputs.gate_logits is not None:
+    output = apply_gate(output, inputs.gate_logits, spec.gate)
   return Result(output, lse)
 
 
 # How a layer attends: a backend's name, and what stands in its place.
-KERNELS: dict[str, tuple[str, dict[str, Callable]]] = {
+KERNELS: dict[str, tuple[str, dict[str, Backend]]] = {
   'pallas_tpu': ('pallas_tpu', {}),
-  'splash, autodiff': ('splash', {'splash': _autodiff}),
+  'splash, autodiff': (
+    'splash',
+    {'splash': Backend(_autodiff, platform='tpu')},
+  ),
 }
 
 

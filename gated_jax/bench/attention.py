@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gated_jax.bench.timing import interleaved
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention.cases import Case
+from gated_jax.ops.attention.spec import Inputs
 
 GATES = ('none', 'headwise', 'elementwise')
 # Rows, and tokens in each.
@@ -63,7 +64,7 @@ def functions(case: Case, backend: str) -> dict[str, Any]:
 
   def forward(arrays):
     # Forward keeps no log-sum-exp for anybody, as in evaluation.
-    return attend(**arrays).output
+    return attend(*Inputs(**arrays)).output
 
   def both(arrays, incoming):
     output, pull = jax.vjp(forward, arrays)

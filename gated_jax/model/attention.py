@@ -37,6 +37,7 @@ from gated_jax.ops.attention import api
 from gated_jax.ops.attention import context
 from gated_jax.ops.attention import decode
 from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 
@@ -374,15 +375,17 @@ class GatedAttention(nn.Module):
           place = jax.lax.axis_index(axis)
           dropout_key = jax.random.fold_in(dropout_key, place)
       masking = Masking(segments, segments, offset, mask, dropout_key)
+      inputs = Inputs(query, key, value, gate)
       attend = functools.partial(
         _attend_whole, implementation=self.implementation
       )
       if parts == 1:
-        return tuple(attend(query, key, value, gate, masking, spec))
+        return tuple(attend(inputs, masking, spec))
       (axis,) = sharding.mesh_axes('length')
-      arrays = ((query, key, value), gate, masking, spec)
-      skips = api.first_choice(self.implementation) in api.SKIPS_HIDDEN
-      return tuple(context.attend(attend, *arrays, axis, skips=skips))
+      skips = api.first_choice(self.implementation).skips_hidden
+      return tuple(
+        context.attend(attend, inputs, masking, spec, axis, skips=skips)
+      )
 
     rows = ('batch', 'length')
     kv_axes = ('batch', 'kv_length' if cached else 'length', 'kv_heads', None)
@@ -454,12 +457,9 @@ def _named(x: Float[Array, 'B T N H'], name: str) -> Float[Array, 'B T N H']:
   return checkpoint_name(flat, name).reshape(x.shape)
 
 
-def _attend_whole(query, key, value, gate, masking, spec, *, implementation):
+def _attend_whole(inputs, masking, spec, *, implementation):
   return api.gated_dot_product_attention(
-    query,
-    key,
-    value,
-    gate,
+    *inputs,
     masking=masking,
     spec=spec,
     implementation=implementation,

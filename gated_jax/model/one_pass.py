@@ -13,7 +13,7 @@ from gated_jax.ops.attention import api
 
 def on_tpu(implementation: str) -> bool:
   """Whether this is for a TPU: who asks for its kernels says so anywhere."""
-  return api.NEEDS.get(api.first_choice(implementation)) == 'tpu'
+  return api.first_choice(implementation).on_tpu
 
 
 def norm_and_rotation(

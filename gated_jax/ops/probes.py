@@ -17,9 +17,9 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from gated_jax.ops.attention.masks import visible_keys
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
-from gated_jax.ops.attention.xla import visible_keys
 
 # Scores are counted below zero, in twenty bins from 0 to 1, and above one.
 # One itself lies in the last of the twenty: a shut or open sigmoid rounds.
@@ -135,9 +135,8 @@ def attention_weights(
     key,
     preferred_element_type=jnp.float32,
   ).reshape(b, n, t, t)
-  visible = visible_keys(
-    b, t, t, Masking(segments, segments), AttentionSpec(window=window)
-  )
+  masking = Masking(segments, segments)
+  visible = visible_keys(t, t, masking, AttentionSpec(window=window))
   assert visible is not None
   return jnp.exp(jnp.where(visible, logits - lse[..., None], -jnp.inf))
 

@@ -1,4 +1,4 @@
-"""The one door to attention: checks its arguments, chooses a backend.
+"""The one door to attention: checks its arguments and chooses a backend.
 
     Y = softmax(scale * Q K^T + mask) V          Y' = Y * sigmoid(G)
 
@@ -7,63 +7,82 @@ Read `spec.py` for what goes in and out, `xla.py` for what it means.
 
 import functools
 import logging
-from collections.abc import Callable
 
 import jax
 from jaxtyping import Array
 from jaxtyping import Float
 
 from gated_jax.ops.attention import cudnn
+from gated_jax.ops.attention import decode_tpu
 from gated_jax.ops.attention import pallas_tpu
 from gated_jax.ops.attention import splash
 from gated_jax.ops.attention import xla
 from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Backend
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.attention.spec import refuse
 
-BACKENDS: dict[str, Callable[..., Result]] = {
-  'xla': xla.attend,
-  'cudnn': cudnn.attend,
-  'splash': splash.attend,
-  'pallas_tpu': pallas_tpu.attend,
+# Automatic choice tries those that run on the platform in this order. `xla`
+# refuses nothing, so it comes last.
+BACKENDS: dict[str, Backend] = {
+  'pallas_tpu': Backend(
+    pallas_tpu.attend,
+    platform='tpu',
+    skips_hidden=True,
+    read_pages=decode_tpu.attend,
+  ),
+  'splash': Backend(splash.attend, platform='tpu'),
+  'cudnn': Backend(cudnn.attend, platform='gpu'),
+  'xla': Backend(xla.attend),
 }
-# What automatic choice tries on each platform, in this order. `xla` refuses
-# nothing, so it ends every list.
-PREFERENCE = {
-  'tpu': ('pallas_tpu', 'splash', 'xla'),
-  'gpu': ('cudnn', 'xla'),
-  'cpu': ('xla',),
-}
-# The only platform that each of these runs on.
-NEEDS = {'cudnn': 'gpu', 'splash': 'tpu', 'pallas_tpu': 'tpu'}
-# Those that do not compute what documents hide from one another.
-SKIPS_HIDDEN = ('pallas_tpu',)
 
 
-def first_choice(implementation: str) -> str:
-  """What 'auto' tries first here; any other name stands for itself."""
-  if implementation != 'auto':
-    return implementation
-  return PREFERENCE.get(jax.default_backend(), ('xla',))[0]
+def candidates(implementation: str, platform: str = '') -> tuple[str, ...]:
+  """Names of backends in the order in which they are tried.
+
+  Args:
+    implementation: a name, which stands for itself, or 'auto'.
+    platform: where attention is to run; '': JAX's default backend.
+
+  Raises:
+    ValueError: there is no such backend.
+  """
+  if implementation == 'auto':
+    platforms = ('', platform or jax.default_backend())
+    return tuple(
+      name for name, row in BACKENDS.items() if row.platform in platforms
+    )
+  if implementation not in BACKENDS:
+    raise ValueError(
+      f'{implementation=} must be auto or one of {", ".join(BACKENDS)}'
+    )
+  return (implementation,)
+
+
+def first_choice(implementation: str) -> Backend:
+  """The backend that is tried first on this platform."""
+  return BACKENDS[candidates(implementation)[0]]
 
 
 def check_platform(implementation: str, platform: str) -> None:
   """NotImplementedError where a backend cannot run; 'auto' can anywhere.
 
-  For whoever knows the devices before tracing: a kernel for TPUs may be traced
-  on any machine, so by itself it fails only when it is lowered for another.
+  A kernel for TPUs may be traced on any machine and fails only when it is
+  lowered for another device. A caller that knows the devices can ask here
+  before it traces anything.
   """
-  needed = NEEDS.get(implementation, platform)
+  needed = BACKENDS[candidates(implementation, platform)[0]].platform
   reason = f'it needs a {needed.upper()} and this is a {platform}'
-  refuse(implementation, **{reason: needed != platform})
+  refuse(implementation, **{reason: needed not in ('', platform)})
 
 
 def gated_dot_product_attention(
   query: Float[Array, 'B T N H'],
   key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K H'],
-  gate: Float[Array, 'B T N #H'] | None = None,
+  value: Float[Array, 'B S K V'],
+  gate: Float[Array, 'B T N #V'] | None = None,
   *,
   masking: Masking = Masking(),
   spec: AttentionSpec = AttentionSpec(),
@@ -75,8 +94,8 @@ def gated_dot_product_attention(
     query: [B, T, N, H].
     key: [B, S, K, H] with N a multiple of K; query head n reads kv head
       n // (N / K).
-    value: [B, S, K, H].
-    gate: logits (not scores), [B, T, N, H] for one per channel, [B, T, N, 1]
+    value: [B, S, K, V]; V may differ from H.
+    gate: logits (not scores), [B, T, N, V] for one per channel, [B, T, N, 1]
       for one per head; None leaves the output as it is.
     masking: arrays that say which keys a query sees, beside spec.causal.
     spec: the static options.
@@ -84,62 +103,57 @@ def gated_dot_product_attention(
       platform that can do the call. One asked for by name is never replaced.
 
   Returns:
-    (output, lse): [B, T, N, H] in query's dtype, and with spec.return_lse
-    the log-sum-exp of the scaled logits, [B, N, T] float32, else None.
+    (output, lse): [B, T, N, V] in query's dtype, and with spec.return_lse
+    the log-sum-exp of the attention logits, [B, N, T] float32, else None.
 
   Raises:
     ValueError: shapes that do not fit, or a backend that does not exist.
     NotImplementedError: the backend asked for cannot do this, and why.
   """
-  _check_shapes(query, key, value, gate, masking)
-  arguments = (query, key, value, gate, masking, spec)
-  if implementation != 'auto':
-    if implementation not in BACKENDS:
-      raise ValueError(
-        f'{implementation=} must be auto or one of {", ".join(BACKENDS)}'
-      )
-    return BACKENDS[implementation](*arguments)
-  platform = jax.default_backend()
+  inputs = Inputs(query, key, value, gate)
+  _check_shapes(inputs, masking)
+  names = candidates(implementation)
   refusals = []
-  for name in PREFERENCE.get(platform, ('xla',)):
+  for name in names:
     try:
-      result = BACKENDS[name](*arguments)
-    except NotImplementedError as e:
-      refusals.append(str(e))
+      result = BACKENDS[name].attend(inputs, masking, spec)
+    except NotImplementedError as error:
+      if name == names[-1]:
+        raise
+      refusals.append(str(error))
     else:
-      _announce(platform, name, '; '.join(refusals))
+      if implementation == 'auto':
+        _announce(jax.default_backend(), name, '; '.join(refusals))
       return result
-  raise AssertionError('xla refuses nothing')
+  raise AssertionError('there is at least one candidate')
 
 
 @functools.cache
 def _announce(platform: str, name: str, refusals: str) -> None:
+  """Logs each automatic choice once."""
   why = f' ({refusals})' if refusals else ''
   logging.info('attention on %s: %s%s', platform, name, why)
 
 
-def _check_shapes(
-  query: Array,
-  key: Array,
-  value: Array,
-  gate: Array | None,
-  masking: Masking,
-) -> None:
+def _check_shapes(inputs: Inputs, masking: Masking) -> None:
+  query, key, value, gate = inputs
   for name, array in (('query', query), ('key', key), ('value', value)):
     if array.ndim != 4:
       raise ValueError(f'{name} of shape {array.shape} must be [B, T, N, H]')
   b, t, n, h = query.shape
   s, k = key.shape[1:3]
-  if key.shape != value.shape or key.shape[0] != b or key.shape[3] != h:
+  if key.shape[:3] != value.shape[:3] or (key.shape[0], key.shape[3]) != (b, h):
     raise ValueError(
       f'query {query.shape}, key {key.shape} and value {value.shape} must '
-      'agree in batch and head width, key and value in everything'
+      'agree in batch, query and key in head width, key and value in length '
+      'and heads'
     )
   if n % k:
     raise ValueError(f'{n} query heads must be a multiple of {k} kv heads')
-  if gate is not None and gate.shape not in ((b, t, n, h), (b, t, n, 1)):
+  gates = (b, t, n, value.shape[3]), (b, t, n, 1)
+  if gate is not None and gate.shape not in gates:
     raise ValueError(
-      f'gate logits {gate.shape} must be {(b, t, n, h)} or {(b, t, n, 1)}'
+      f'gate logits {gate.shape} must be {gates[0]} or {gates[1]}'
     )
   segments = masking.query_segments, masking.kv_segments
   if (segments[0] is None) != (segments[1] is None):

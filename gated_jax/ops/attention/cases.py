@@ -58,7 +58,7 @@ class Case:
 
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
-    """Shapes of query, key, value and, where there is one, gate."""
+    """Shapes of the fields of `Inputs` that the case has."""
     shapes: dict[str, tuple[int, ...]] = {
       'query': (self.B, self.T, self.N, self.H),
       'key': (self.B, self.keys, self.K, self.H),
@@ -66,7 +66,7 @@ class Case:
     }
     if self.gate != 'none':
       width = 1 if self.gate == 'headwise' else self.H
-      shapes['gate'] = (self.B, self.T, self.N, width)
+      shapes['gate_logits'] = (self.B, self.T, self.N, width)
     return shapes
 
   def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -78,7 +78,7 @@ class Case:
     }
 
   def arrays(self, seed: int = 0) -> dict[str, jax.Array]:
-    """Normal numbers for query, key, value and gate."""
+    """Normal numbers for each of `shapes`."""
     rng = np.random.default_rng(seed)
     return {
       name: jnp.asarray(rng.normal(size=shape), self.dtype)

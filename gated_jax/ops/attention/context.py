@@ -22,16 +22,16 @@ keys, by a backend that takes offsets.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from jaxtyping import Float
 
+from gated_jax.ops.attention.spec import Attend
 from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.gate import apply_gate
@@ -58,11 +58,8 @@ def zigzag(length: int, parts: int) -> np.ndarray:
 
 
 def attend(
-  function: Callable[..., Result],
-  inputs: tuple[
-    Float[Array, 'B T N H'], Float[Array, 'B T K H'], Float[Array, 'B T K H']
-  ],
-  gate: Float[Array, 'B T N #H'] | None,
+  function: Attend,
+  inputs: Inputs,
   masking: Masking,
   spec: AttentionSpec,
   axis: str,
@@ -72,38 +69,37 @@ def attend(
   """Causal self-attention of this device's two chunks to all keys.
 
   Args:
-    function: (query, key, value, gate, masking, spec) -> Result. With a
-      window it is given whole keys and a masking.query_offset.
-    inputs: query, key and value: this device's part, in zigzag order.
-    gate: likewise.
+    function: attention of one device. With a window it is given whole keys and
+      a masking.query_offset.
+    inputs: this device's part, in zigzag order.
     masking: its segments only.
     spec: causal.
     axis: the mesh axis that splits the sequence.
-    skips: whether function leaves out what segments hide.
+    skips: whether function does not compute what segments hide.
   """
   if not spec.causal or masking.mask is not None:
     raise NotImplementedError(
       'a sequence split over devices is attended to causally, without a mask'
     )
   if spec.window:
-    return _by_offset(function, inputs, gate, masking, spec, axis)
+    return _by_offset(function, inputs, masking, spec, axis)
+  query, key, value, gate_logits = inputs
 
   def call(causal, q, k, v, ids, kv_ids):
     """Squares [C, B, t, ...], as one batch."""
-    flat = [None if x is None else _flat(x) for x in (q, k, v, ids, kv_ids)]
+    segments = [None if x is None else _flat(x) for x in (ids, kv_ids)]
     output, lse = function(
-      *flat[:3],
-      None,
-      Masking(flat[3], flat[4], dropout_key=masking.dropout_key),
+      Inputs(_flat(q), _flat(k), _flat(v)),
+      masking._replace(query_segments=segments[0], kv_segments=segments[1]),
       dataclasses.replace(spec, causal=causal, return_lse=True),
     )
     assert lse is not None
     lse = jnp.swapaxes(lse, 1, 2)
-    return output.reshape(q.shape), lse.reshape(q.shape[:-1])
+    return output.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1])
 
   q, k, v, ids = (
     None if x is None else jnp.stack(jnp.split(x, 2, axis=1))
-    for x in (*inputs, masking.query_segments)
+    for x in (query, key, value, masking.query_segments)
   )
   halves = (q, k, v, ids)
   diagonal = call(True, q, k, v, ids, ids)
@@ -111,10 +107,10 @@ def attend(
   output, lse = (
     jnp.concatenate(list(x), axis=1) for x in _join(diagonal, *others)
   )
-  if gate is None or spec.gate.model_dtype:
-    output = output.astype(inputs[0].dtype)
-  if gate is not None:
-    output = apply_gate(output, gate, spec.gate).astype(inputs[0].dtype)
+  if gate_logits is None or spec.gate.model_dtype:
+    output = output.astype(query.dtype)
+  if gate_logits is not None:
+    output = apply_gate(output, gate_logits, spec.gate).astype(query.dtype)
   return Result(output, jnp.swapaxes(lse, 1, 2) if spec.return_lse else None)
 
 
@@ -206,9 +202,9 @@ def _join(diagonal, output, lse, second):
   return joined / total[..., None], top + jnp.log(total)
 
 
-def _by_offset(function, inputs, gate, masking, spec, axis):
+def _by_offset(function, inputs, masking, spec, axis):
   parts, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-  query, key, value = inputs
+  query, key, value, gate_logits = inputs
   batch, half = query.shape[0], query.shape[1] // 2
   where = np.argsort(_order(parts))
 
@@ -230,7 +226,8 @@ def _by_offset(function, inputs, gate, masking, spec, axis):
     own = Masking(
       part(segments), kv_segments, offset, dropout_key=masking.dropout_key
     )
-    results.append(function(part(query), keys, values, part(gate), own, spec))
+    own_inputs = Inputs(part(query), keys, values, part(gate_logits))
+    results.append(function(own_inputs, own, spec))
   lse = None
   if spec.return_lse:
     parts_of_lse: list[Any] = [r.lse for r in results]

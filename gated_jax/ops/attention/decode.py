@@ -9,13 +9,13 @@ times the largest |value|. `quiet_heads` finds those heads. A TPU then reads the
 rest of the cache alone (`decode_tpu.py`); elsewhere `leave_out` drops them.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from gated_jax.ops.attention import api
 from gated_jax.ops.attention import decode_tpu
 
 
@@ -58,16 +58,13 @@ def reads_pages(queries: int, width: int, implementation: str) -> bool:
   Args:
     queries: of each row; the kernel takes one.
     width: of a head.
-    implementation: as in `api.py`; the kernel is among those of 'pallas_tpu'.
-      On a TPU it is the automatic choice for heads that fill its lanes:
-      narrower ones lie there with tokens innermost, and to turn them the whole
-      cache would be copied.
+    implementation: as in `api.py`. Automatic choice takes the kernel only for
+      heads that fill a TPU's lanes: narrower ones lie there with tokens
+      innermost, and the whole cache would be copied to transpose them.
   """
-  chosen = implementation == 'pallas_tpu'
-  if implementation == 'auto':
-    fills = width % decode_tpu.LANES == 0
-    chosen = fills and jax.default_backend() == 'tpu'
-  return chosen and queries == 1
+  has_kernel = api.first_choice(implementation).read_pages is not None
+  chosen = implementation != 'auto' or width % decode_tpu.LANES == 0
+  return has_kernel and chosen and queries == 1
 
 
 def read_pages(

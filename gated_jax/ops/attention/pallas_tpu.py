@@ -33,6 +33,7 @@ from gated_jax.ops.attention.pallas_tpu_blocks import Call
 from gated_jax.ops.attention.spec import LSE_NAME
 from gated_jax.ops.attention.spec import OUTPUT_NAME
 from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.attention.spec import refuse
@@ -45,10 +46,7 @@ PADDED_KEY = PADDED_QUERY + 1
 
 
 def attend(
-  query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K H'],
-  gate: Float[Array, 'B T N #H'] | None,
+  inputs: Inputs,
   masking: Masking,
   spec: AttentionSpec,
   *,
@@ -58,10 +56,11 @@ def attend(
   """See gated_jax/ops/attention/spec.py.
 
   Args:
-    query, key, value, gate, masking, spec: as there.
+    inputs, masking, spec: as there.
     blocks: how to cut; None: as the table says for this device.
     interpret: run without a TPU, slowly; or pltpu.InterpretParams.
   """
+  query, key, value, gate = inputs
   b, t, n, h = query.shape
   s, k = key.shape[1:3]
   refuse(
@@ -72,6 +71,7 @@ def attend(
     float16=query.dtype == jnp.float16,
     float64=query.dtype == jnp.float64,
     head_dim_above_256=h > 256,
+    values_of_another_width=value.shape[3] != h,
   )
   queries, keys = cut.pad_to(t), cut.pad_to(s)
   segments = _segments(masking, (b, t, s), (queries, keys), spec.causal)
@@ -124,7 +124,7 @@ def _attend(call, inputs, gate, segments):
 
 
 def _forward(call, inputs, gate, segments):
-  inside = vjp.keeps_gated(gate, call.gate)
+  inside = vjp.saves_gated(gate, call.gate)
   length = inputs[0].shape[1]
   query, key, value = inputs
   arrays = [lay(query, call.queries, call.head_dim)]

@@ -264,7 +264,7 @@ def _kernel(*refs, call, part, some):
       _logits(logits, rows, call, kept.dtype) if gated else None,
       call.gate,
       cut.activation_of(call.gate.activation, kept.dtype),
-      vjp.Narrow(
+      vjp.RowLayout(
         lambda x: cut.wide(cut.to_column(x), call.head_dim), cut.to_row
       ),
     )

@@ -1,16 +1,18 @@
-"""What every attention backend is told, and what it must answer.
+"""What every attention backend reads, is told, and answers.
 
 A backend is one file with one function
 
-    attend(query, key, value, gate, masking, spec) -> (output, lse)
+    attend(inputs, masking, spec) -> Result(output, lse)
 
 over arrays in the layout that the projections make:
 
-    query [B, T, N, H]    key, value [B, S, K, H]    N a multiple of K
-    gate  [B, T, N, H] (elementwise), [B, T, N, 1] (headwise), or None
-    output [B, T, N, H] in query's dtype
-    lse    [B, N, T] float32: log(sum(exp(scale * q.k))) over the visible
-           keys, natural logarithm, or None unless spec.return_lse
+    query        [B, T, N, H]
+    key          [B, S, K, H]    N is a multiple of K
+    value        [B, S, K, V]    V, the width of a value, may differ from H
+    gate_logits  [B, T, N, V] (elementwise), [B, T, N, 1] (headwise), or None
+    output       [B, T, N, V] in query's dtype
+    lse          [B, N, T] float32: log(sum(exp(scale * q.k))) over the visible
+                 keys, natural logarithm, or None unless spec.return_lse
 
 Query head n reads kv head n // (N / K). A query that sees no key outputs
 zero before the gate and has lse -inf. What a backend cannot do it refuses
@@ -19,6 +21,7 @@ what is right.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -29,20 +32,29 @@ from jaxtyping import Int
 
 from gated_jax.ops.gate import GateSpec
 
-# What backward keeps, under these names for remat policies. A policy that
-# saves both never runs attention's forward a second time.
+# Remat policies know attention's results by these names. A policy that saves
+# both never runs attention's forward a second time.
 OUTPUT_NAME = 'gated_output'
 LSE_NAME = 'attention_lse'
+
+
+class Inputs(NamedTuple):
+  """The arrays that attention is a differentiable function of."""
+
+  query: Float[Array, 'B T N H']
+  key: Float[Array, 'B S K H']
+  value: Float[Array, 'B S K V']
+  gate_logits: Float[Array, 'B T N #V'] | None = None
 
 
 class Masking(NamedTuple):
   """Arrays that say which keys a query sees; all that are given must agree."""
 
-  # Same number, same document. Both or neither.
+  # Tokens with the same number belong to the same document. Both or neither.
   query_segments: Int[Array, 'B T'] | None = None
   kv_segments: Int[Array, 'B S'] | None = None
-  # Index among the keys of each row's first query; 0 where it is absent.
-  # Causality and window compare query_offset + t with s.
+  # Index among the keys of each row's first query; None means 0. Causality and
+  # window compare query_offset + t with s.
   query_offset: Int[Array, ' B'] | None = None
   # Any other rule; True is visible.
   mask: Bool[Array, '#B #N #T S'] | None = None
@@ -56,8 +68,8 @@ class AttentionSpec:
 
   causal: bool = True
   window: int = 0  # keys a query sees, itself included; 0: all. Causal only
-  scale: float = 0.0  # of the logits; 0: H ** -0.5
-  dropout: float = 0.0  # of attention weights
+  scale: float = 0.0  # of the attention logits; 0: H ** -0.5
+  dropout: float = 0.0  # of the attention weights
   return_lse: bool = False
   gate: GateSpec = GateSpec()
 
@@ -70,15 +82,36 @@ class AttentionSpec:
       raise ValueError(f'dropout={self.dropout} must lie in [0, 1)')
 
   def logit_scale(self, head_dim: int) -> float:
-    """What q.k is multiplied with."""
+    """The factor between q.k and an attention logit."""
     return self.scale or head_dim**-0.5
 
 
 class Result(NamedTuple):
   """Attention's output, and its log-sum-exp where it was asked for."""
 
-  output: Float[Array, 'B T N H']
+  output: Float[Array, 'B T N V']
   lse: Float[Array, 'B N T'] | None
+
+
+Attend = Callable[[Inputs, Masking, AttentionSpec], Result]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+  """One way to compute attention: a row of `api.BACKENDS`."""
+
+  attend: Attend
+  platform: str = ''  # the only one it runs on; '': it runs on any
+  # Whether steps that segments hide entirely are not computed.
+  skips_hidden: bool = False
+  # Attention of one query to a cache whose pages are read only where they are
+  # needed, with the signature of `decode_tpu.attend`; None: it has none.
+  read_pages: Callable[..., Array] | None = None
+
+  @property
+  def on_tpu(self) -> bool:
+    """Whether it is made of kernels for TPUs."""
+    return self.platform == 'tpu'
 
 
 def refuse(backend: str, **reasons: bool) -> None:

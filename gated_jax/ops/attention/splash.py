@@ -1,12 +1,15 @@
-"""Attention by JAX's own TPU kernel (splash), the gate around it.
+"""Attention by JAX's own TPU kernel (splash), with the gate around it.
 
-Splash wants [N, T, H] and lengths that its blocks divide, so this file turns
-the axes, pads, and undoes both. The gate and its backward are `vjp.py`'s.
-Kernels that have the gate inside and read [B, T, N H] as it lies in memory
-are in `pallas_tpu.py`; splash stays as the fallback that JAX maintains.
+Splash wants [N, T, H] and lengths that its blocks divide, so this file
+transposes and pads its arrays, and undoes both. The gate and its backward are
+in `vjp.py`. Kernels that have the gate inside and read [B, T, N H] as it lies
+in memory are in `pallas_tpu.py`; splash stays as the fallback that JAX
+maintains.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +20,24 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask,
 )
 from jaxtyping import Array
-from jaxtyping import Float
 
 from gated_jax.ops.attention import vjp
 from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.attention.spec import refuse
 
 LANES = 128
-# Best of the compiler's schedules at T 4096 and head_dim 128 on v5e, v5p and
-# v6e; keys are taken in halves forward. 128, splash's default, costs 5 times.
+# The best of the compiler's schedules at T 4096 and head_dim 128 on v5e, v5p
+# and v6e; forward takes half a block of keys at a time. Splash's default of 128
+# costs five times as much.
 BLOCK = 1024
 BLOCK_COMPUTE = 512
 # The fused backward writes one dQ for each block of keys, and they are summed
 # afterwards. Above this many blocks two kernels need less memory.
 FUSED_BLOCKS = 8
-# No document has this number; padding does.
+# Segment number of padding, which no document has.
 PADDING = -(2**31)
 
 
@@ -46,16 +50,14 @@ def block_of(length: int) -> int:
 
 
 def attend(
-  query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K H'],
-  gate: Float[Array, 'B T N #H'] | None,
+  inputs: Inputs,
   masking: Masking,
   spec: AttentionSpec,
   *,
   interpret: bool = False,
 ) -> Result:
   """See gated_jax/ops/attention/spec.py. `interpret` runs it without a TPU."""
+  query, key = inputs.query, inputs.key
   refuse(
     'splash',
     dropout=spec.dropout > 0,
@@ -73,7 +75,7 @@ def attend(
     scale=spec.logit_scale(query.shape[3]),
     interpret=interpret,
   )
-  return vjp.attend(kernel, query, key, value, gate, masking, spec)
+  return vjp.attend(kernel, inputs, masking, spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,9 @@ class Splash:
   ) -> tuple[Array, Array]:
     """See vjp.Kernel."""
     kernel = self._make()
-    q, k, v = self._turn_in(query, key, value)
+    q, k, v = self._prepare(query, key, value)
     output, (lse,) = jax.vmap(kernel)(q, k, v, self._segments(q, masking))
-    # A row that sees nothing gets the mean of all values, or 0 / 0.
+    # Splash gives a row that sees nothing the mean of all values, or 0 / 0.
     lse = lse[:, :, : self.queries]
     empty = ~(lse > kernel.kwargs['mask_value'] / 2)
     output = jnp.where(empty[..., None], 0, output[:, :, : self.queries])
@@ -111,15 +113,16 @@ class Splash:
   ) -> tuple[Array, Array, Array]:
     """See vjp.Kernel."""
     kernel = self._make()
-    q, k, v = self._turn_in(*inputs)
-    dy = _turn(d_output.astype(q.dtype), q.shape[2])
-    # exp(logits - lse) is zero in rows that see nothing, and in padding.
+    q, k, v = self._prepare(*inputs)
+    dy = _heads_first(d_output.astype(q.dtype), q.shape[2])
+    # Makes exp(attention_logits - lse) zero in rows that see nothing, and in
+    # padding.
     lse = jnp.where(jnp.isneginf(lse), 1e30, lse)
     extra = ((0, 0), (0, 0), (0, q.shape[2] - self.queries))
     lse = jnp.pad(lse, extra, constant_values=1e30)
     delta = jnp.pad(delta, extra)
-    dq, dk, dv = jax.vmap(self._one_row, in_axes=(None, *[0] * 7))(
-      kernel, q, k, v, self._segments(q, masking), lse, dy, delta
+    dq, dk, dv = jax.vmap(functools.partial(self._one_row, kernel))(
+      (q, k, v), self._segments(q, masking), (lse, dy, delta)
     )
     dq, dk, dv = (
       jnp.swapaxes(d[:, :, : x.shape[1]], 1, 2)
@@ -127,8 +130,21 @@ class Splash:
     )
     return (dq * self.scale).astype(dq.dtype), dk, dv
 
-  def _one_row(self, kernel, q, k, v, segments, lse, dy, delta):
-    """Splash's own backward, which takes delta as it is given."""
+  def _one_row(
+    self,
+    kernel: Any,
+    inputs: tuple[Array, Array, Array],
+    segments: splash_attention_kernel.SegmentIds | None,
+    rows: tuple[Array, Array, Array],
+  ) -> tuple[Array, Array, Array]:
+    """The backward of splash itself, which takes delta as it is given.
+
+    Args:
+      kernel: made for these lengths.
+      inputs: query, key and value of one row of the batch.
+      segments: its document numbers.
+      rows: its log-sum-exp, gradient of the output, and delta.
+    """
     sizes = kernel.kwargs['block_sizes']
     options = {
       'is_mqa': False,
@@ -140,7 +156,7 @@ class Splash:
       'mask_function': kernel.kwargs['mask_function'],
       'interpret': self.interpret,
     }
-    arrays = (q, k, v, segments, None, lse, dy, delta)
+    arrays = (*inputs, segments, None, *rows)
     dq, dk, dv = splash_attention_kernel._splash_attention_bwd_dkv(
       *arrays,
       bq=sizes.block_q_dkv,
@@ -160,7 +176,7 @@ class Splash:
       )
     return dq, dk, dv
 
-  def _make(self) -> splash_attention_kernel.SplashAttentionKernel:
+  def _make(self) -> Any:
     """The kernel for these lengths, padded to whole blocks."""
     bq, bkv = block_of(self.queries), block_of(self.keys)
     shape = (_padded(self.queries), _padded(self.keys))
@@ -192,15 +208,15 @@ class Splash:
       interpret=self.interpret,
     )
 
-  def _turn_in(
+  def _prepare(
     self, query: Array, key: Array, value: Array
   ) -> tuple[Array, Array, Array]:
     """Heads before positions, whole blocks, the scale inside the query."""
     query = (query * self.scale).astype(query.dtype)
     return (
-      _turn(query, _padded(self.queries)),
-      _turn(key, _padded(self.keys)),
-      _turn(value, _padded(self.keys)),
+      _heads_first(query, _padded(self.queries)),
+      _heads_first(key, _padded(self.keys)),
+      _heads_first(value, _padded(self.keys)),
     )
 
   def _segments(
@@ -234,7 +250,7 @@ def _padded(length: int) -> int:
   return length + -length % block_of(length)
 
 
-def _turn(x: Array, length: int) -> Array:
+def _heads_first(x: Array, length: int) -> Array:
   """[B, T, N, H] to [B, N, length, H]."""
   x = jnp.swapaxes(x, 1, 2)
   return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))

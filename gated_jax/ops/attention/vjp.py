@@ -1,4 +1,4 @@
-"""The gate's backward, for any attention that gives its log-sum-exp.
+"""The gate's backward, for any attention that returns its log-sum-exp.
 
 With Y' = Y * s(G) and dY' the gradient that comes in:
 
@@ -7,16 +7,18 @@ With Y' = Y * s(G) and dY' the gradient that comes in:
     dG    = dY' * Y * s'(G)           = dY' * Y' * (s'/s)(G)
 
 and the gradients of query, key and value need only dY, delta and the
-log-sum-exp. So the *gated* output, which the projection after it keeps in any
+log-sum-exp. So the *gated* output, which the output projection saves in any
 case, is all that is stored; Y is neither stored nor computed again. Where s
-can be zero (silu, identity), and where scores are added, Y' forgets Y: there
-Y is stored in its place, and Y' follows from it at the cost of one product.
+can be zero (silu, identity), and where scores are added, Y does not follow
+from Y'. There Y is stored in its place, and Y' follows from it at the cost of
+one product.
 
 A kernel is a forward and a backward without a gate; `splash.py` has one.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 from typing import runtime_checkable
@@ -31,6 +33,7 @@ from jaxtyping import Float
 from gated_jax.ops.attention.spec import LSE_NAME
 from gated_jax.ops.attention.spec import OUTPUT_NAME
 from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.gate import ACTIVATIONS
@@ -46,7 +49,7 @@ class Kernel(Protocol):
   def forward(
     self, query: Array, key: Array, value: Array, masking: Masking
   ) -> tuple[Array, Array]:
-    """Output [B, T, N, H] and log-sum-exp [B, N, T], as in spec.py."""
+    """Output [B, T, N, V] and log-sum-exp [B, N, T], as in spec.py."""
     ...
 
   def backward(
@@ -62,97 +65,92 @@ class Kernel(Protocol):
 
 
 def attend(
-  kernel: Kernel,
-  query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K H'],
-  gate: Float[Array, 'B T N #H'] | None,
-  masking: Masking,
-  spec: AttentionSpec,
+  kernel: Kernel, inputs: Inputs, masking: Masking, spec: AttentionSpec
 ) -> Result:
-  """The kernel with the gate behind it, differentiated as the file says."""
-  inputs = (query, key, value)
-  output, lse = _gated(kernel, spec.gate, inputs, gate, masking)
+  """The kernel with the gate after it, differentiated as the file says."""
+  output, lse = _gated(kernel, spec.gate, inputs, masking)
   return Result(output, lse if spec.return_lse else None)
 
 
-def keeps_gated(gate: Array | None, spec: GateSpec) -> bool:
-  """Whether the gated output is enough for backward."""
-  if gate is None:
+def saves_gated(gate_logits: Array | None, spec: GateSpec) -> bool:
+  """Whether backward gets all it needs of the output from the gated one."""
+  if gate_logits is None:
     return True
   return not spec.additive and ACTIVATIONS[spec.activation].ratio is not None
 
 
-class Narrow(NamedTuple):
-  """How numbers that a row of channels has one of lie: as columns [R, 1].
+class RowLayout(NamedTuple):
+  """Layout of per-row scalars (delta, a headwise gate).
 
-  A kernel has them as [1, R], where a vector holds many.
+  Here they are columns [R, 1]. Inside kernels they are rows [1, R], of which
+  one vector register holds many.
   """
 
-  spread: Callable[[Array], Array] = lambda x: x  # to what [R, H] broadcasts
-  collect: Callable[[Array], Array] = lambda x: x  # from [R, 1]
+  # From the layout to an array that broadcasts against [R, V].
+  to_columns: Callable[[Array], Array] = lambda x: x
+  # From [R, 1] to the layout.
+  from_column: Callable[[Array], Array] = lambda x: x
 
 
 def gate_backward(
-  d_gated: Float[Array, '*R H'],
-  kept: Float[Array, '*R H'],
-  gate: Array | None,
+  d_gated: Float[Array, '*R V'],
+  saved: Float[Array, '*R V'],
+  gate_logits: Array | None,
   spec: GateSpec,
   activation: Activation | None = None,
-  narrow: Narrow = Narrow(),
-) -> tuple[Float[Array, '*R H'], Array, Array | None]:
-  """(d_output, delta, d_gate) from what came in and what was kept.
-
-  For whole arrays, and for the blocks that a kernel holds.
+  layout: RowLayout = RowLayout(),
+) -> tuple[Float[Array, '*R V'], Array, Array | None]:
+  """(d_output, delta, d_gate_logits) of whole arrays or of a kernel's blocks.
 
   Args:
     d_gated: gradient of the gated output.
-    kept: the gated output, or the ungated one where `keeps_gated` says no.
-    gate: logits [*R, H], or one for each row, as `narrow` says, or None.
-    spec: how they were applied.
-    activation: another form of the spec's, for a kernel that has a faster.
-    narrow: how delta lies, and a headwise gate and its gradient.
+    saved: the gated output, or the ungated one where `saves_gated` says no.
+    gate_logits: [*R, V], or one for each row as `layout` has it, or None.
+    spec: how the logits were applied.
+    activation: a faster form of the spec's, for a kernel that has one.
+    layout: the layout of delta, and of a headwise gate and its gradient.
   """
   wide = jnp.promote_types(d_gated.dtype, jnp.float32)
   gradient = d_gated.astype(wide)
-  product = gradient * kept.astype(wide)
+  product = gradient * saved.astype(wide)
 
-  def rowsum(x):
-    return narrow.collect(jnp.sum(x, axis=-1, keepdims=True))
+  def rowsum(x: Array) -> Array:
+    return layout.from_column(jnp.sum(x, axis=-1, keepdims=True))
 
-  if gate is None:
+  if gate_logits is None:
     return d_gated, rowsum(product), None
-  headwise = gate.shape != kept.shape
+  headwise = gate_logits.shape != saved.shape
   activation = activation or ACTIVATIONS[spec.activation]
-  logits = gate.astype(wide)
+  logits = gate_logits.astype(wide)
   scores = activation.value(logits)
   if spec.model_dtype:
-    scores = scores.astype(gate.dtype).astype(wide)
-  across = narrow.spread(scores) if headwise else scores
-  # A headwise gate's gradient is the sum over channels of what it would be
-  # for each; the factor that follows is the same for all of them.
+    scores = scores.astype(gate_logits.dtype).astype(wide)
+  factor = layout.to_columns(scores) if headwise else scores
+  # d_gate_logits = sensitivity * slope. The slope is the same for all channels
+  # of a headwise gate, so the sensitivity is summed over them first.
   if spec.additive:
     d_output, delta = gradient, rowsum(product)
-    slope, along = activation.derivative(logits), gradient
+    slope, sensitivity = activation.derivative(logits), gradient
   elif activation.ratio is None:
-    d_output, delta = gradient * across, rowsum(product * across)
-    slope, along = activation.derivative(logits), product
+    d_output, delta = gradient * factor, rowsum(product * factor)
+    slope, sensitivity = activation.derivative(logits), product
   else:
-    d_output, delta = gradient * across, rowsum(product)
-    slope, along = activation.ratio(logits), product
+    d_output, delta = gradient * factor, rowsum(product)
+    slope, sensitivity = activation.ratio(logits), product
   if headwise:
-    along = delta if activation.ratio and not spec.additive else rowsum(along)
+    same = activation.ratio is not None and not spec.additive
+    sensitivity = delta if same else rowsum(sensitivity)
   return (
     d_output.astype(d_gated.dtype),
     delta,
-    (along * slope).astype(gate.dtype),
+    (sensitivity * slope).astype(gate_logits.dtype),
   )
 
 
 def attention_backward(
   inputs: tuple[Array, Array, Array],
   visible: Bool[Array, '#B #N T S'],
-  d_output: Float[Array, 'B T N H'],
+  d_output: Float[Array, 'B T N V'],
   lse: Float[Array, 'B N T'],
   delta: Float[Array, 'B N T'],
   scale: float,
@@ -163,25 +161,27 @@ def attention_backward(
   dQ = scale * dS K, dK = scale * dS^T Q.
   """
   query, key, value = inputs
-  b, t, n, h = query.shape
+  b, t, n, _ = query.shape
   k = key.shape[2]
-  grouped = (b, t, k, n // k, h)
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  q, dy = (x.reshape(grouped).astype(wide) for x in (query, d_output))
+  q, dy = (
+    x.reshape(b, t, k, n // k, -1).astype(wide) for x in (query, d_output)
+  )
   keys, values = key.astype(wide), value.astype(wide)
   by_group = (b, k, n // k, t)
   shape = (b, n, t, key.shape[1])
-  logits = scale * jnp.einsum('BTKGH,BSKH->BKGTS', q, keys).reshape(shape)
+  products = jnp.einsum('BTKGH,BSKH->BKGTS', q, keys).reshape(shape)
+  attention_logits = scale * products
   empty = jnp.isneginf(lse)
   safe = jnp.where(empty, 0.0, lse)[..., None]
   seen = visible & ~empty[..., None]
-  p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - safe, 0.0)), 0.0)
-  p = p.reshape(*by_group, -1)
-  dp = jnp.einsum('BTKGH,BSKH->BKGTS', dy, values)
+  p = jnp.exp(jnp.where(seen, attention_logits - safe, 0.0))
+  p = jnp.where(seen, p, 0.0).reshape(*by_group, -1)
+  dp = jnp.einsum('BTKGV,BSKV->BKGTS', dy, values)
   ds = scale * p * (dp - delta.reshape(*by_group, 1))
   d_query = jnp.einsum('BKGTS,BSKH->BTKGH', ds, keys).reshape(query.shape)
   d_key = jnp.einsum('BKGTS,BTKGH->BSKH', ds, q)
-  d_value = jnp.einsum('BKGTS,BTKGH->BSKH', p, dy)
+  d_value = jnp.einsum('BKGTS,BTKGV->BSKV', p, dy)
   return (
     d_query.astype(query.dtype),
     d_key.astype(key.dtype),
@@ -190,31 +190,46 @@ def attention_backward(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gated(kernel, spec, inputs, gate, masking):
-  return _forward(kernel, spec, inputs, gate, masking)[0]
+def _gated(
+  kernel: Kernel, spec: GateSpec, inputs: Inputs, masking: Masking
+) -> tuple[Array, Array]:
+  return _forward(kernel, spec, inputs, masking)[0]
 
 
-def _forward(kernel, spec, inputs, gate, masking):
-  output, lse = kernel.forward(*inputs, masking)
+def _forward(
+  kernel: Kernel, spec: GateSpec, inputs: Inputs, masking: Masking
+) -> tuple[tuple[Array, Array], Any]:
+  query, key, value, gate_logits = inputs
+  output, lse = kernel.forward(query, key, value, masking)
   lse = checkpoint_name(lse, LSE_NAME)
-  if gate is None:
-    gated = kept = checkpoint_name(output, OUTPUT_NAME)
-  elif keeps_gated(gate, spec):
-    gated = kept = checkpoint_name(apply_gate(output, gate, spec), OUTPUT_NAME)
+  if gate_logits is None:
+    gated = saved = checkpoint_name(output, OUTPUT_NAME)
+  elif saves_gated(gate_logits, spec):
+    gated = apply_gate(output, gate_logits, spec)
+    gated = saved = checkpoint_name(gated, OUTPUT_NAME)
   else:
-    kept = checkpoint_name(output, OUTPUT_NAME)
-    gated = apply_gate(kept, gate, spec)
-  return (gated, lse), (inputs, gate, masking, kept, lse)
+    saved = checkpoint_name(output, OUTPUT_NAME)
+    gated = apply_gate(saved, gate_logits, spec)
+  return (gated, lse), (inputs, masking, saved, lse)
 
 
-def _backward(kernel, spec, saved, gradients):
-  inputs, gate, masking, kept, lse = saved
+def _backward(
+  kernel: Kernel,
+  spec: GateSpec,
+  residuals: Any,
+  gradients: tuple[Array, Array],
+) -> tuple[Inputs, None]:
+  inputs, masking, saved, lse = residuals
+  query, key, value, gate_logits = inputs
   d_gated, d_lse = gradients
-  d_output, delta, d_gate = gate_backward(d_gated, kept, gate, spec)
-  # d lse / d logits is P itself, with the sign opposite to delta's.
+  d_output, delta, d_gate_logits = gate_backward(
+    d_gated, saved, gate_logits, spec
+  )
+  # The derivative of lse by the attention logits is P itself, with the sign
+  # opposite to delta's.
   delta = jnp.swapaxes(delta[..., 0], 1, 2) - d_lse
-  d_inputs = kernel.backward(inputs, masking, d_output, lse, delta)
-  return d_inputs, d_gate, None
+  d_arrays = kernel.backward((query, key, value), masking, d_output, lse, delta)
+  return Inputs(*d_arrays, d_gate_logits), None
 
 
 _gated.defvjp(_forward, _backward)

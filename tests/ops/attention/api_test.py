@@ -6,9 +6,11 @@ import re
 import jax.numpy as jnp
 import pytest
 
+from gated_jax.config import ModelConfig
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention import gated_dot_product_attention
 from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Backend
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 
@@ -21,8 +23,7 @@ def arrays(t=6, s=6, n=4, k=2, h=8):
 def backends(monkeypatch):
   """Two that say who they are; the first refuses windows."""
 
-  def picky(*arguments):
-    spec = arguments[-1]
+  def picky(inputs, masking, spec):
     if spec.window:
       raise NotImplementedError('picky attention cannot do this: window')
     return Result(jnp.full((2, 6, 4, 8), 1.0), None)
@@ -30,9 +31,12 @@ def backends(monkeypatch):
   def willing(*_):
     return Result(jnp.full((2, 6, 4, 8), 2.0), None)
 
-  table = {'picky': picky, 'xla': willing}
+  table = {
+    'picky': Backend(picky, platform='cpu'),
+    'elsewhere': Backend(willing, platform='tpu'),
+    'xla': Backend(willing),
+  }
   monkeypatch.setattr(api, 'BACKENDS', table)
-  monkeypatch.setattr(api, 'PREFERENCE', {'cpu': ('picky', 'xla')})
   monkeypatch.setattr(api.jax, 'default_backend', lambda: 'cpu')
   api._announce.cache_clear()
   yield table
@@ -67,14 +71,27 @@ def test_a_backend_asked_for_by_name_is_never_replaced(backends, caplog):
   assert not caplog.records
 
 
-def test_every_list_of_preferences_ends_with_what_refuses_nothing():
-  for names in api.PREFERENCE.values():
-    assert names[-1] == 'xla'
-    assert set(names) <= set(api.BACKENDS)
+@pytest.mark.parametrize(
+  ('platform', 'names'),
+  [
+    ('tpu', ('pallas_tpu', 'splash', 'xla')),
+    ('gpu', ('cudnn', 'xla')),
+    ('cpu', ('xla',)),
+  ],
+)
+def test_automatic_choice_tries_these_on_a_platform(platform, names):
+  assert api.candidates('auto', platform) == names
+  for name in ('auto', *names):
+    api.check_platform(name, platform)
+
+
+def test_configs_can_name_every_backend():
+  for name in api.BACKENDS:
+    assert ModelConfig(attention=name).attention == name
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_known():
-  with pytest.raises(ValueError, match=r"implementation='flash3' .* xla, "):
+  with pytest.raises(ValueError, match=r"implementation='flash3' .* xla"):
     gated_dot_product_attention(*arrays(), implementation='flash3')
 
 
@@ -83,7 +100,7 @@ WRONG = {
   'a missing axis': ((Q[0], K, V), {}, r'query of shape \(6, 4, 8\)'),
   'key and value differ': ((Q, K, V[:, 1:]), {}, r'\(2, 5, 2, 8\)'),
   'batches differ': ((Q, K[:1], V[:1]), {}, 'agree in batch'),
-  'widths differ': ((Q, K[..., :4], V[..., :4]), {}, 'head width'),
+  'widths differ': ((Q, K[..., :4], V), {}, 'head width'),
   'heads': ((Q[:, :, :3], K, V), {}, '3 query heads .* 2 kv heads'),
   'gate width': ((Q, K, V, Q[..., :3]), {}, r'gate logits \(2, 6, 4, 3\)'),
   'gate of kv heads': ((Q, K, V, K), {}, r'gate logits \(2, 6, 2, 8\)'),
@@ -135,9 +152,3 @@ def test_options_that_mean_nothing_are_refused(options, message):
 def test_a_backend_that_the_hardware_lacks_is_refused(name, platform, message):
   with pytest.raises(NotImplementedError, match=message):
     api.check_platform(name, platform)
-
-
-def test_what_automatic_choice_tries_on_a_platform_runs_there():
-  for platform, names in api.PREFERENCE.items():
-    for name in ('auto', *names):
-      api.check_platform(name, platform)

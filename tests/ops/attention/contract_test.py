@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 from gated_jax.ops.attention import api
+from gated_jax.ops.attention import masks
 from gated_jax.ops.attention import vjp
 from gated_jax.ops.attention import xla
 from gated_jax.ops.attention.cases import CASES
 from gated_jax.ops.attention.spec import AttentionSpec
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 
 SMALL = {n: c for n, c in CASES.items() if not c.compile_only}
@@ -135,8 +137,8 @@ def reference(case, arrays, masking, d_output, d_lse):
       y = p @ v
       lse[b, n, some] = np.log(total[some]) + top[some]
       d_y = d_output[b, :, n]
-      if 'gate' in a:
-        g = a['gate'][b, :, n]
+      if 'gate_logits' in a:
+        g = a['gate_logits'][b, :, n]
         slope = act(g + 1e-30j).imag / 1e-30
         if case.additive:
           output[b, :, n] = y + act(g)
@@ -147,7 +149,7 @@ def reference(case, arrays, masking, d_output, d_lse):
           d_y = d_y * act(g)
         if case.gate == 'headwise':
           d_g = d_g.sum(1, keepdims=True)
-        grads['gate'][b, :, n] = d_g
+        grads['gate_logits'][b, :, n] = d_g
       else:
         output[b, :, n] = y
       # Softmax's Jacobian is diag(p) - p p^T; the lse's gradient is p.
@@ -170,12 +172,11 @@ class PlainKernel:
   case: object
 
   def forward(self, query, key, value, masking):
-    spec = self.case.spec
-    return xla.attend(query, key, value, None, masking, spec)
+    return xla.attend(Inputs(query, key, value), masking, self.case.spec)
 
   def backward(self, inputs, masking, d_output, lse, delta):
     case = self.case
-    seen = xla.visible_keys(case.B, case.T, case.keys, masking, case.spec)
+    seen = masks.visible_keys(case.T, case.keys, masking, case.spec)
     if seen is None:
       seen = jnp.ones((1, 1, case.T, case.keys), bool)
     scale = case.H**-0.5
@@ -183,19 +184,19 @@ class PlainKernel:
 
 
 def backend(name, case):
-  """attend(query, key, value, gate) of a backend, for one case."""
+  """A function of `Inputs` alone: a backend with the rest of a case."""
   masking = case.masking()
   if name == 'plain':
-    return lambda q, k, v, g: vjp.attend(
-      PlainKernel(case), q, k, v, g, masking, case.spec
+    return lambda inputs: vjp.attend(
+      PlainKernel(case), inputs, masking, case.spec
     )
   if name == 'cudnn' and jax.default_backend() != 'gpu':
     pytest.skip('cudnn needs an NVIDIA GPU')
-  attend = api.BACKENDS[name]
+  attend = api.BACKENDS[name].attend
   if 'interpret' in inspect.signature(attend).parameters:
     interpret = jax.default_backend() != 'tpu'
     attend = functools.partial(attend, interpret=interpret)
-  return lambda q, k, v, g: attend(q, k, v, g, masking, case.spec)
+  return lambda inputs: attend(inputs, masking, case.spec)
 
 
 NAMES = ['plain', *api.BACKENDS]
@@ -206,9 +207,7 @@ def evaluate(name, case, arrays, d_output, d_lse):
   attend = backend(name, case)
 
   def loss(arrays):
-    result = attend(
-      arrays['query'], arrays['key'], arrays['value'], arrays.get('gate')
-    )
+    result = attend(Inputs(**arrays))
     output = result.output.astype(result.lse.dtype)
     lse = jnp.where(jnp.isneginf(result.lse), 0.0, result.lse)
     total = jnp.sum(output * d_output) + jnp.sum(lse * d_lse)
@@ -322,16 +321,16 @@ def test_what_a_backend_cannot_do_it_refuses_by_name(name, case_name, reason):
 )
 def test_masks_and_dropout_are_done_or_refused(name, masking, spec, reason):
   x = jnp.ones((1, 8, 1, 8), jnp.bfloat16)
-  arguments = (x, x, x, None, masking, AttentionSpec(**spec))
+  arguments = (Inputs(x, x, x), masking, AttentionSpec(**spec))
   on_gpu = jax.default_backend() == 'gpu'
   if name == 'xla' or (name == 'cudnn' and on_gpu and not spec):
-    assert jnp.isfinite(api.BACKENDS[name](*arguments).output).all()
+    assert jnp.isfinite(api.BACKENDS[name].attend(*arguments).output).all()
   elif name == 'cudnn' and not on_gpu:
     with pytest.raises(NotImplementedError, match='needs an NVIDIA GPU'):
-      api.BACKENDS[name](*arguments)
+      api.BACKENDS[name].attend(*arguments)
   else:
     with pytest.raises(NotImplementedError, match=reason):
-      api.BACKENDS[name](*arguments)
+      api.BACKENDS[name].attend(*arguments)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -386,10 +385,7 @@ def forward_runs(policy):
   attend = backend('splash', case)
 
   def loss(arrays):
-    output, _ = attend(
-      arrays['query'], arrays['key'], arrays['value'], arrays['gate']
-    )
-    return jnp.sum(output)
+    return jnp.sum(attend(Inputs(**arrays)).output)
 
   rematted = jax.checkpoint(loss, policy=policy)
   text = str(jax.make_jaxpr(jax.grad(rematted))(arrays))
@@ -416,8 +412,8 @@ def test_remat_that_saves_the_two_names_runs_forward_once():
 )
 def test_masks_are_these_matrices(causal, window, segments, expected):
   ids = None if segments is None else jnp.array([segments])
-  seen = xla.visible_keys(
-    1, 4, 4, Masking(ids, ids), AttentionSpec(causal=causal, window=window)
+  seen = masks.visible_keys(
+    4, 4, Masking(ids, ids), AttentionSpec(causal=causal, window=window)
   )
   seen = np.ones((4, 4), bool) if seen is None else np.asarray(seen)
   rows = [''.join('01'[int(x)] for x in row) for row in seen.reshape(4, 4)]

@@ -24,6 +24,7 @@ from gated_jax.ops.attention import pallas_tpu
 from gated_jax.ops.attention import pallas_tpu_blocks as cut
 from gated_jax.ops.attention import xla
 from gated_jax.ops.attention.cases import Case
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.gate import GateSpec
 
 SMALL = cut.Blocks(
@@ -44,14 +45,7 @@ def gradients(attend, case, dtype_out=jnp.float32):
   d = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
   def loss(arrays):
-    output, lse = attend(
-      arrays['query'],
-      arrays['key'],
-      arrays['value'],
-      arrays.get('gate'),
-      masking,
-      case.spec,
-    )
+    output, lse = attend(Inputs(**arrays), masking, case.spec)
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     return jnp.sum(output * d) + jnp.sum(jnp.sin(lse)), (output, lse)
 

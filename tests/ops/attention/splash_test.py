@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from gated_jax.ops.attention import gated_dot_product_attention
 from gated_jax.ops.attention.cases import CASES
-from gated_jax.ops.attention.spec import Masking
+from gated_jax.ops.attention.spec import Inputs, Masking
 
 case = CASES[sys.argv[1]]
 device = topologies.get_topology_desc(
@@ -54,7 +54,7 @@ ids = jax.ShapeDtypeStruct((case.B, case.T), jnp.int32, sharding=place)
 def loss(arrays, ids):
   masking = Masking() if case.segments == 'none' else Masking(ids, ids)
   output, lse = gated_dot_product_attention(
-    **arrays, masking=masking, spec=case.spec, implementation='splash')
+    *Inputs(**arrays), masking=masking, spec=case.spec, implementation='splash')
   return jnp.sum(output.astype(jnp.float32)) + jnp.sum(lse)
 
 compiled = jax.jit(jax.grad(loss)).lower(abstract, ids).compile()
