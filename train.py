@@ -172,27 +172,12 @@ def _give_up() -> None:
   os._exit(1)
 
 
-def _mute_late_readers() -> None:
-  """Drops the last words of file readers that outlive a failed restore.
-
-  TensorStore's threads report to an event loop that Orbax has closed by then;
-  the failure itself has been raised, and is reported in one line.
-  """
-
-  def hook(unraisable):
-    if 'Event loop is closed' not in str(unraisable.exc_value):
-      sys.__unraisablehook__(unraisable)
-
-  sys.unraisablehook = hook
-
-
 def main(argv: list[str]) -> int:
   """The exit code; see gated_jax/cli.py."""
   logging.basicConfig(format='%(message)s')
   if not {'--help', '-help', '-h'}.isdisjoint(argv):
     print(__doc__, FLAGS.main_module_help(), sep='\n')
     return cli.DONE
-  _mute_late_readers()
   return cli.run(lambda: train(argv), debug='--debug' in argv)
 
 

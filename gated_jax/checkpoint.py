@@ -1,24 +1,35 @@
-"""Checkpoints as folders: where they lie, and how to read and write one.
+"""Checkpoints as folders: where they lie, how to read, check and write one.
 
 A checkpoint holds `params`, arrays that Orbax writes, and `run`, a JSON file
-with the config of the run. This is all that decoding, exporting and measuring
-a model need. A training run keeps its optimizer and its place in the data
-beside them: see gated_jax/training/checkpoints.py.
+with the config of the run, dtype, shape and sum of every array, and a digest of
+all that. Whoever reads arrays compares their sums, so a file that was damaged
+without becoming unreadable is found: for decoding, exporting and measuring as
+for a run that goes on. A training run keeps its optimizer and its place in the
+data beside them: see gated_jax/training/checkpoints.py.
 """
 
+import hashlib
+import json
+import logging
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from gated_jax import damage
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.config import to_dict
 
 Tree = Any
+# By array: dtype, shape, sum.
+Records = Mapping[str, list[Any]]
+RUN = 'run/metadata'  # Orbax's JSON handler chose the name
+_LOG = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
@@ -31,12 +42,24 @@ def one_line(error: BaseException) -> str:
   system = re.search(r'([^:\[\]]+) \[os_error_code', text)
   if system:
     return system[1].strip()
+  # TensorStore says the cause last, before a description of the whole array.
+  text = text.split(' [tensorstore_spec')[0].split('", "')[-1]
+  text = re.sub(r'^.*"[^"]*/": ', '', text)
   return text if len(text) < 200 else f'{text[:120]} ... {text[-80:]}'
+
+
+def damaged(
+  folder: pathlib.Path, error: BaseException, arrays: list[str] | None = None
+) -> CheckpointError:
+  """The error to raise for a checkpoint that did not read as it was saved."""
+  files = damage.name_files(folder, error, arrays or [])
+  where = f' in {files}' if files else ''
+  return CheckpointError(f'{folder} is damaged{where}: {one_line(error)}')
 
 
 def find(path: str | pathlib.Path) -> pathlib.Path:
   """A step's folder, given it, its `checkpoints` folder or the workdir."""
-  given = pathlib.Path(path)
+  given = pathlib.Path(path).expanduser()
   if (given / 'params').is_dir():
     return given
   for folder in (given / 'checkpoints', given):
@@ -44,6 +67,144 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     if steps:
       return max(steps, key=lambda p: int(p.name))
   raise ValueError(f'no checkpoint at {path}')
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+  """Per array, the sum that `records` describes."""
+
+  def total(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+      x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+      index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+      place = place * jnp.uint32(size) + index
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+  return [total(x) for x in leaves]
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
+  return [jnp.all(jnp.isfinite(x)) for x in leaves]
+
+
+def _names(tree: Tree, item: str) -> list[str]:
+  """'item/path/of/array' for every array, in the order of the leaves."""
+
+  def word(key: Any) -> str:
+    for name in ('key', 'idx', 'name'):
+      if hasattr(key, name):
+        return str(getattr(key, name))
+    return str(key)
+
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  return ['/'.join([item, *(word(key) for key in path)]) for path in paths]
+
+
+def records(tree: Tree, item: str) -> dict[str, list[Any]]:
+  """Name of each array of a tree to its dtype, shape and sum.
+
+  The sum is that of an array's bits, word by word, each times an odd number
+  that follows from its place, modulo 2^32: one flipped bit always changes it,
+  words that changed places nearly always. It is the same however an array is
+  sharded, and costs one pass over what the devices hold anyway.
+
+  Args:
+    tree: arrays of any sharding; all processes call this.
+    item: what the names begin with: the folder that holds the arrays.
+  """
+  leaves = jax.tree.leaves(tree)
+  totals = jax.device_get(_sums(leaves))
+  return {
+    name: [str(x.dtype), list(x.shape), int(total)]
+    for name, x, total in zip(_names(tree, item), leaves, totals, strict=True)
+  }
+
+
+def check_arrays(
+  folder: pathlib.Path, found: Records, recorded: Records | None
+) -> None:
+  """CheckpointError where arrays are not those that were saved.
+
+  Args:
+    folder: the checkpoint that they were read from.
+    found: the records of arrays of one or more of its items.
+    recorded: the `arrays` of its `run` file; None: it is older than those.
+  """
+  if recorded is None:
+    _LOG.warning(
+      '%s is from before checkpoints kept sums of their arrays: it is used as '
+      'it was read',
+      folder,
+    )
+    return
+  wrong = [name for name, x in found.items() if recorded.get(name) != x]
+  if wrong:
+    shown = ', '.join(wrong[:3])
+    more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
+    reason = ValueError(f'{shown}{more} differ from what was saved')
+    raise damaged(folder, reason, wrong)
+
+
+def check_finite(folder: pathlib.Path, params: Tree) -> None:
+  """CheckpointError where a parameter holds NaN or infinity."""
+  finite = jax.device_get(_finite(jax.tree.leaves(params)))
+  names = _names(params, 'params')
+  bad = [name for name, good in zip(names, finite, strict=True) if not good]
+  if bad:
+    raise CheckpointError(
+      f'{folder} holds numbers that are not finite in {bad[0]}: nothing can be '
+      'made of it'
+    )
+
+
+def _digest(run: Mapping[str, Any]) -> str:
+  """A digest of JSON values, whether they were read or are to be written."""
+  return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def seal(run: Mapping[str, Any]) -> dict[str, Any]:
+  """The values of a `run` file with the digest that `read_run` compares."""
+  return {**run, 'digest': _digest(run)}
+
+
+def read_run(folder: pathlib.Path) -> dict[str, Any]:
+  """The values of a checkpoint's `run` file.
+
+  Raises:
+    CheckpointError: the file cannot be read or is not what was saved.
+  """
+  path = folder / RUN
+  try:
+    run = json.loads(path.read_bytes())
+    if not isinstance(run, dict) or 'config' not in run:
+      raise ValueError('no settings')
+    # Only files from before there were sums have no digest.
+    digest = run.pop('digest', None)
+    if digest != _digest(run) and (digest or 'arrays' in run):
+      raise ValueError('contents differ from what was saved')
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or one_line(error)
+    raise CheckpointError(f'{folder} is damaged in {RUN}: {reason}') from error
+  return run
+
+
+def load_config(path: str | pathlib.Path) -> RunConfig:
+  """The config of the run that wrote a checkpoint.
+
+  Raises:
+    ValueError: there is no checkpoint, or it has settings of another version.
+    CheckpointError: it is damaged.
+  """
+  folder = find(path)
+  values = read_run(folder)['config']
+  try:
+    return from_dict(values)
+  except ValueError as error:
+    raise ValueError(f'{folder}: {error}') from error
 
 
 def save_parameters(
@@ -58,70 +219,92 @@ def save_parameters(
     params: Arrays of any placement.
     config: Settings of the run; its model is the one of the parameters.
   """
-  folder = pathlib.Path(path).absolute()
+  folder = pathlib.Path(path).expanduser().absolute()
   if folder.exists():
     raise ValueError(f'{path} exists; choose another name or remove it')
+  run = {'config': to_dict(config), 'arrays': records(params, 'params')}
   args = ocp.args.Composite(
     params=ocp.args.StandardSave(params),
-    run=ocp.args.JsonSave({'config': to_dict(config)}),
+    run=ocp.args.JsonSave(seal(run)),
   )
   try:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
       writer.save(folder, args=args)
+    if jax.process_index() == 0:
+      damage.write_list(folder)
   except Exception as error:
     raise CheckpointError(
       f'could not write {path}: {one_line(error)}'
     ) from error
 
 
-def load_config(path: str | pathlib.Path) -> RunConfig:
-  """The config of the run that wrote a checkpoint."""
-  folder = find(path)
-  try:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-      run = reader.restore((folder / 'run').absolute())
-    return from_dict(run['config'])
-  except Exception as error:
-    raise CheckpointError(f'{folder} is damaged: {one_line(error)}') from error
-
-
 def load_parameters(path: str | pathlib.Path, abstract: Tree) -> Tree:
-  """Parameters alone, with the shapes, dtypes and shardings of `abstract`."""
+  """Parameters alone, with the shapes, dtypes and shardings of `abstract`.
+
+  Raises:
+    ValueError: there is no checkpoint, or one of another model.
+    CheckpointError: it is damaged, or holds numbers that are not finite.
+  """
   folder = find(path)
-  _check_shapes(folder, abstract)
+  recorded = read_run(folder).get('arrays')
+  stored = recorded or _from_orbax(folder)
+  _check_shapes(folder, stored, abstract)
+  # Sums are of the dtype that was saved, so that one is read.
+  names = iter(_names(abstract, 'params'))
+  exact = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape,
+      jnp.dtype(stored[next(names)][0]),
+      sharding=getattr(x, 'sharding', None),
+    ),
+    abstract,
+  )
   try:
-    with ocp.StandardCheckpointer() as reader:
-      return reader.restore((folder / 'params').absolute(), abstract)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+      args = ocp.args.Composite(params=ocp.args.StandardRestore(exact))
+      params = reader.restore(folder.absolute(), args=args)['params']
   except Exception as error:
-    raise CheckpointError(f'{folder} is damaged: {one_line(error)}') from error
+    raise damaged(folder, error) from error
+  check_arrays(folder, records(params, 'params'), recorded)
+  check_finite(folder, params)
+  return jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract)
 
 
-def _check_shapes(folder: pathlib.Path, abstract: Tree) -> None:
+def _from_orbax(folder: pathlib.Path) -> Records:
+  """Dtypes and shapes as Orbax knows them, of checkpoints without sums."""
+  try:
+    reader = ocp.PyTreeCheckpointHandler()
+    tree = reader.metadata((folder / 'params').absolute())
+    reader.close()
+  except Exception as error:
+    raise damaged(folder, error) from error
+  names = _names(tree, 'params')
+  return {
+    name: [str(x.dtype), list(x.shape), 0]
+    for name, x in zip(names, jax.tree.leaves(tree), strict=True)
+  }
+
+
+def _check_shapes(
+  folder: pathlib.Path, stored: Records, abstract: Tree
+) -> None:
   """ValueError naming parameters that only one side has, or of other shapes."""
-  try:
-    with ocp.StandardCheckpointer() as reader:
-      there = _shapes(
-        reader.metadata((folder / 'params').absolute()).item_metadata.tree
-      )
-  except Exception as error:
-    raise CheckpointError(f'{folder} is damaged: {one_line(error)}') from error
-  here = _shapes(abstract)
+  names = _names(abstract, 'params')
+  here = dict(zip(names, jax.tree.leaves(abstract), strict=True))
+  shapes_here = {name: tuple(x.shape) for name, x in here.items()}
+  shapes_there = {
+    name: tuple(shape)
+    for name, (_, shape, _) in stored.items()
+    if name.startswith('params/')
+  }
   wrong = [
-    f'{name} is {there.get(name, "absent")} there and '
-    f'{here.get(name, "absent")} here'
-    for name in sorted({*there, *here})
-    if there.get(name) != here.get(name)
+    f'{name.removeprefix("params/")} is {shapes_there.get(name, "absent")} '
+    f'there and {shapes_here.get(name, "absent")} here'
+    for name in sorted({*shapes_there, *shapes_here})
+    if shapes_there.get(name) != shapes_here.get(name)
   ]
   if wrong:
     more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
     raise ValueError(
       f'{folder} holds another model: {"; ".join(wrong[:3])}{more}'
     )
-
-
-def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
-  def name(path: Iterable[Any]) -> str:
-    return '/'.join(str(getattr(p, 'key', p)) for p in path)
-
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {name(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -13,6 +13,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 from typing import NoReturn
 
 import absl.logging
@@ -39,6 +40,7 @@ def run(program: Callable[[], int | None], debug: bool = False) -> int:
     debug: Whether errors are raised, to show where they arose.
   """
   absl.logging.set_verbosity(absl.logging.FATAL)
+  sys.unraisablehook = _unless_late_reader
   try:
     return program() or DONE
   except BrokenPipeError:  # the reader of the output has closed the pipe
@@ -83,3 +85,15 @@ def discard(stream: object) -> None:
   """
   descriptor = stream.fileno()  # type: ignore[attr-defined]
   os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _unless_late_reader(unraisable: Any) -> None:
+  """Reports what could not be raised, but for readers of a broken checkpoint.
+
+  Orbax's readers outlive a restore that failed and was reported in one line:
+  they complain of a loop that is closed, or when they are collected.
+  """
+  name = getattr(unraisable.object, '__qualname__', '')
+  closed = 'Event loop is closed' in str(unraisable.exc_value)
+  if not closed and 'read_array_index' not in name:
+    sys.__unraisablehook__(unraisable)

@@ -28,7 +28,6 @@ from gated_jax.model.decoder import Decoder
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
 from gated_jax.training.checkpoints import Checkpoints
-from gated_jax.training.checkpoints import gather
 from gated_jax.training.console import Console
 from gated_jax.training.evaluation import Evaluation
 from gated_jax.training.evaluation import target_bytes
@@ -36,6 +35,7 @@ from gated_jax.training.metrics import Clock
 from gated_jax.training.metrics import Metrics
 from gated_jax.training.optimizer import make_optimizer
 from gated_jax.training.optimizer import make_schedule
+from gated_jax.training.processes import gather
 from gated_jax.training.rows import HostRows
 from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices

@@ -1,42 +1,63 @@
-"""Checkpoints: one folder per step, whole or not there at all.
+"""The checkpoints of a run: one folder per step, whole or not there at all.
 
 A step's folder holds `params`, `rest` (optimizer, step, PRNG key, counters)
-and `run` (the config, each process's place in the data, a fingerprint of
-every array). Orbax writes beside it and renames when all is on disk, so a
-killed save leaves the earlier steps as they were. The fingerprint is compared
-after reading: a file that was damaged without becoming unreadable is found.
+and `run` (the config, each process's place in the data, the held-out loss, the
+sum of every array). Orbax writes beside it and renames when all is on disk, so
+a killed save leaves the earlier steps as they were. What was read is compared
+with the sums: gated_jax/checkpoint.py says how.
 """
 
-import hashlib
+import contextlib
+import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from gated_jax import damage
 from gated_jax.checkpoint import CheckpointError
+from gated_jax.checkpoint import check_arrays
+from gated_jax.checkpoint import damaged
 from gated_jax.checkpoint import one_line
+from gated_jax.checkpoint import read_run
+from gated_jax.checkpoint import records
+from gated_jax.checkpoint import seal
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
 from gated_jax.config import from_dict
 from gated_jax.config import names_with
 from gated_jax.config import to_dict
+from gated_jax.training.processes import first_problem
+from gated_jax.training.processes import gather
 from gated_jax.training.step import TrainState
 
 Tree = Any
 
 
+class CannotResume(ValueError):
+  """A checkpoint is good, but this run would not be its continuation.
+
+  `weights` is the checkpoint that a new run can start from; None: this model
+  cannot take its parameters.
+  """
+
+  def __init__(self, message: str, weights: pathlib.Path | None):
+    super().__init__(message)
+    self.weights = weights
+
+
 def check_same_run(
-  old: dict[str, Any], new: RunConfig, folder: pathlib.Path
+  old: dict[str, Any], new: RunConfig, step: pathlib.Path
 ) -> dict[str, tuple[Any, Any]]:
-  """Settings that differ and may; ValueError for those that may not."""
+  """Settings that differ and may; CannotResume for those that may not."""
   # A setting that is younger than the checkpoint stood at its default.
   changed = differences(to_dict(from_dict(old)), to_dict(new))
   free = names_with(new, 'free')
@@ -46,55 +67,13 @@ def check_same_run(
   shown = '; '.join(
     f'{name} is {a!r} there and {b!r} here' for name, (a, b) in refused.items()
   )
-  what = (
-    'holds another model'
-    if any(name.startswith('model.') for name in refused)
-    else 'was trained with other settings'
-  )
-  raise ValueError(
-    f'{folder} {what}: {shown}. Use the same settings or another workdir'
-  )
+  other_model = any(name.startswith('model.') for name in refused)
+  what = 'holds another model' if other_model else 'is of other settings'
+  raise CannotResume(f'{step} {what}: {shown}', None if other_model else step)
 
 
-@jax.jit
-def _sums(tree: Tree) -> list[jax.Array]:
-  """Per array, the sum of its bits modulo 2^32."""
-
-  def of(x):
-    if x.dtype == jnp.bool_:
-      x = x.astype(jnp.uint8)
-    words = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
-    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
-
-  return [of(x) for x in jax.tree.leaves(tree)]
-
-
-def fingerprint(state: TrainState) -> list[int]:
-  """A number per array that changes when its contents do."""
-  return [int(x) for x in _sums(state)]
-
-
-def _digest(run: dict[str, Any]) -> str:
-  """Of what JSON makes of it, so that it is the same after reading."""
-  return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-
-
-def gather(mine: Any) -> list[Any]:
-  """JSON values of all processes, in order."""
-  if jax.process_count() == 1:
-    return [mine]
-  text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
-  sizes = np.asarray(multihost_utils.process_allgather(np.array(len(text))))
-  padded = np.zeros(int(sizes.max()), np.uint8)
-  padded[: len(text)] = text
-  rows = np.asarray(multihost_utils.process_allgather(padded))
-  return [
-    json.loads(bytes(row[:size]))
-    for row, size in zip(rows, sizes.ravel(), strict=True)
-  ]
-
-
-def _split(state: TrainState) -> tuple[Tree, dict[str, Tree]]:
+def _split(state: TrainState) -> dict[str, Tree]:
+  """The state by the folder that its arrays go to."""
   rest = {
     'step': state.step,
     'opt_state': state.opt_state,
@@ -102,7 +81,42 @@ def _split(state: TrainState) -> tuple[Tree, dict[str, Tree]]:
     'skipped': state.skipped,
     'bad_in_row': state.bad_in_row,
   }
-  return state.params, rest
+  return {'params': state.params, 'rest': rest}
+
+
+def _loss_of(step: pathlib.Path) -> float:
+  """The held-out loss that a step was saved with; NaN: not known."""
+  with contextlib.suppress(CheckpointError, OSError, ValueError, TypeError):
+    run = read_run(step)
+    if 'loss' not in run:  # earlier checkpoints have a file of its own
+      run = json.loads((step / 'metrics' / 'metrics').read_bytes())
+    return float(run['loss'])
+  return math.nan
+
+
+class _Best(checkpoint_managers.PreservationPolicy):
+  """Keeps the steps of the lowest held-out losses.
+
+  Orbax can read losses back as well, but no step could be restored any more
+  once one of those files was damaged.
+  """
+
+  def __init__(self, count: int, losses: dict[int, float]):
+    self.losses = losses
+    self._count = count
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> Sequence[bool]:
+    """Whether each of the checkpoints is among the best."""
+    del context
+    known = [
+      (self.losses[info.step], info.step)
+      for info in checkpoints
+      if math.isfinite(self.losses.get(info.step, math.nan))
+    ]
+    best = {step for _, step in sorted(known)[: self._count]}
+    return [info.step in best for info in checkpoints]
 
 
 class Checkpoints:
@@ -125,24 +139,19 @@ class Checkpoints:
     self._say = say
     self._broken = False
     self._started = -1  # the step whose save was begun last
+    losses = {step: _loss_of(self.path(step)) for step in self._complete()}
+    # Every process must keep the same steps, also where one cannot read.
+    known = {int(step): loss for step, loss in gather(losses)[0].items()}
+    self._best = _Best(config.checkpoint.keep_best, known)
     self._manager = self._open(config.checkpoint)
 
   def _open(self, config: CheckpointConfig) -> ocp.CheckpointManager:
+    latest = checkpoint_managers.LatestN(config.keep_last)
     return ocp.CheckpointManager(
       self.folder.absolute(),
       options=ocp.CheckpointManagerOptions(
-        best_fn=lambda metrics: metrics['loss'],
-        best_mode='min',
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-          [
-            checkpoint_managers.LatestN(config.keep_last),
-            checkpoint_managers.BestN(
-              get_metric_fn=lambda metrics: metrics['loss'],
-              reverse=True,
-              n=config.keep_best,
-              keep_checkpoints_without_metrics=False,
-            ),
-          ]
+          [latest, self._best]
         ),
         cleanup_tmp_directories=True,
         enable_async_checkpointing=config.asynchronous,
@@ -171,22 +180,24 @@ class Checkpoints:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    params, rest = _split(state)
+    trees = _split(state)
+    arrays: dict[str, Any] = {}
+    for item, tree in trees.items():
+      arrays |= records(tree, item)
     run = {
       'config': to_dict(self._config),
       'data': gather(data),
-      'fingerprint': fingerprint(state),
+      'loss': loss if math.isfinite(loss) else None,
+      'arrays': arrays,
     }
-    run['digest'] = _digest(run)
+    self._best.losses[step] = loss
     try:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(params),
-          rest=ocp.args.StandardSave(rest),
-          run=ocp.args.JsonSave(run),
+          run=ocp.args.JsonSave(seal(run)),
+          **{k: ocp.args.StandardSave(tree) for k, tree in trees.items()},
         ),
-        metrics={'loss': loss} if np.isfinite(loss) else None,
         force=True,
       )
     except Exception as error:
@@ -194,12 +205,16 @@ class Checkpoints:
     self._started = step
 
   def wait(self) -> None:
-    """Until all that was started is on disk."""
+    """Waits until all that was started is on disk."""
     try:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     except Exception as error:
       raise self._failed(self._started, error) from error
+    path = self.path(self._started)
+    if jax.process_index() == 0 and path.is_dir():
+      with contextlib.suppress(OSError):  # it only serves to name files
+        damage.write_list(path)
 
   def close(self) -> None:
     """Lets go of the threads; a failure that was reported is not again."""
@@ -212,14 +227,14 @@ class Checkpoints:
   def _failed(self, step: int, error: Exception) -> CheckpointError:
     self._broken = True
     good = self._complete()
-    kept = f'; the last good one is {self.path(good[-1])}' if good else ''
+    last = f'; the last good one is {self.path(good[-1])}' if good else ''
     return CheckpointError(
-      f'could not save step {step} in {self.folder}{kept}: {one_line(error)}'
+      f'could not save step {step} in {self.folder}{last}: {one_line(error)}'
     )
 
   def _complete(self) -> list[int]:
-    found = self.folder.iterdir() if self.folder.is_dir() else []
-    return sorted(int(p.name) for p in found if p.name.isdigit())
+    paths = self.folder.iterdir() if self.folder.is_dir() else []
+    return sorted(int(p.name) for p in paths if p.name.isdigit())
 
   def restore(
     self, abstract: TrainState
@@ -231,71 +246,92 @@ class Checkpoints:
 
     Args:
       abstract: Shapes, dtypes and shardings to restore as.
+
+    Raises:
+      CannotResume: this run has other settings.
+      CheckpointError: there are steps, and none of them can be read.
     """
-    steps = self.steps
-    for step in reversed(steps):
-      try:
-        run = self._read_run(step)
-      except Exception as error:
-        self._put_aside(step, error)
+    for step in reversed(self.steps):
+      path = self.path(step)
+      run = self._together(step, functools.partial(read_run, path))
+      if run is None:
         continue
-      changed = check_same_run(run['config'], self._config, self.folder)
+      changed = check_same_run(run['config'], self._config, path)
       if len(run['data']) != jax.process_count():
-        raise ValueError(
-          f'{self.path(step)} was saved by {len(run["data"])} processes and '
-          f'cannot be resumed by {jax.process_count()}: each has its own '
-          'place in the data'
+        raise CannotResume(
+          f'{path} was saved by {len(run["data"])} processes and cannot be '
+          f'resumed by {jax.process_count()}: each has its own place in the '
+          'data',
+          path,
         )
-      try:
-        state = self._read_state(step, abstract, run['fingerprint'])
-      except Exception as error:
-        self._put_aside(step, error)
+      state = self._read_state(step, abstract, run.get('arrays'))
+      if state is None:
         continue
       return state, run['data'][jax.process_index()], changed
-    damaged = sorted(path.name for path in self.folder.glob('damaged-*'))
-    if damaged:  # starting anew would be what nobody asked for
+    aside = sorted(path.name for path in self.folder.glob('damaged-*'))
+    if aside:  # never restart from scratch silently
       raise CheckpointError(
         f'no checkpoint in {self.folder} could be read: remove '
-        f'{", ".join(damaged)} to start from the beginning'
+        f'{", ".join(aside)} to start from the beginning'
       )
     return None
 
-  def _read_run(self, step: int) -> dict[str, Any]:
-    found = self._manager.restore(
-      step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
-    )['run']
-    if found.pop('digest', '') != _digest(found):
-      raise CheckpointError('contents differ from what was saved')
-    return found
-
   def _read_state(
-    self, step: int, abstract: TrainState, expected: list[int]
-  ) -> TrainState:
-    params, rest = _split(abstract)
-    found = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(params),
-        rest=ocp.args.StandardRestore(rest),
-      ),
-    )
-    state = TrainState(params=found['params'], **found['rest'])
-    if fingerprint(state) != expected:
-      raise CheckpointError('contents differ from what was saved')
-    return state
+    self, step: int, abstract: TrainState, recorded: Any
+  ) -> TrainState | None:
+    """The state of a step; None where it was put aside."""
 
-  def _put_aside(self, step: int, error: Exception) -> None:
+    def read() -> Any:
+      args = {
+        item: ocp.args.StandardRestore(tree)
+        for item, tree in _split(abstract).items()
+      }
+      return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+    trees = self._together(step, read)
+    if trees is None:
+      return None
+    found: dict[str, Any] = {}
+    for item in _split(abstract):
+      found |= records(trees[item], item)
+
+    def check() -> bool:
+      check_arrays(self.path(step), found, recorded)
+      return True
+
+    if not self._together(step, check):
+      return None
+    return TrainState(params=trees['params'], **trees['rest'])
+
+  def _together(self, step: int, read: Callable[[], Any]) -> Any:
+    """What was read; None where a process could not: the step is put aside."""
+    value, problem = None, ''
+    try:
+      value = read()
+    except CheckpointError as error:
+      problem = str(error)
+    except Exception as error:
+      problem = str(damaged(self.path(step), error))
+    problem = first_problem(problem)
+    if not problem:
+      return value
+    self._put_aside(step, problem)
+    return None
+
+  def _put_aside(self, step: int, problem: str) -> None:
     path = self.path(step)
     aside = path.with_name(f'damaged-{step}')
+    number = 1
+    while aside.exists():
+      number += 1
+      aside = path.with_name(f'damaged-{step}-{number}')
     self._say(
-      f'checkpoint {path} is damaged ({one_line(error)}); it is now '
-      f'{aside.name}, going back to the one before'
+      f'checkpoint {problem}; it is now {aside.name}, going back to the one '
+      'before'
     )
+    if jax.process_count() > 1:  # all have seen which name is free
+      multihost_utils.sync_global_devices(f'name for {step}')
     if jax.process_index() == 0:
-      number = 1
-      while aside.exists():
-        number += 1
-        aside = path.with_name(f'damaged-{step}-{number}')
       path.rename(aside)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'put aside {step}')
