@@ -37,6 +37,7 @@ EXTRAS = {
   'compare': [
     'torch>=2.13,<2.14',  # transformers runs on it; reads pytorch_model.bin
     'transformers>=5.24,<5.25',  # logits and gradients of converted models
+    'accelerate>=1.10',  # lm-evaluation-harness's own adapter imports it
   ],
 }
 EXTRAS['dev'] = [

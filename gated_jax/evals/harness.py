@@ -3,13 +3,14 @@
     harness = Harness(model, params, tokenizer, mesh)
     lm_eval.simple_evaluate(model=harness, tasks=['lambada_openai'])
 
-Requests are cut into windows of the model's length, sorted by length, padded
-to few shapes and split over the mesh. Every token is predicted once, from at
-least half a window of text where there is so much before it. The extra `eval`
-installs the harness.
+Texts are cut into context and answer, and long ones into windows, by the
+harness's own code, so that scores are those of its adapter for Hugging Face
+models. Here they are sorted by length, padded to few shapes and split over the
+mesh. The extra `eval` installs the harness.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -22,34 +23,37 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
+from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.model import TemplateLM
 
 from gated_jax import sharding
 from gated_jax.model.decoder import Decoder
 
-# Prompts, the most new tokens, and texts that end an answer, to answers.
+_LOG = logging.getLogger(__name__)
+SHORTEST = 32  # positions of the smallest padded shape
+
+# (prompts, largest number of new tokens, strings that end an answer) -> answers
 Generate = Callable[[list[str], int, Sequence[str]], list[str]]
 
 
-class Window(NamedTuple):
-  """Tokens of which the last `scored` are predicted."""
+class Scored(NamedTuple):
+  """Token ids of which the last `answer` are predicted."""
 
-  request: int
-  tokens: np.ndarray
-  scored: int
+  ids: list[int]
+  answer: int
 
 
-class Harness(LM):
-  """See the file.
+class Harness(TemplateLM):
+  """A model as lm-evaluation-harness asks for it.
 
   Args:
-    model: the decoder.
-    params: its parameters, placed on the mesh.
-    tokenizer: with `bos`, `eos` and `encode`; see gated_jax/data/tokenizer.py.
-    mesh: whose batch axes split rows; None: one device.
-    batch: rows of a call.
-    generate: for tasks that generate; None: those are refused.
+    model: The decoder.
+    params: Its parameters, placed on the mesh.
+    tokenizer: See gated_jax/data/tokenizer.py.
+    mesh: Its batch axes split the rows; None: one device.
+    batch: Rows that are computed at a time.
+    generate: Needed by tasks that generate text; None: those are refused.
   """
 
   def __init__(
@@ -73,30 +77,77 @@ class Harness(LM):
     self.model, self.params, self.tokenizer = model, params, tokenizer
     self.mesh, self.batch, self._generate = mesh, batch, generate
 
+  @property
+  def eot_token_id(self) -> int:
+    """Id that ends a text."""
+    return self.tokenizer.eos
+
+  @property
+  def prefix_token_id(self) -> int:
+    """Id that the first token of a text is predicted from."""
+    if self.tokenizer.start < 0:
+      raise ValueError(
+        f'tokenizer {self.tokenizer.name} has no token to begin a text with'
+      )
+    return self.tokenizer.start
+
+  def tok_encode(
+    self, string: str, add_special_tokens: bool | None = None, **unused: Any
+  ) -> list[int]:
+    """Ids of a text, after the token that its tokenizer puts before it.
+
+    Args:
+      string: The text.
+      add_special_tokens: False leaves that token out.
+      **unused: Options that other adapters have.
+    """
+    ids = self.tokenizer.encode(string).tolist()
+    if add_special_tokens is False or self.tokenizer.bos < 0:
+      return ids
+    return [self.tokenizer.bos, *ids]
+
   def loglikelihood(
-    self, requests: list[Instance], disable_tqdm: bool = False
+    self, requests: list[Instance], disable_tqdm: bool = True
   ) -> list[tuple[float, bool]]:
-    """Of each continuation: nats, and whether greedy decoding gives it."""
-    del disable_tqdm
-    windows = []
-    for i, request in enumerate(requests):
-      before, after = self._pair(*request.args)
-      windows += self._windows(i, before, after)
-    return self._score(len(requests), windows)
+    """Nats of each continuation, and whether greedy decoding gives it.
+
+    Raises:
+      ValueError: a continuation has no token of its own. Its probability
+        would be one, and it would win every comparison.
+    """
+    for request in requests:
+      context, answer = request.args
+      if not answer:
+        raise ValueError(f'the answer after {_ending(context)} is empty')
+    return super().loglikelihood(requests, disable_tqdm)
 
   def loglikelihood_rolling(
-    self, requests: list[Instance], disable_tqdm: bool = False
+    self, requests: list[Instance], disable_tqdm: bool = True
   ) -> list[float]:
     """Nats of each whole text, from the beginning of a document on."""
     del disable_tqdm
+    owners: list[int] = []
     windows = []
     for i, request in enumerate(requests):
-      tokens = self.tokenizer.encode(request.args[0])
-      windows += self._windows(i, self._start(), tokens)
-    return [nats for nats, _ in self._score(len(requests), windows)]
+      (text,) = request.args
+      cut = utils.get_rolling_token_windows(
+        token_list=self.tok_encode(text),
+        prefix_token=self.prefix_token_id,
+        max_seq_len=self.model.config.length,
+        context_len=1,
+      )
+      for context, answer in map(utils.make_disjoint_window, cut):
+        owners.append(i)
+        windows.append(((text, ''), context, answer))
+    totals = np.zeros(len(requests))
+    for owner, (nats, _) in zip(
+      owners, self._loglikelihood_tokens(windows), strict=True
+    ):
+      totals[owner] += nats
+    return totals.tolist()
 
   def generate_until(
-    self, requests: list[Instance], disable_tqdm: bool = False
+    self, requests: list[Instance], disable_tqdm: bool = True
   ) -> list[str]:
     """Text after each context, up to one of the strings that end it."""
     del disable_tqdm
@@ -107,7 +158,7 @@ class Harness(LM):
     answers = []
     for request in requests:
       context, options = request.args
-      until = options.get('until', [])
+      until = options.get('until') or []
       until = [until] if isinstance(until, str) else until
       count = options.get('max_gen_toks', 256)
       (answer,) = self._generate([context], count, until)
@@ -116,69 +167,76 @@ class Harness(LM):
       answers.append(answer)
     return answers
 
-  def _start(self) -> np.ndarray:
-    """What stands before a document: without it its first token has nothing."""
-    if self.tokenizer.bos < 0:
-      raise ValueError(
-        f'tokenizer {self.tokenizer.name} has no token to begin a text with'
-      )
-    return np.array([self.tokenizer.bos], np.int32)
-
-  def _pair(self, context: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of both, cut where the tokens of the whole text allow it."""
-    start = self._start()
-    # Spaces belong to the word they stand before.
-    bare = context.rstrip()
-    answer, context = context[len(bare) :] + answer, bare
-    first = self.tokenizer.encode(context)
-    whole = self.tokenizer.encode(context + answer)
-    return np.concatenate([start, first]), whole[len(first) :]
-
-  def _windows(
-    self, request: int, before: np.ndarray, after: np.ndarray
-  ) -> list[Window]:
-    """Cuts what is predicted into pieces; each sees what fits before it."""
-    tokens = np.concatenate([before, after])
-    longest = self.model.config.length
-    found, done = [], len(before)
-    while done < len(tokens):
-      # The last token of a window is predicted and not read.
-      end = min(len(tokens), max(done + longest // 2, longest + 1))
-      first = max(0, end - longest - 1)
-      found.append(Window(request, tokens[first:end], end - done))
-      done = end
-    return found
-
-  def _score(
-    self, count: int, windows: list[Window]
+  def _loglikelihood_tokens(
+    self,
+    requests: list[tuple[tuple[str, str], list[int], list[int]]],
+    disable_tqdm: bool = True,
+    **unused: Any,
   ) -> list[tuple[float, bool]]:
-    nats, greedy = np.zeros(count), np.ones(count, bool)
-    windows = sorted(windows, key=lambda w: -len(w.tokens))
-    for i in range(0, len(windows), self.batch):
-      part = windows[i : i + self.batch]
-      found = self._call(part)
-      for window, value, same in zip(part, *found, strict=False):
-        nats[window.request] += value
-        greedy[window.request] &= bool(same)
-    return list(zip(nats.tolist(), greedy.tolist(), strict=True))
+    """Scores answers given as (texts, ids of the context, ids of the answer).
 
-  def _call(self, part: list[Window]) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of each window, and whether its tokens are the likeliest."""
-    longest = len(part[0].tokens) - 1
+    A context that is too long loses its beginning.
+    """
+    del disable_tqdm
+    longest = self.model.config.length
+    rows: list[Scored] = []
+    for (context, answer), before, after in requests:
+      if not after:
+        raise ValueError(
+          f'the answer {answer!r} after {_ending(context)} has no token of its '
+          f'own: tokenizer {self.tokenizer.name} joins it with the context'
+        )
+      if not before:
+        raise ValueError(
+          f'the context {context!r} before {answer!r} has no token, and '
+          f'tokenizer {self.tokenizer.name} puts none before a text'
+        )
+      if len(after) > longest:
+        raise ValueError(
+          f'the answer {answer[:40]!r} has {len(after)} tokens, and the model '
+          f'is built for {longest}'
+        )
+      # The last token of a row is predicted and not read.
+      rows.append(Scored((before + after)[-(longest + 1) :], len(after)))
+    lost = sum(
+      len(before) + len(after) > longest + 1 for _, before, after in requests
+    )
+    if lost:
+      _LOG.warning(
+        '%d of %d contexts are longer than the model reads (%d tokens) and '
+        'lose their beginning',
+        *(lost, len(requests), longest),
+      )
+    return self._score(rows)
+
+  def _score(self, rows: list[Scored]) -> list[tuple[float, bool]]:
+    """Scores rows in the order of their length, and returns them in theirs."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+    for begin in range(0, len(rows), self.batch):
+      part = order[begin : begin + self.batch]
+      nats, greedy = self._call([rows[i] for i in part])
+      for i, value, same in zip(part, nats, greedy, strict=False):
+        scores[i] = (float(value), bool(same))
+    return scores
+
+  def _call(self, rows: list[Scored]) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of the answers, and whether their tokens are the likeliest."""
+    longest = len(rows[0].ids) - 1
     length = min(
-      self.model.config.length, max(32, 1 << (longest - 1).bit_length())
+      self.model.config.length, max(SHORTEST, 1 << (longest - 1).bit_length())
     )
     shape = (self.batch, length)
     inputs = {
       name: np.zeros(shape, np.int32)
       for name in ('tokens', 'targets', 'segments', 'scored')
     }
-    for row, window in enumerate(part):
-      size = len(window.tokens) - 1
-      inputs['tokens'][row, :size] = window.tokens[:-1]
-      inputs['targets'][row, :size] = window.tokens[1:]
-      inputs['segments'][row, :size] = 1
-      inputs['scored'][row, size - window.scored : size] = 1
+    for i, row in enumerate(rows):
+      size = len(row.ids) - 1
+      inputs['tokens'][i, :size] = row.ids[:-1]
+      inputs['targets'][i, :size] = row.ids[1:]
+      inputs['segments'][i, :size] = 1
+      inputs['scored'][i, size - row.answer : size] = 1
     if self.mesh is None:
       return jax.device_get(_score(self.model, self.params, inputs))
     with sharding.activate(self.mesh):
@@ -186,10 +244,16 @@ class Harness(LM):
       return jax.device_get(_score(self.model, self.params, placed))
 
 
+def _ending(context: str) -> str:
+  """The end of a context, for messages."""
+  return repr(context) if len(context) <= 40 else f'...{context[-40:]!r}'
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _score(
   model: Decoder, params: Any, inputs: dict[str, Int[Array, 'B T']]
 ) -> tuple[Float[Array, ' B'], Bool[Array, ' B']]:
+  """Sums the scored positions' log-likelihoods; tells if all are likeliest."""
   logits: Any = model.apply(
     {'params': params}, inputs['tokens'], segments=inputs['segments']
   )

@@ -1,5 +1,6 @@
 """lm-evaluation-harness, on a task that lies in a local file."""
 
+import dataclasses
 import functools
 import json
 
@@ -100,17 +101,54 @@ def test_a_continuation_is_scored_given_its_context(model):
     assert greedy == same[-count:].all()
 
 
-def test_a_long_text_is_cut_into_windows_that_predict_each_token_once(model):
-  harness = Harness(*model, ByteTokenizer(), batch=3)
-  text = 'a long text, longer than what the model was built to read at once. '
-  (nats,) = harness.loglikelihood_rolling([request('rolling', text)])
-  ids, expected, done = np.array([256, *text.encode()]), 0.0, 1
-  while done < len(ids):
-    end = min(len(ids), 33 if done == 1 else done + 16)
-    p, _ = log_probabilities(model, ids[max(0, end - 33) : end])
-    expected += p[done - end :].sum()
-    done = end
-  assert nats == pytest.approx(expected, rel=1e-5)
+class Words:
+  """A tokenizer that joins letters as far as its few words go."""
+
+  name, vocab, bos, eos, start = 'words', 261, -1, 256, 256
+  words = ('hello', 'hel', 'lo')
+
+  def encode(self, text):
+    ids = []
+    while text:
+      word = next((w for w in self.words if text.startswith(w)), text[0])
+      known = word in self.words
+      ids.append(257 + self.words.index(word) if known else ord(word))
+      text = text[len(word) :]
+    return np.array(ids, np.int32)
+
+
+@pytest.mark.parametrize(
+  ('pair', 'message'),
+  [
+    (('hel', 'lo'), "answer 'lo' after 'hel' has no token of its own"),
+    (('', ''), "the answer after '' is empty"),
+    (('abc', ''), "the answer after 'abc' is empty"),
+    (('  ', 'lo'), "context '  ' before 'lo' has no token"),
+    (('a', 'b' * 40), 'has 40 tokens, and the model is built for 32'),
+  ],
+)
+def test_an_answer_without_tokens_does_not_win(model, pair, message):
+  harness = Harness(*model, Words())
+  ask = [request('loglikelihood', 'a', 'b'), request('loglikelihood', *pair)]
+  with pytest.raises(ValueError, match=message):
+    harness.loglikelihood(ask)
+
+
+def test_answers_are_split_off_where_the_context_ends(model):
+  harness = Harness(*model, Words())
+  found = harness.loglikelihood([request('loglikelihood', 'hel', 'loab')])
+  p, same = log_probabilities(model, np.array([258, ord('a'), ord('b')]))
+  assert found[0] == (pytest.approx(p.sum(), rel=1e-5), same.all())
+
+
+def test_a_long_context_loses_its_beginning(model, caplog):
+  harness = Harness(*model, Words(), batch=3)
+  context, answer = 'the beginning of it ' * 3, 'and an end'
+  (found,) = harness.loglikelihood([request('loglikelihood', context, answer)])
+  assert '1 of 1 contexts are longer' in caplog.text
+  ids = Words().encode(context + answer)[-33:]
+  p, _ = log_probabilities(model, ids)
+  assert found[0] == pytest.approx(p[-len(answer) - 1 :].sum(), rel=1e-5)
 
 
 def test_a_mesh_gives_the_same_scores(model):
@@ -165,3 +203,103 @@ def test_tasks_of_a_local_file_run(model, tmp_path, monkeypatch):
   (nats,) = harness.loglikelihood_rolling([request('rolling', 'ab')])
   bits = results['local_text']['bits_per_byte,none']
   assert bits == pytest.approx(-nats / np.log(2) / 2, rel=1e-5)
+
+
+def _corpus_tokenizer(folder):
+  """A byte-level BPE that puts nothing before a text."""
+  from tokenizers import Tokenizer
+  from tokenizers import decoders
+  from tokenizers import models
+  from tokenizers import pre_tokenizers
+  from tokenizers import trainers
+
+  inner = Tokenizer(models.BPE())
+  inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  inner.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=['<|endoftext|>'],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  inner.train_from_iterator(['hello there, hello world of text. ' * 9], trainer)
+  inner.save(str(folder / 'tokenizer.json'))
+  config = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'bos_token': None,
+    'eos_token': '<|endoftext|>',
+  }
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+
+
+PAIRS = [
+  ('hello th', 'ere, hello'),
+  ('hello ', 'world'),
+  ('hello', ' world of'),
+  ('', 'hello'),
+  ('text ' * 30, 'of text'),
+  ('an answer', ' as long as it is, and longer than its context'),
+  ('naïve ', '漢字'),
+]
+TEXTS = ['hello world', 'a', 'hello there, hello world of text. ' * 12]
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'pieces'])
+def test_scores_are_those_of_the_harness_s_own_adapter(
+  kind, tmp_path, monkeypatch
+):
+  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+  pytest.importorskip('torch', reason='the adapter runs on it')
+  from lm_eval.models.huggingface import HFLM
+
+  from gated_jax.data.tokenizer import make_tokenizer
+  from gated_jax.hf import convert
+  from gated_jax.hf import tokenizer as tokenizers
+
+  config = dataclasses.replace(
+    CONFIG,
+    vocab=304,
+    length=64,
+    depth=2,
+    init_std=0.5,
+    norm_zero_centered=True,  # so that transformers has a class with the gate
+  )
+  shapes = convert.flatten(convert.abstract_parameters(config))
+  rng = np.random.default_rng(0)
+  params = convert.unflatten(
+    {
+      path: rng.normal(size=leaf.shape).astype(np.float32) * 0.5
+      for path, leaf in shapes.items()
+    }
+  )
+  folder = tmp_path / 'model'
+  convert.save(folder, params, config)
+  if kind == 'bytes':
+    tokenizers.write_bytes(folder, config.length)
+  else:
+    _corpus_tokenizer(folder)
+  theirs = HFLM(
+    pretrained=str(folder), device='cpu', dtype='float32', batch_size=2
+  )
+  assert theirs.max_length == config.length
+  ours = Harness(Decoder(config), params, make_tokenizer(str(folder)), batch=3)
+  pairs = [request('loglikelihood', *pair) for pair in PAIRS]
+  for a, b in zip(
+    ours.loglikelihood(pairs),
+    theirs.loglikelihood(pairs, disable_tqdm=True),
+    strict=True,
+  ):
+    assert a == (pytest.approx(b[0], abs=1e-4, rel=1e-6), b[1])
+  texts = [request('loglikelihood_rolling', text) for text in TEXTS]
+  np.testing.assert_allclose(
+    ours.loglikelihood_rolling(texts),
+    theirs.loglikelihood_rolling(texts, disable_tqdm=True),
+    rtol=1e-6,
+    atol=1e-4,
+  )
+  joined = [request('loglikelihood', 'hello th', 'ere')]
+  if kind == 'pieces':
+    with pytest.raises(AssertionError):
+      theirs.loglikelihood(joined, disable_tqdm=True)
+    with pytest.raises(ValueError, match='has no token of its own'):
+      ours.loglikelihood(joined)
