@@ -4,15 +4,16 @@
     python -m gated_jax.hf export path/of/ours path/of/theirs
     python -m gated_jax.hf add-gate path/of/either path/of/ours
 
-What is written is a new folder, whole or not there at all. The exit code is
-2 for what the user has to change, 1 for other failures.
+What is written is a new folder, whole or not there at all. A tokenizer travels
+with its model. The exit code is 2 for what the user has to change, 1 for other
+failures.
 """
 
 import argparse
 import dataclasses
+import math
 import os
 import pathlib
-import shutil
 import sys
 from typing import Any
 
@@ -28,8 +29,13 @@ from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.hf import convert
 from gated_jax.hf import rewrites
+from gated_jax.hf import tokenizer
 from gated_jax.hf.families import FAMILIES
 from gated_jax.hf.files import DTYPES
+from gated_jax.hf.files import check_free
+from gated_jax.hf.files import whole_folder
+from gated_jax.paths import expand
+from gated_jax.platform import skip_absent_tpu
 
 ADD_GATE = (
   'give an ungated model a gate that changes nothing at first: zero weights '
@@ -41,48 +47,39 @@ NEGATIVE = (
   'stay as they were, and by its author the gate hardly moves from one. '
   'Gate a model from the start of its training if you can.'
 )
-# What travels with a model, in a folder of its own on our side.
-TOKENIZER = 'tokenizer'
-TOKENIZER_FILES = (
-  'tokenizer.json',
-  'tokenizer.model',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'vocab.json',
-  'merges.txt',
-  'chat_template.jinja',
-  'generation_config.json',
-)
 
 
 def parser() -> argparse.ArgumentParser:
   """The command line."""
   top = cli.Parser(
-    prog='python -m gated_jax.hf', description=(__doc__ or '').split('\n')[0]
+    prog='python -m gated_jax.hf',
+    description=(__doc__ or '').split('\n')[0],
+    allow_abbrev=False,
   )
   commands = top.add_subparsers(dest='command', required=True)
 
   def command(name: str, text: str, **more: Any) -> argparse.ArgumentParser:
-    found = commands.add_parser(name, help=text, description=text, **more)
-    found.add_argument('source', help='folder to read')
-    found.add_argument('target', help='new folder')
-    found.add_argument(
+    parser = commands.add_parser(
+      name, help=text, description=text, allow_abbrev=False, **more
+    )
+    parser.add_argument('source', help='folder to read')
+    parser.add_argument('target', help='new folder')
+    parser.add_argument(
       '--mesh', default='', help='for example fsdp=4,tensor=2; default: fsdp'
     )
-    found.add_argument(
+    parser.add_argument(
       '--ignore',
       action='append',
       default=[],
       help='key of config.json, or tensor, that changes no logits; repeatable',
     )
-    found.add_argument(
+    parser.add_argument(
       '--param-dtype',
       default='',
       choices=['', 'float32', 'bfloat16'],
       help='of parameters read from a folder of theirs; default: as there',
     )
-    return found
+    return parser
 
   command('import', 'theirs to ours')
   export = command('export', 'ours to theirs')
@@ -104,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
     'as distance from one, or back), two_sigmoid (to sigmoid), headwise (to '
     'elementwise); repeatable',
   )
-  export.add_argument('--shard-gb', type=float, default=5.0, help='of a file')
+  export.add_argument(
+    '--shard-gb', type=_gigabytes, default=5.0, help='size of a file at most'
+  )
   add = command('add-gate', ADD_GATE, epilog=NEGATIVE)
   add.add_argument(
     '--granularity',
@@ -112,6 +111,19 @@ def parser() -> argparse.ArgumentParser:
     choices=['elementwise', 'headwise'],
   )
   return top
+
+
+def _gigabytes(text: str) -> float:
+  """The size of a file, which has to hold a number at least."""
+  try:
+    size = float(text)
+  except ValueError:
+    size = math.nan
+  if not (math.isfinite(size) and size >= 1e-6):
+    raise argparse.ArgumentTypeError(
+      f'{text} must be a number of gigabytes, at least 0.000001'
+    )
+  return size
 
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
@@ -124,61 +136,62 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
   return sharding.make_mesh(from_dict(sizes, MeshConfig(), 'mesh.'))
 
 
-def read(args: argparse.Namespace) -> tuple[RunConfig, Any]:
-  """The model at `source`, of either form."""
-  source, mesh = pathlib.Path(args.source), make_mesh(args.mesh)
-  if not (source / 'config.json').exists():
-    if not source.exists():
-      raise ValueError(f'there is no folder {source}')
-    config = checkpoint.load_config(source)
-    abstract = convert.abstract_parameters(config.model, mesh)
-    return config, checkpoint.load_parameters(source, abstract)
-  model, params = convert.load(source, mesh, args.param_dtype, args.ignore)
-  plain = RunConfig()
-  length = min(plain.data.length, model.length)
-  data = dataclasses.replace(plain.data, length=length)
-  return dataclasses.replace(plain, model=model, data=data), params
+def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
+  """The model at `source`, of either form, and its tokenizer's files."""
+  source, mesh = expand(args.source), make_mesh(args.mesh)
+  if os.path.lexists(source / 'config.json'):
+    files = tokenizer.in_folder(source)
+    model, params = convert.load(source, mesh, args.param_dtype, args.ignore)
+    plain = RunConfig()
+    length = min(plain.data.length, model.length)
+    data = dataclasses.replace(plain.data, length=length)
+    return dataclasses.replace(plain, model=model, data=data), params, files
+  if not source.exists():
+    raise ValueError(f'there is no folder {source}')
+  folder = checkpoint.find(source)
+  config = checkpoint.load_config(folder)
+  files = tokenizer.of_checkpoint(folder, config.data.tokenizer)
+  abstract = convert.abstract_parameters(config.model, mesh)
+  return config, checkpoint.load_parameters(folder, abstract), files
 
 
-def write(args: argparse.Namespace, config: RunConfig, params: Any) -> None:
+def write_ours(
+  target: pathlib.Path, config: RunConfig, params: Any, files: tokenizer.Files
+) -> None:
   """A checkpoint of ours, with the files of a tokenizer beside it."""
-  target = pathlib.Path(args.target)
-  files = tokenizer_files(args.source)
-  if files and files[0].name in ('tokenizer.json', 'tokenizer.model'):
-    name = str((target / TOKENIZER).absolute())
+  if set(tokenizer.MODELS) & set(files):
+    name = str((target / tokenizer.FOLDER).absolute())
     data = dataclasses.replace(config.data, tokenizer=name)
     config = dataclasses.replace(config, data=data)
-  checkpoint.save_parameters(target, params, config)
-  copy(files, target / TOKENIZER, whole=target)
+  with whole_folder(target) as partial:
+    partial.rmdir()  # a checkpoint makes its own
+    checkpoint.save_parameters(partial, params, config)
+    tokenizer.copy(files, partial / tokenizer.FOLDER)
 
 
-def tokenizer_files(source: str) -> list[pathlib.Path]:
-  """Those of a folder of theirs, or of ours that came from one."""
-  folders = (pathlib.Path(source), pathlib.Path(source) / TOKENIZER)
-  found = [folder / name for name in TOKENIZER_FILES for folder in folders]
-  return [path for path in found if path.is_file()]
-
-
-def copy(
-  files: list[pathlib.Path], folder: pathlib.Path, whole: pathlib.Path
+def write_theirs(
+  args: argparse.Namespace,
+  config: RunConfig,
+  params: Any,
+  files: tokenizer.Files,
 ) -> None:
-  """Copies files; when that fails, `whole` is removed."""
-  try:
-    if files:
-      folder.mkdir(exist_ok=True)
-    for file in files:
-      shutil.copyfile(file, folder / file.name)
-  except BaseException:
-    shutil.rmtree(whole, ignore_errors=True)
-    raise
+  """A folder of theirs, with the files of a tokenizer in it."""
+  target, model = expand(args.target), config.model
+
+  def more(folder: pathlib.Path) -> None:
+    tokenizer.copy(files, folder)
+    if not files and config.data.tokenizer == 'bytes':
+      tokenizer.write_bytes(folder, model.length)
+
+  size = int(args.shard_gb * 10**9)
+  convert.save(target, params, model, args.family, args.dtype, size, more)
 
 
 def run(args: argparse.Namespace) -> None:
   """Reads, changes, writes."""
-  target = pathlib.Path(args.target)
-  if target.exists():
-    raise ValueError(f'{target} exists; choose another name or remove it')
-  config, params = read(args)
+  target = expand(args.target)
+  check_free(target)
+  config, params, files = read(args)
   model = config.model
   if args.command == 'add-gate':
     mesh = make_mesh(args.mesh)
@@ -186,17 +199,18 @@ def run(args: argparse.Namespace) -> None:
   if args.command == 'export':
     for name in args.rewrite:
       model, params = rewrites.REWRITES[name](model, params)
-    size = int(args.shard_gb * 10**9)
-    convert.save(target, params, model, args.family, args.dtype, size)
-    copy(tokenizer_files(args.source), target, whole=target)
+  config = dataclasses.replace(config, model=model)
+  if args.command == 'export':
+    write_theirs(args, config, params, files)
   else:
-    write(args, dataclasses.replace(config, model=model), params)
+    write_ours(target, config, params, files)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   print(f'{target}: {model.depth} layers, {count:,} parameters')
 
 
 def main(argv: list[str]) -> int:
   """The exit code; see gated_jax/cli.py."""
+  skip_absent_tpu()
   return cli.run(lambda: run(parser().parse_args(argv)))
 
 

@@ -5,6 +5,9 @@ what it wrote, and whatever comes back different has no words there.
 """
 
 import dataclasses
+import math
+import reprlib
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +44,7 @@ def family_named(name: str) -> Family:
 def find_family(values: Mapping[str, Any]) -> Family:
   """The family that a config.json is of."""
   for family in FAMILIES:
-    named = values.get('architectures') or []
+    named = Keys(values).sequence('architectures', str, [])
     if family.marks & set(values) and family.architecture in named:
       return family
   kind = values.get('model_type')
@@ -52,19 +55,24 @@ def find_family(values: Mapping[str, Any]) -> Family:
       return family
   known = ', '.join(sorted({family.model_type for family in FAMILIES}))
   raise ValueError(
-    f'config.json has model_type {kind!r}; only {known} can be read'
+    f'config.json has model_type {reprlib.repr(kind)}; only {known} can be read'
   )
 
 
 def read_config(
-  values: Mapping[str, Any], family: Family, ignore: Sequence[str] = ()
+  values: Mapping[str, Any],
+  family: Family,
+  ignore: Sequence[str] = (),
+  shapes: Collection[Sequence[int]] | None = None,
 ) -> ModelConfig:
   """The model that a config.json describes.
 
   Args:
-    values: Of config.json.
-    family: As `find_family` says.
+    values: Contents of config.json.
+    family: The result of `find_family`.
     ignore: Keys that are not known here and change no logits.
+    shapes: Of the tensors in the model's files; None: there are none. Sizes
+      are compared with them before anything is made of a size.
 
   Raises:
     ValueError: a key is missing, of a wrong type, not known, or says what the
@@ -72,20 +80,44 @@ def read_config(
   """
   keys = Keys(values)
   common = read_common(keys)
-  depth, length = common['depth'], common['length']
-  for name in ('depth', 'length'):
-    if type(common[name]) is not int:
-      raise ValueError(f'config.json: {name}={common[name]!r} is no integer')
-  common['rope'] = read_rope(keys, length, family.fraction)
-  common |= family.read(keys, depth)
+  if shapes is not None:
+    _check_sizes({'num_hidden_layers': common['depth']}, len(shapes))
+  common['rope'] = read_rope(keys, common['length'], family.fraction)
+  common |= family.read(keys, common['depth'])
   keys.finish({*INERT, *family.inert, *ignore})
   config = from_dict(common, ModelConfig(), 'model.')
+  if shapes is not None:
+    axes = (axis for shape in shapes if math.prod(shape) for axis in shape)
+    _check_sizes({'num_experts': config.moe.experts}, len(shapes))
+    _check_sizes(_axes(config), max(axes, default=0))
   if family.fraction == 1 and config.rope.fraction != 1:
     raise ValueError(
       f'config.json has partial_rotary_factor={config.rope.fraction}, which '
       f'{family.architecture} does not read'
     )
   return config
+
+
+def _axes(config: ModelConfig) -> dict[str, int]:
+  """Sizes that are axes of some tensor, by their names in config.json."""
+  moe = config.moe
+  return {
+    'vocab_size': config.vocab,
+    'hidden_size': config.width,
+    'num_attention_heads x head_dim': config.heads * config.head_dim,
+    'num_key_value_heads x head_dim': config.kv_heads * config.head_dim,
+    **({} if moe.experts else {'intermediate_size': config.mlp_width}),
+    **({'moe_intermediate_size': moe.width} if moe.experts else {}),
+  }
+
+
+def _check_sizes(sizes: Mapping[str, int], most: int) -> None:
+  for name, size in sizes.items():
+    if size > most:
+      raise ValueError(
+        f'config.json has {name}={size}, and the tensors of its files allow '
+        f'{most} at most'
+      )
 
 
 def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:

@@ -13,6 +13,7 @@ layouts are the tables of `gated_jax/hf/names.py`.
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ from gated_jax.hf.names import Shape
 from gated_jax.hf.names import Tensor
 from gated_jax.hf.names import tensors
 from gated_jax.model.decoder import Decoder
+from gated_jax.paths import expand
 
 Tree = Any
 # Of one file, as transformers writes them.
@@ -108,11 +110,11 @@ def load(
     ValueError: something is missing, damaged, of the wrong shape, not known,
       or beyond what the decoder computes; the message names it.
   """
-  folder = pathlib.Path(folder)
+  folder = expand(folder)
   values = read_json(folder / 'config.json')
   family = find_family(values)
-  config = read_config(values, family, ignore)
   with TensorFiles(folder) as files:
+    config = read_config(values, family, ignore, files.shapes.values())
     narrow = set(files.dtypes.values()) == {'bfloat16'}
     kept = param_dtype or ('bfloat16' if narrow else 'float32')
     config = dataclasses.replace(config, param_dtype=kept)
@@ -219,6 +221,7 @@ def save(
   family: str = '',
   dtype: str = '',
   shard_bytes: int = SHARD_BYTES,
+  more: Callable[[pathlib.Path], None] = lambda _: None,
 ) -> None:
   """Writes a folder that transformers loads, whole or not at all.
 
@@ -233,6 +236,7 @@ def save(
       describe the model.
     dtype: Tensors are stored in; '': that of the parameters.
     shard_bytes: A file's size at most, but for a tensor that is larger.
+    more: Writes what else belongs into the folder, before it is complete.
 
   Raises:
     ValueError: the family cannot describe the model, a parameter is not the
@@ -252,15 +256,17 @@ def save(
     tensor = listed[name]
     return tensor.join([_get(flat[x], tensor.at) for x in tensor.leaves])
 
-  _agree_on(pathlib.Path(folder))
+  folder = expand(folder)
+  _agree_on(folder)
   if jax.process_index() != 0:
     for name in listed:
       read(name)  # the first process needs the parts that are here
     return
-  with whole_folder(pathlib.Path(folder)) as partial:
+  with whole_folder(folder) as partial:
     sizes = [(name, tensor.shape) for name, tensor in listed.items()]
     write_tensors(partial, sizes, read, dtype, shard_bytes)
     write_json(partial / 'config.json', values)
+    more(partial)
 
 
 def _agree_on(folder: pathlib.Path) -> None:

@@ -44,9 +44,9 @@ class Family:
 
 
 def _read_qwen3(keys: Keys, depth: int) -> dict[str, Any]:
-  sliding = keys.take('use_sliding_window', False)
-  window = keys.take('sliding_window', None)
-  first = keys.take('max_window_layers', depth)
+  sliding = keys.flag('use_sliding_window', False)
+  window = keys.integer('sliding_window', None, least=0)
+  first = keys.integer('max_window_layers', depth, least=0)
   if not sliding:
     window, first = None, depth
   default = [
@@ -70,7 +70,7 @@ def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
 def _read_gated_qwen3(keys: Keys, depth: int) -> dict[str, Any]:
   keys.expect('qkv_bias', False)
   flags = {
-    kind: keys.take(f'{kind}_attn_output_gate', False)
+    kind: keys.flag(f'{kind}_attn_output_gate', False)
     for kind in ('elementwise', 'headwise')
   }
   if all(flags.values()):
@@ -79,7 +79,7 @@ def _read_gated_qwen3(keys: Keys, depth: int) -> dict[str, Any]:
       'headwise_attn_output_gate'
     )
   values = _read_qwen3(keys, depth)
-  values['qk_norm'] = keys.take('use_qk_norm', True)
+  values['qk_norm'] = keys.flag('use_qk_norm', True)
   for kind, gated in flags.items():
     if gated:
       values['gate'] = {'position': 'sdpa_output', 'granularity': kind}
@@ -99,19 +99,21 @@ def _write_gated_qwen3(config: ModelConfig) -> dict[str, Any]:
 def _read_moe(keys: Keys, depth: int) -> dict[str, Any]:
   keys.expect('decoder_sparse_step', 1, 'every layer has experts, or none')
   keys.expect('mlp_only_layers', [], 'every layer has experts, or none')
-  sliding = keys.take('use_sliding_window', False)
-  window = keys.take('sliding_window', 0)
+  sliding = keys.flag('use_sliding_window', False)
+  window = keys.integer('sliding_window', 0, least=0)
   # Newer versions of transformers write the second name.
-  other = keys.take('num_local_experts', None)
+  other = keys.integer('num_local_experts', None)
   return {
     'windows': (window if sliding else 0,),
     'gate': {'position': 'none'},
     'moe': {
-      'experts': keys.take('num_experts', *([] if other is None else [other])),
-      'top_k': keys.take('num_experts_per_tok'),
-      'width': keys.take('moe_intermediate_size'),
-      'normalize': keys.take('norm_topk_prob', False),
-      'balance_loss': keys.take('router_aux_loss_coef', 0.001),
+      'experts': keys.integer(
+        'num_experts', *([] if other is None else [other])
+      ),
+      'top_k': keys.integer('num_experts_per_tok'),
+      'width': keys.integer('moe_intermediate_size'),
+      'normalize': keys.flag('norm_topk_prob', False),
+      'balance_loss': keys.number('router_aux_loss_coef', 0.001),
     },
   }
 
@@ -139,7 +141,7 @@ def _interval(depth: int, every: int, kind: str) -> list[str]:
 
 def _read_hybrid(keys: Keys, depth: int) -> dict[str, Any]:
   """Qwen3-Next and Qwen3.5, where no layer is linear attention."""
-  every = keys.take('full_attention_interval', 4)
+  every = keys.integer('full_attention_interval', 4)
   keys.expect('attn_output_gate', True)
   keys.expect('output_gate_type', 'sigmoid')
   default = _interval(depth, every, 'linear_attention')
@@ -151,8 +153,8 @@ def _read_hybrid(keys: Keys, depth: int) -> dict[str, Any]:
 
 
 def _read_qwen3_next(keys: Keys, depth: int) -> dict[str, Any]:
-  experts = keys.take('num_experts', 512)
-  dense = keys.take('mlp_only_layers', [])
+  experts = keys.integer('num_experts', 512, least=0)
+  dense = keys.sequence('mlp_only_layers', int, [])
   if experts and set(range(depth)) - set(dense):
     raise ValueError(
       f'{keys.where} has num_experts={experts}, and the decoder has no gate '
@@ -171,15 +173,15 @@ def _write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_afmoe(keys: Keys, depth: int) -> dict[str, Any]:
-  dense = keys.take('num_dense_layers', 1)
+  dense = keys.integer('num_dense_layers', 1, least=0)
   if dense < depth:
     raise ValueError(
       f'{keys.where} has num_dense_layers={dense} of {depth}, and the decoder '
       'does not choose experts by sigmoid scores and a bias'
     )
   keys.expect('mup_enabled', False, 'it does not scale embeddings')
-  every = keys.take('global_attn_every_n_layers', 4)
-  window = keys.take('sliding_window', 1024)
+  every = keys.integer('global_attn_every_n_layers', 4)
+  window = keys.integer('sliding_window', 1024)
   default = _interval(depth, every, 'sliding_attention')
   return {
     'windows': read_layer_types(keys, default, window),

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import pathlib
+import reprlib
 import shutil
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -33,15 +34,56 @@ DTYPES = {
 # And in safetensors. What is not here is quantised, or no weight at all.
 _STORED = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 
+JSON_BYTES = 1 << 28  # no config or index is nearly as large
+
 Read = Callable[[str], np.ndarray]
+Add = Callable[[pathlib.Path], None]
+
+
+def find_regular(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+  """A file of a folder that was made elsewhere; None where it is absent.
+
+  Files of such a folder may name others and may be links. Neither may lead
+  out of the folder, but for links into the cache of Hugging Face's own
+  software, whose snapshots are made of them.
+
+  Raises:
+    ValueError: the name or a link leads elsewhere, or to no regular file.
+  """
+  plain = name not in ('', '.', '..') and '\0' not in name
+  if not plain or pathlib.PurePath(name).name != name:
+    raise ValueError(f'{folder}: {name!r} is not the name of a file in it')
+  path = folder / name
+  try:
+    if not (path.exists() or path.is_symlink()):
+      return None
+    target, home = path.resolve(strict=True), folder.resolve()
+  except OSError as error:
+    raise ValueError(f'cannot read {path}: {error.strerror}') from None
+  blobs = home.parents[1] / 'blobs' if home.parent.name == 'snapshots' else home
+  if home not in target.parents and blobs not in target.parents:
+    raise ValueError(f'{path} is a link to {target}, outside of {folder}')
+  if not target.is_file():
+    raise ValueError(f'{path} is no regular file')
+  return path
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """ValueError naming the file where there is no object in it."""
+  """Contents of a file that was made elsewhere, which must be an object.
+
+  Raises:
+    ValueError: there is no such file, or something else in it.
+  """
+  if find_regular(path.parent, path.name) is None:
+    raise ValueError(f'there is no file {path}')
+  if path.stat().st_size > JSON_BYTES:
+    raise ValueError(f'{path} is larger than {JSON_BYTES >> 20} MiB')
   try:
     values = json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:
     raise ValueError(f'cannot read {path}: {error.strerror}') from None
+  except RecursionError:
+    raise ValueError(f'{path} is nested too deeply') from None
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from None
   if not isinstance(values, dict):
@@ -66,17 +108,14 @@ class TensorFiles:
 
   def __enter__(self) -> 'TensorFiles':
     try:
-      for path in self._shards():
-        if path.suffix == '.bin':
-          self._add_torch(path)
-        else:
-          self._add_safetensors(path)
+      for path, add in self._shards():
+        add(path)
     except BaseException:
       self._open.close()
       raise
     return self
 
-  def __exit__(self, *error):
+  def __exit__(self, *error: object) -> None:
     self._open.close()
 
   def read(self, name: str) -> np.ndarray:
@@ -91,29 +130,46 @@ class TensorFiles:
       )
     return array
 
-  def _shards(self) -> list[pathlib.Path]:
-    """The files, after a look into the index whether they are all there."""
+  def _shards(self) -> Iterator[tuple[pathlib.Path, Add]]:
+    """The files and how to read each, after a look whether all are there."""
     if not self.folder.is_dir():
       raise ValueError(f'there is no folder {self.folder}')
-    for index, weights in ((INDEX, WEIGHTS), (TORCH_INDEX, TORCH_WEIGHTS)):
-      if (self.folder / index).exists():
-        path = self.folder / index
-        names = read_json(path).get('weight_map')
-        if not isinstance(names, dict) or not names:
-          raise ValueError(f'{path} has no weight_map')
-        shards = [self.folder / name for name in sorted(set(names.values()))]
-        for shard in shards:
-          if not shard.exists():
-            raise ValueError(f'{path} names {shard.name}, which is missing')
-        return shards
-      if (self.folder / weights).exists():
-        return [self.folder / weights]
+    for index, weights, add in (
+      (INDEX, WEIGHTS, self._add_safetensors),
+      (TORCH_INDEX, TORCH_WEIGHTS, self._add_torch),
+    ):
+      if find_regular(self.folder, index) is not None:
+        return iter([(path, add) for path in self._indexed(index)])
+      whole = find_regular(self.folder, weights)
+      if whole is not None:
+        return iter([(whole, add)])
     raise ValueError(
       f'{self.folder} has no weights: neither {WEIGHTS} nor {TORCH_WEIGHTS}, '
       'nor an index of shards'
     )
 
-  def _add(self, path: pathlib.Path, name: str, shape: Any, dtype: str, read):
+  def _indexed(self, index: str) -> list[pathlib.Path]:
+    """The files that an index names."""
+    path = self.folder / index
+    weight_map = read_json(path).get('weight_map')
+    if not isinstance(weight_map, dict) or not weight_map:
+      raise ValueError(f'{path} has no weight_map')
+    shards = []
+    for tensor, name in weight_map.items():
+      if not isinstance(name, str):
+        raise ValueError(
+          f'{path}: the file of {tensor} is {reprlib.repr(name)}, no name'
+        )
+    for name in sorted(set(weight_map.values())):
+      shard = find_regular(self.folder, name)
+      if shard is None:
+        raise ValueError(f'{path} names {name}, which is missing')
+      shards.append(shard)
+    return shards
+
+  def _add(
+    self, path: pathlib.Path, name: str, shape: Any, dtype: str, read: Read
+  ) -> None:
     if name in self.shapes:
       raise ValueError(
         f'tensor {name} is in two files of {self.folder}, one is {path.name}'
@@ -162,6 +218,11 @@ class TensorFiles:
         f'{path} is truncated or no torch file: {str(error).splitlines()[0]}'
       ) from None
 
+    if not isinstance(tensors, dict):
+      raise ValueError(
+        f'{path} holds a {type(tensors).__name__}, not tensors by name'
+      )
+
     def read(name: str) -> np.ndarray:
       tensor = tensors[name].detach()
       if tensor.dtype == torch.bfloat16:
@@ -169,6 +230,16 @@ class TensorFiles:
       return tensor.numpy()
 
     for name, tensor in tensors.items():
+      if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+        raise ValueError(
+          f'{path}: {reprlib.repr(name)} is not the name of a tensor'
+        )
+      # Strides of zero make a few bytes look like any number of them.
+      if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError(
+          f'{path}: tensor {name} of shape {tuple(tensor.shape)} has more '
+          'numbers than are stored'
+        )
       dtype = str(tensor.dtype).removeprefix('torch.')
       self._add(path, name, tensor.shape, dtype, read)
 

@@ -5,9 +5,12 @@ that is passed over in silence is a model with other logits. Read
 `gated_jax/hf/families.py` next.
 """
 
+import math
+import reprlib
 from collections.abc import Collection
 from collections.abc import Mapping
 from typing import Any
+from typing import NoReturn
 
 from gated_jax.config import ModelConfig
 from gated_jax.config import RopeConfig
@@ -22,8 +25,8 @@ SAME = {
   'num_key_value_heads': 'kv_heads',
   'head_dim': 'head_dim',
   'intermediate_size': 'mlp_width',
-  'rms_norm_eps': 'norm_eps',
 }
+LARGEST = 2**31 - 1  # devices count in int32
 # Keys with the only value that the decoder computes; absent means that too.
 FIXED = {
   'hidden_act': 'silu',
@@ -74,14 +77,58 @@ class Keys:
       return default[0]
     return value
 
+  def integer(self, key: str, *default: Any, least: int = 1) -> Any:
+    """An integer of at least `least`; a default may be of any type."""
+    value = self._peek(key)
+    if value is not None and not (
+      type(value) is int and least <= value <= LARGEST
+    ):
+      self._refuse(key, f'an integer from {least} to {LARGEST}')
+    return self.take(key, *default)
+
+  def number(self, key: str, *default: Any) -> Any:
+    """A finite number, as a float; a default may be of any type."""
+    value = self._peek(key)
+    if value is None:
+      return self.take(key, *default)
+    try:
+      finite = type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+      finite = False
+    if not finite:
+      self._refuse(key, 'a finite number')
+    return float(self.take(key))
+
+  def flag(self, key: str, default: bool) -> bool:
+    """True or false."""
+    if not isinstance(self._peek(key), bool | None):
+      self._refuse(key, 'true or false')
+    return self.take(key, default)
+
+  def sequence(self, key: str, kind: type, default: list[Any]) -> list[Any]:
+    """A list of values of one type."""
+    value = self._peek(key)
+    if value is not None and not (
+      isinstance(value, list) and all(type(item) is kind for item in value)
+    ):
+      self._refuse(key, f'a list of {kind.__name__}')
+    return self.take(key, default)
+
+  def _peek(self, key: str) -> Any:
+    return self._left.get(key)
+
+  def _refuse(self, key: str, expected: str) -> NoReturn:
+    value = reprlib.repr(self._peek(key))
+    raise ValueError(f'{self.where} has {key}={value}, which is not {expected}')
+
   def expect(self, key: str, value: Any, why: str = '') -> None:
     """ValueError where a key says anything else; absent says the same."""
     found = self.take(key, value)
     if found != value:
       reason = f': {why}' if why else ''
       raise ValueError(
-        f'{self.where} has {key}={found!r}, and the decoder only {value!r}'
-        f'{reason}'
+        f'{self.where} has {key}={reprlib.repr(found)}, and the decoder only '
+        f'{value!r}{reason}'
       )
 
   def finish(self, inert: Collection[str]) -> None:
@@ -89,8 +136,8 @@ class Keys:
     for key, value in self._left.items():
       if key not in inert and value is not None:
         raise ValueError(
-          f'{self.where} has {key}={value!r}, which is not known here; '
-          f'if it changes no logits, name it with --ignore={key}'
+          f'{self.where} has {key}={reprlib.repr(value)}, which is not known '
+          f'here; if it changes no logits, name it with --ignore={key}'
         )
 
 
@@ -98,10 +145,11 @@ def read_common(keys: Keys) -> dict[str, Any]:
   """Settings that every family spells alike."""
   for key, value in FIXED.items():
     keys.expect(key, value)
-  values = {ours: keys.take(theirs) for theirs, ours in SAME.items()}
+  values = {ours: keys.integer(theirs) for theirs, ours in SAME.items()}
   return values | {
-    'tie_embeddings': keys.take('tie_word_embeddings', False),
-    'init_std': keys.take('initializer_range', 0.02),
+    'norm_eps': keys.number('rms_norm_eps'),
+    'tie_embeddings': keys.flag('tie_word_embeddings', False),
+    'init_std': keys.number('initializer_range', 0.02),
     'dtype': keys.take('dtype', keys.take('torch_dtype', 'float32')),
   }
 
@@ -110,6 +158,7 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
   """The inverse, but for the dtype, which is that of the files."""
   return {
     **{theirs: getattr(config, ours) for theirs, ours in SAME.items()},
+    'rms_norm_eps': config.norm_eps,
     'tie_word_embeddings': config.tie_embeddings,
     'initializer_range': config.init_std,
     'hidden_act': 'silu',
@@ -135,29 +184,29 @@ def read_rope(keys: Keys, length: int, fraction: float) -> dict[str, Any]:
   if not isinstance(scaling, dict) or not isinstance(inside, dict):
     raise ValueError(f'{keys.where}: rope parameters are no object')
   rope = Keys(scaling or inside, f'rope parameters of {keys.where}')
-  outer = keys.take('rope_theta', None)
-  fraction = keys.take('partial_rotary_factor', fraction)
+  outer = keys.number('rope_theta', None)
+  fraction = keys.number('partial_rotary_factor', fraction)
   kind = rope.take('rope_type', rope.take('type', 'default'))
   values = {
-    'base': rope.take('rope_theta', *([] if outer is None else [outer])),
-    'fraction': rope.take('partial_rotary_factor', fraction),
+    'base': rope.number('rope_theta', *([] if outer is None else [outer])),
+    'fraction': rope.number('partial_rotary_factor', fraction),
     'scaling': 'none' if kind == 'default' else kind,
   }
   if kind == 'yarn':
-    original = rope.take('original_max_position_embeddings', length)
+    original = rope.integer('original_max_position_embeddings', length)
     values |= {
       'original_length': original,
-      'factor': rope.take('factor', length / original),
-      'truncate': rope.take('truncate', True),
+      'factor': rope.number('factor', length / original),
+      'truncate': rope.flag('truncate', True),
     }
     for key in ('beta_fast', 'beta_slow', *_YARN_OPTIONAL):
-      values[key] = rope.take(key, getattr(RopeConfig(), key))
+      values[key] = rope.number(key, getattr(RopeConfig(), key))
   elif kind == 'linear':
-    values['factor'] = rope.take('factor')
+    values['factor'] = rope.number('factor')
   elif kind != 'default':
     raise ValueError(
-      f'{rope.where} are of rope_type {kind!r}, and the decoder has default, '
-      'linear and yarn'
+      f'{rope.where} are of rope_type {reprlib.repr(kind)}, and the decoder '
+      'has default, linear and yarn'
     )
   rope.finish(_ROPE_INERT)
   return values
@@ -211,7 +260,7 @@ def read_layer_types(
     default: The types where the key is absent; as long as there are layers.
     window: Of sliding layers; None: there may be none.
   """
-  types = keys.take('layer_types', default)
+  types = keys.sequence('layer_types', str, default)
   if len(types) != len(default):
     raise ValueError(
       f'{keys.where} has {len(types)} layer_types for '
@@ -223,8 +272,8 @@ def read_layer_types(
   for layer, kind in enumerate(types):
     if kind not in sizes:
       raise ValueError(
-        f'{keys.where}: layer {layer} is {kind!r}, and the decoder has '
-        f'{" and ".join(sizes)} here'
+        f'{keys.where}: layer {layer} is {reprlib.repr(kind)}, and the decoder '
+        f'has {" and ".join(sizes)} here'
       )
   return shortest_pattern(tuple(sizes[kind] for kind in types))
 

@@ -13,6 +13,7 @@ from gated_jax.config import RunConfig
 from gated_jax.hf import __main__ as cli
 from gated_jax.hf import convert
 from gated_jax.hf import rewrites
+from gated_jax.hf import tokenizer
 from gated_jax.model.decoder import Decoder
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
@@ -37,7 +38,7 @@ def theirs(cases, make_params, tmp_path):
   family, config = cases['qwen3']
   config = dataclasses.replace(config, param_dtype='bfloat16')
   convert.save(tmp_path / 'theirs', make_params(config), config, family)
-  (tmp_path / 'theirs/tokenizer.json').write_text('{}')
+  tokenizer.write_bytes(tmp_path / 'theirs', config.length)
   return tmp_path / 'theirs'
 
 
@@ -46,7 +47,8 @@ def test_import_then_export_gives_the_same_files(theirs, tmp_path, capsys):
   assert '4 layers, 35,168 parameters' in capsys.readouterr().out
   assert run('export', tmp_path / 'ours', tmp_path / 'back') == 0
   names = {p.name for p in theirs.iterdir()}
-  assert names == {'config.json', 'model.safetensors', 'tokenizer.json'}
+  tokens = {'tokenizer.json', 'tokenizer_config.json', 'generation_config.json'}
+  assert names == {'config.json', 'model.safetensors', *tokens}
   for name in names:
     a, b = (x / name for x in (theirs, tmp_path / 'back'))
     assert a.read_bytes() == b.read_bytes(), name
@@ -178,6 +180,6 @@ def test_a_failure_to_copy_leaves_nothing(theirs, tmp_path, monkeypatch):
   def full(*_):
     raise OSError('no space left on device')
 
-  monkeypatch.setattr(cli.shutil, 'copyfile', full)
+  monkeypatch.setattr(tokenizer.shutil, 'copyfile', full)
   assert run('import', theirs, tmp_path / 'x') == 1
   assert [p.name for p in tmp_path.iterdir()] == ['theirs']
