@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 GIB = 1 << 30
+# Lanes of a vector register: the last axis of an array is tiled by so many
+# elements on every TPU.
+LANES = 128
 # The share of a TPU's vector memory that XLA may fill with the operands of one
 # fusion. A larger share gives matmuls larger tiles, so that they read their
 # operands less often and become bound by the matrix units.
@@ -66,7 +69,7 @@ class Tpu(Chip):
   # Options for the compiler when it compiles a model's programs.
   compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
   # Block sizes in which this device differs from the defaults of
-  # `gated_jax/ops/attention/pallas_tpu_blocks.py`; None: kernels were never
+  # `gated_jax/ops/attention/pallas_tpu/blocks.py`; None: kernels were never
   # scheduled for it.
   attention_blocks: Mapping[str, Any] | None = None
 

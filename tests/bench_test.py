@@ -51,6 +51,22 @@ def test_a_workload_is_a_run_with_that_gate(gate):
     assert run.model.gate.granularity == gate
 
 
+@pytest.mark.parametrize(
+  ('name', 'shape'),
+  [('4k', (8, 4096)), ('tiny', (1, 64)), ('1024', (32, 1024))],
+)
+def test_shapes_have_as_many_tokens_whatever_their_length(name, shape):
+  assert attention.shape_of(name) == shape
+
+
+@pytest.mark.parametrize('flag', ['--shapes=4k,4kk', '--gates=none,twice'])
+def test_a_flag_that_means_nothing_is_named(flag, capsys):
+  with pytest.raises(SystemExit):
+    bench.main(['attention', flag])
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert repr(flag.split(',')[-1]) in error
+
+
 @pytest.mark.nightly
 def test_attention_is_measured_with_every_gate_both_ways(capsys):
   arguments = ['attention', '--shapes=tiny', '--backends=xla', '--rounds=1']

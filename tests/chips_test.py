@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gated_jax import chips
 from gated_jax.aot.topology import open_topology
-from gated_jax.ops.attention import pallas_tpu_blocks
+from gated_jax.ops.attention.pallas_tpu.blocks import TABLE
 
 # As `jax/_src/pallas/mosaic/tpu_info.py` groups them.
 SYNONYMS = [
@@ -64,7 +64,7 @@ def test_jax_knows_the_same_cores(tpu):
 @pytest.mark.parametrize('tpu', chips.TPUS.values(), ids=lambda t: t.name)
 def test_block_sizes_leave_room_in_vector_memory(tpu):
   if tpu.attention_blocks is not None:
-    blocks = pallas_tpu_blocks.TABLE[tpu.name]
+    blocks = TABLE[tpu.name]
     assert blocks.vmem_mib + blocks.dq_mib <= tpu.core.vmem_mib
 
 

@@ -4,7 +4,7 @@
 
 The kernels are compiled by themselves, in a process apart: the compiler writes
 schedules only if it was told so when it was loaded, and takes an hour to write
-those of a whole step. `gated_jax/aot/schedule.py` reads them.
+those of a whole step. `schedule.py` reads them.
 Waiting for memory is not in them.
 """
 
@@ -21,11 +21,15 @@ import jax
 import jax.numpy as jnp
 
 from gated_jax import chips
-from gated_jax.aot import attention as bench
 from gated_jax.aot import counts
 from gated_jax.aot import schedule
+from gated_jax.aot.attention_kernels import GATES
+from gated_jax.aot.attention_kernels import TARGETS
+from gated_jax.aot.attention_kernels import device_of
+from gated_jax.aot.attention_kernels import estimate_ours
+from gated_jax.aot.dumps import run_with_dumps
 from gated_jax.aot.program import Kernel
-from gated_jax.aot.topology import open_topology
+from gated_jax.chips import LANES
 from gated_jax.config import RunConfig
 from gated_jax.ops import rope
 from gated_jax.ops import rope_tpu
@@ -46,11 +50,11 @@ def prices(kind: str, config: RunConfig, tensor: int) -> Price:
     tensor: devices that share its heads.
   """
   model = config.model
-  if kind not in bench.TARGETS:
+  if kind not in TARGETS:
     return lambda kernel: None
   heads = max(1, model.heads // tensor)
   kv_heads = max(1, model.kv_heads // tensor)
-  done = bench.apart(
+  done = run_with_dumps(
     'gated_jax.aot.kernels',
     [
       f'--target={kind}',
@@ -96,7 +100,7 @@ def price(
   if kernel.name in ROTATION:
     sizes = re.search(r'\[(\d+),(\d+),(\d+)\]', kernel.operands[0])
     each = known['rotation'].get(
-      str(int(sizes.group(3)) // rope_tpu.LANES) if sizes else ''
+      str(int(sizes.group(3)) // LANES) if sizes else ''
     )
     if sizes and each:
       tokens = int(sizes.group(1)) * int(sizes.group(2))
@@ -121,7 +125,7 @@ def rotation(
   kind: str, length: int, heads: int, folder: pathlib.Path
 ) -> list[float]:
   """Cycles of one token in norm and rotation, forward and backward."""
-  width = heads * rope_tpu.LANES
+  width = heads * LANES
 
   def run(x, scale, cos, sin, dy):
     def turn(x, scale):
@@ -134,11 +138,10 @@ def rotation(
     y, back = jax.vjp(turn, x, scale)
     return y, back(dy)
 
-  device = open_topology(chips.TPUS[kind].topology)[0]
-  place = jax.sharding.SingleDeviceSharding(device)
-  half = ((1, length, rope_tpu.LANES // 2), jnp.float32)
+  place = jax.sharding.SingleDeviceSharding(device_of(kind))
+  half = ((1, length, LANES // 2), jnp.float32)
   row = ((1, length, width), jnp.bfloat16)
-  shapes = (row, ((rope_tpu.LANES,), jnp.float32), half, half, row)
+  shapes = (row, ((LANES,), jnp.float32), half, half, row)
   arguments = [
     jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     for shape, dtype in shapes
@@ -159,8 +162,7 @@ def rotation(
 def _write(flags: argparse.Namespace) -> None:
   folder = pathlib.Path(flags.dumps)
   kind, length = flags.target, flags.length
-  bench.use_blocks_of(kind)
-  line = bench.kernels_of_ours(kind, flags.gate, length, folder)
+  line = estimate_ours(kind, flags.gate, length, folder)
   cores = chips.TPUS[kind].cores
   turns = {
     heads: rotation(kind, length, heads, folder)
@@ -177,16 +179,16 @@ def main(arguments: list[str]) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--target', default='v5e', choices=bench.TARGETS)
+  parser.add_argument('--target', default='v5e', choices=TARGETS)
   parser.add_argument('--length', type=int, default=4096)
-  parser.add_argument('--gate', default='none', choices=bench.GATES)
+  parser.add_argument('--gate', default='none', choices=GATES)
   parser.add_argument('--heads', default='16,8')
   parser.add_argument('--dumps', default='', help=argparse.SUPPRESS)
   flags = parser.parse_args(arguments)
   if flags.dumps:
     _write(flags)
     return 0
-  return bench.apart('gated_jax.aot.kernels', arguments).returncode
+  return run_with_dumps('gated_jax.aot.kernels', arguments).returncode
 
 
 if __name__ == '__main__':

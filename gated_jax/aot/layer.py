@@ -5,9 +5,8 @@
 Forward and backward of attention, MLP and norms over 4 x 4096 tokens, without
 a gate, headwise and elementwise, with and without remat: the compiler's
 estimate for everything outside kernels, and for attention's their schedules
-(`gated_jax/aot/attention.py`). Once with the kernels that have the gate
-inside, once with JAX's splash and the gate after it, differentiated by JAX.
-Nothing is run.
+(`attention_kernels.py`). Once with the kernels that have the gate inside, once
+with JAX's splash and the gate after it. Nothing is run.
 
 Weights are float32, as parameters are, and are cast. --weights=bfloat16 leaves
 that out, as it nearly is on a pod, where each device casts its share of them
@@ -33,7 +32,6 @@ import sys
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -41,21 +39,20 @@ import jax
 import jax.numpy as jnp
 
 from gated_jax import chips
-from gated_jax.aot import attention as bench
 from gated_jax.aot import kernels
+from gated_jax.aot.attention_kernels import TARGETS
+from gated_jax.aot.attention_kernels import compiling_for
+from gated_jax.aot.attention_kernels import device_of
+from gated_jax.aot.attention_kernels import estimate_ours
+from gated_jax.aot.attention_kernels import estimate_peer
+from gated_jax.aot.dumps import run_with_dumps
 from gated_jax.aot.program import Program
 from gated_jax.aot.topology import chip_of
-from gated_jax.aot.topology import open_topology
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.model import decoder
 from gated_jax.model.attention import Surroundings
 from gated_jax.ops import rope
-from gated_jax.ops.attention import api
-from gated_jax.ops.attention import splash
-from gated_jax.ops.attention.spec import Backend
-from gated_jax.ops.attention.spec import Result
-from gated_jax.ops.gate import apply_gate
 
 ROWS, LENGTH = 4, 4096
 GATES = {
@@ -64,25 +61,7 @@ GATES = {
   'elementwise': GateConfig(granularity='elementwise'),
 }
 REMAT = ('none', 'minimal', 'full')
-
-
-def _autodiff(inputs, masking, spec):
-  """Splash, and the gate as anybody would write it after it."""
-  plain = inputs._replace(gate_logits=None)
-  output, lse = splash.attend(plain, masking, spec)
-  if inputs.gate_logits is not None:
-    output = apply_gate(output, inputs.gate_logits, spec.gate)
-  return Result(output, lse)
-
-
-# How a layer attends: a backend's name, and what stands in its place.
-KERNELS: dict[str, tuple[str, dict[str, Backend]]] = {
-  'pallas_tpu': ('pallas_tpu', {}),
-  'splash, autodiff': (
-    'splash',
-    {'splash': Backend(_autodiff, platform='tpu')},
-  ),
-}
+BACKENDS = ('pallas_tpu', 'splash')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +167,10 @@ class Prices:
 
 def _write_prices(kind: str, folder: pathlib.Path) -> None:
   """Compiles the kernels by themselves, and prints what they cost."""
-  bench.use_blocks_of(kind)
   ours = {
-    gate: bench.kernels_of_ours(kind, gate, LENGTH, folder).cycles
-    for gate in GATES
+    gate: estimate_ours(kind, gate, LENGTH, folder).cycles for gate in GATES
   }
-  peer = bench.kernels_of_peer(kind, 'splash (JAX)', LENGTH, folder)
+  peer = estimate_peer(kind, 'splash (JAX)', LENGTH, folder)
   turns = {
     heads: kernels.rotation(kind, LENGTH, heads, folder)
     for heads in (ModelConfig.heads, ModelConfig.kv_heads)
@@ -204,7 +181,7 @@ def _write_prices(kind: str, folder: pathlib.Path) -> None:
 
 def prices(kind: str) -> Prices:
   """In a process apart: the schedules of a whole layer take an hour."""
-  done = bench.apart(
+  done = run_with_dumps(
     'gated_jax.aot.layer',
     [f'--target={kind}'],
     stdout=subprocess.PIPE,
@@ -219,10 +196,9 @@ def costs(
   backend: str, plain: ModelConfig, device: Any, price: Prices
 ) -> Iterator[tuple[str, Cost]]:
   """Of a layer with each gate."""
-  name, instead = KERNELS[backend]
   for gate, gate_config in GATES.items():
-    config = dataclasses.replace(plain, gate=gate_config, attention=name)
-    with mock.patch.dict(api.BACKENDS, instead):
+    config = dataclasses.replace(plain, gate=gate_config, attention=backend)
+    with compiling_for(device):
       run, arguments = layer(config)
       program = _compile(run, arguments, device)
       saved = saved_bytes(run, arguments)
@@ -234,10 +210,9 @@ def table(
   kind: str, backends: list[str], policies: list[str], weights: str
 ) -> None:
   """Prints it, a line as soon as it is known."""
-  device = open_topology(chips.TPUS[kind].topology)[0]
+  device = device_of(kind)
   rate = chip_of([device]).flops_per_cycle
   price = prices(kind)
-  bench.use_blocks_of(kind)
   print('ESTIMATES by the TPU compiler: no TPU was used.')
   print(
     f'{kind}, {ROWS} x {LENGTH} tokens, {weights} weights, million cycles of a '
@@ -275,8 +250,8 @@ def main(arguments: list[str]) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--target', default='v5e', choices=bench.TARGETS)
-  parser.add_argument('--attention', nargs='*', choices=KERNELS)
+  parser.add_argument('--target', default='v5e', choices=TARGETS)
+  parser.add_argument('--attention', nargs='*', choices=BACKENDS)
   parser.add_argument('--remat', nargs='*', choices=REMAT)
   parser.add_argument(
     '--weights', default='float32', choices=('float32', 'bfloat16')
@@ -286,7 +261,7 @@ def main(arguments: list[str]) -> int:
   if flags.dumps:
     _write_prices(flags.target, pathlib.Path(flags.dumps))
   else:
-    backends = flags.attention or list(KERNELS)
+    backends = flags.attention or list(BACKENDS)
     table(flags.target, backends, flags.remat or list(REMAT), flags.weights)
   return 0
 

@@ -1,6 +1,6 @@
 """Reads how long a Pallas kernel takes out of the TPU compiler's own schedule.
 
-With the flags below libtpu writes each kernel's last program: very long
+With the flags of `dumps.py` libtpu writes each kernel's last program: very long
 instruction words (bundles), each at least one cycle. This file cuts such a
 program into stretches that run as a whole, loop bodies and predicated regions,
 and prices each: bundles, or the cycles that its matrix products keep the
@@ -19,10 +19,6 @@ from gated_jax.aot.counts import Kernel
 from gated_jax.aot.counts import Part
 from gated_jax.chips import TensorCore
 
-FLAGS = (
-  '--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
-  '--xla_jf_dump_llo_pass_label_regex=final_'
-)
 _PROGRAM = '-final_bundles.txt'
 _USE = 'per-bundle-utilization.txt'
 _BUNDLE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s+([A-Z]*)\s*:\s*(>*)\s*\{')

@@ -56,7 +56,27 @@ FORMS = {
 
 
 def words(text: str) -> list[str]:
+  """The words of a flag that takes several, divided by commas."""
   return [word for word in text.split(',') if word]
+
+
+def shapes(text: str) -> list[str]:
+  """Names of shapes; argparse prints the reason where one means nothing."""
+  try:
+    for name in words(text):
+      attention.shape_of(name)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(str(error)) from None
+  return words(text)
+
+
+def gates(text: str) -> list[str]:
+  """Names of gates; argparse prints the reason where one means nothing."""
+  for name in words(text):
+    if name not in attention.GATES:
+      known = ', '.join(attention.GATES)
+      raise argparse.ArgumentTypeError(f'gate {name!r} must be one of {known}')
+  return words(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,15 +92,16 @@ def parser() -> argparse.ArgumentParser:
   shared.add_argument('--rounds', type=int, default=7)
   shared.add_argument('--matmul', type=int, default=8192)
   found = kinds.add_parser('attention', parents=[shared])
-  found.add_argument('--shapes', type=words, default=['4k', '16k'])
+  found.add_argument('--shapes', type=shapes, default=['4k', '16k'])
   found.add_argument('--backends', type=words, default=['auto'])
   found.add_argument('--rows', choices=('whole', 'packed'), default='whole')
+  found.add_argument('--gates', type=gates, default=attention.GATES)
   for name in ('step', 'profile', 'peer'):
     found = kinds.add_parser(name, parents=[shared])
     found.add_argument('--steps', type=int, default=5, help='in a turn')
     for field in dataclasses.fields(Workload):
       if field.name == 'gate' and name == 'step':
-        found.add_argument('--gates', type=words, default=attention.GATES)
+        found.add_argument('--gates', type=gates, default=attention.GATES)
       elif type(field.default) is bool:
         found.add_argument(
           f'--{field.name}',
@@ -108,7 +129,9 @@ def run_attention(options: argparse.Namespace) -> Iterator[Record]:
   for shape in options.shapes:
     for backend in options.backends:
       try:
-        yield from attention.bench(shape, backend, segments, options.rounds)
+        yield from attention.bench(
+          shape, backend, segments, options.rounds, options.gates
+        )
       except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         yield {
           'bench': 'attention',

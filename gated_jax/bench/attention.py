@@ -7,24 +7,42 @@ gate's own are not counted, so what it costs shows as time.
 
 import functools
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gated_jax.bench.timing import Times
 from gated_jax.bench.timing import interleaved
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention.cases import Case
 from gated_jax.ops.attention.spec import Inputs
 
 GATES = ('none', 'headwise', 'elementwise')
-# Rows, and tokens in each.
-SHAPES = {'4k': (8, 4096), '16k': (2, 16384), 'tiny': (1, 64)}
+# Named numbers of tokens in a row; a shape may also be the number itself.
+LENGTHS = {'4k': 4096, '16k': 16_384, 'tiny': 64}
+TOKENS = 32_768  # of a call, but for 'tiny'
+
+
+def shape_of(name: str) -> tuple[int, int]:
+  """Rows, and tokens in each, of a shape by its name.
+
+  Raises:
+    ValueError: it is neither a name nor a number of tokens.
+  """
+  if name == 'tiny':
+    return 1, LENGTHS[name]
+  if name not in LENGTHS and not (name.isdecimal() and int(name)):
+    known = ', '.join(LENGTHS)
+    raise ValueError(f'shape {name!r} must be a number of tokens or {known}')
+  length = LENGTHS.get(name) or int(name)
+  return max(1, TOKENS // length), length
 
 
 def case_of(shape: str, segments: str = 'none', gate: str = 'none') -> Case:
   """A layer of the 1.7B model's size."""
-  rows, length = SHAPES[shape]
+  rows, length = shape_of(shape)
   heads, kv_heads, width = (2, 1, 16) if shape == 'tiny' else (16, 8, 128)
   kind = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   return Case(
@@ -40,20 +58,20 @@ def case_of(shape: str, segments: str = 'none', gate: str = 'none') -> Case:
 
 
 def flops(case: Case) -> float:
-  """Forward, of one call whose rows are one document each."""
+  """FLOPs of one forward call whose rows are one document each."""
   pairs = case.T * (case.T + 1) / 2
   return 4.0 * case.B * case.N * case.H * pairs
 
 
 def functions(case: Case, backend: str) -> dict[str, Any]:
-  """What is timed: 'forward', and 'both' with every gradient."""
+  """The calls to time: 'forward', and 'both' with every gradient."""
   shapes = case.shapes
   keys = jax.random.split(jax.random.key(0), len(shapes) + 1)
   arrays = {
     name: jax.random.normal(key, shape, case.dtype)
     for key, (name, shape) in zip(keys, shapes.items(), strict=False)
   }
-  incoming = jax.random.normal(keys[-1], shapes['query'], case.dtype)
+  incoming = jax.random.normal(keys[-1], case.output_shape, case.dtype)
   masking, spec = case.masking(), case.spec
   attend = functools.partial(
     api.gated_dot_product_attention,
@@ -63,7 +81,7 @@ def functions(case: Case, backend: str) -> dict[str, Any]:
   )
 
   def forward(arrays):
-    # Forward keeps no log-sum-exp for anybody, as in evaluation.
+    # The log-sum-exp is not a result, as in evaluation.
     return attend(*Inputs(**arrays)).output
 
   def both(arrays, incoming):
@@ -78,16 +96,20 @@ def functions(case: Case, backend: str) -> dict[str, Any]:
 
 
 def bench(
-  shape: str, backend: str, segments: str, rounds: int
+  shape: str,
+  backend: str,
+  segments: str,
+  rounds: int,
+  gates: Sequence[str] = GATES,
 ) -> Iterator[dict[str, Any]]:
   """One record for each gate and direction; gates take turns."""
   plain = case_of(shape, segments)
   made = {
-    gate: functions(case_of(shape, segments, gate), backend) for gate in GATES
+    gate: functions(case_of(shape, segments, gate), backend) for gate in gates
   }
   for direction, factor in (('forward', 1.0), ('both', 3.5)):
-    times = interleaved({gate: made[gate][direction] for gate in GATES}, rounds)
-    for gate in GATES:
+    times = interleaved({gate: made[gate][direction] for gate in gates}, rounds)
+    for gate in gates:
       found = times[gate]
       yield {
         'bench': 'attention',
@@ -100,8 +122,15 @@ def bench(
         'ms': 1e3 * found.median,
         'spread': found.spread,
         'tflops': factor * flops(plain) / found.median / 1e12,
-        'overhead': found.median / times['none'].median - 1,
+        **_overhead(times, gate),
       }
+
+
+def _overhead(times: dict[str, Times], gate: str) -> dict[str, float]:
+  """Time beyond that without a gate, where that was measured too."""
+  if 'none' not in times:
+    return {}
+  return {'overhead': times[gate].median / times['none'].median - 1}
 
 
 def matmul(size: int, rounds: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Counting what kernels do, and reading how long the compiler says it takes."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gated_jax import chips
-from gated_jax.aot import attention as bench
+from gated_jax.aot import attention
+from gated_jax.aot import attention_kernels
 from gated_jax.aot import counts
 from gated_jax.aot import peers
 from gated_jax.aot import schedule
 from gated_jax.ops.attention.cases import Case
+from gated_jax.ops.attention.pallas_tpu import backend as pallas_tpu
+from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 
 CORE = chips.TPUS['v5e'].core
@@ -87,16 +91,16 @@ def blocks(n):
 @pytest.mark.parametrize('length', (1024, 8192))
 def test_attention_kernels_do_the_causal_half_and_a_known_rest(length):
   case = Case(B=1, T=length, N=2, K=1, H=128, dtype='bfloat16')
-  bench.use_blocks_of('v6e')
+  ours = attention_kernels.Ours(attention_kernels.TABLE['v6e'])
   square = 2 * 2 * length * length * 128  # of one product, two heads
   # Diagonals are cut into strips of 256.
-  mine = total_flops(*bench.ours(case))
+  mine = total_flops(*ours(case))
   assert mine == pytest.approx(
     [n * square * blocks(length / 256) for n in (2, 5)]
   )
   # Splash computes whole blocks.
   peer = peers.PEERS['splash (JAX)']
-  theirs = total_flops(*bench.Theirs(peer, peer.options[0])(case))
+  theirs = total_flops(*attention_kernels.Theirs(peer, peer.options[0])(case))
   assert theirs == pytest.approx(
     [n * square * blocks(length / 1024) for n in (2, 5)]
   )
@@ -171,7 +175,9 @@ def test_longer_rows_of_a_peer_follow_from_shorter_ones():
     return 7 + 30 * n + 400 * n * (n + 1) / 2
 
   lengths = (8192, 16_384, 32_768)
-  found = bench._extrapolate(lengths, [cycles(n) for n in lengths], 131_072)
+  found = attention_kernels.extrapolate(
+    lengths, [cycles(n) for n in lengths], 131_072
+  )
   assert found == pytest.approx(cycles(131_072))
 
 
@@ -182,7 +188,7 @@ def test_the_bench_compares_with_peers_end_to_end():
     pytest.skip('libtpu is not installed')
   command = [sys.executable, '-m', 'gated_jax.aot.attention']
   done = subprocess.run(
-    [*command, '--target=tpu:v6e', '--lengths=1024', '--gates=headwise'],
+    [*command, '--target=v6e', '--lengths=1024', '--gates=headwise'],
     capture_output=True,
     text=True,
     check=False,
@@ -195,17 +201,19 @@ def test_the_bench_compares_with_peers_end_to_end():
 
 def test_steps_between_documents_are_left_out_of_packed_rows():
   case = Case(B=1, T=8192, N=2, K=1, H=128, dtype='bfloat16')
-  bench.use_blocks_of('v6e')
+  attend = functools.partial(
+    pallas_tpu.attend, blocks=attention_kernels.TABLE['v6e']
+  )
 
   def flops(documents):
     ids = jnp.asarray(np.repeat(np.arange(documents), case.T // documents))[
       None
     ]
-    both = bench.gradients(case, 'pallas_tpu', Masking(ids, ids))
-    arrays = case.abstract()
+    both = attention_kernels.gradients(attend, case, Masking(ids, ids))
+    inputs = Inputs(**case.abstract())
     return [
       sum(p.flops * p.runs for p in kernel.body.walk())
-      for kernel in counts.kernels(both, arrays, arrays['query'])
+      for kernel in counts.kernels(both, inputs, inputs.query)
     ]
 
   whole, packed = flops(1), flops(4)
@@ -220,5 +228,5 @@ def test_steps_between_documents_are_left_out_of_packed_rows():
 )
 def test_the_bench_names_a_flag_that_means_nothing(flag, capsys):
   with pytest.raises(SystemExit):
-    bench.main([flag])
+    attention.main([flag])
   assert flag.split(',')[-1].split('=')[-1] in capsys.readouterr().err

@@ -14,9 +14,9 @@ from jaxtyping import Float
 
 from gated_jax.ops.attention import cudnn
 from gated_jax.ops.attention import decode_tpu
-from gated_jax.ops.attention import pallas_tpu
 from gated_jax.ops.attention import splash
 from gated_jax.ops.attention import xla
+from gated_jax.ops.attention.pallas_tpu import backend as pallas_tpu
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Backend
 from gated_jax.ops.attention.spec import Inputs

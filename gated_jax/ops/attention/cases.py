@@ -27,6 +27,7 @@ class Case:
   N: int = 4
   K: int = 2
   H: int = 64
+  V: int = 0  # width of values; 0: as H
   causal: bool = True
   window: int = 0
   # 'none', 'packed' (several documents in each row, padding behind them),
@@ -47,6 +48,16 @@ class Case:
     return self.S or self.T
 
   @property
+  def values(self) -> int:
+    """Width of values and of the output."""
+    return self.V or self.H
+
+  @property
+  def output_shape(self) -> tuple[int, ...]:
+    """[B, T, N, V], which is the shape of the output's gradient too."""
+    return self.B, self.T, self.N, self.values
+
+  @property
   def spec(self) -> AttentionSpec:
     """The static options, with the log-sum-exp asked for."""
     return AttentionSpec(
@@ -62,10 +73,10 @@ class Case:
     shapes: dict[str, tuple[int, ...]] = {
       'query': (self.B, self.T, self.N, self.H),
       'key': (self.B, self.keys, self.K, self.H),
-      'value': (self.B, self.keys, self.K, self.H),
+      'value': (self.B, self.keys, self.K, self.values),
     }
     if self.gate != 'none':
-      width = 1 if self.gate == 'headwise' else self.H
+      width = 1 if self.gate == 'headwise' else self.values
       shapes['gate_logits'] = (self.B, self.T, self.N, width)
     return shapes
 
@@ -150,6 +161,9 @@ CASES: dict[str, Case] = {
   'head_dim_128': Case(H=128, N=2, K=1, **_GATED),
   'head_dim_256': Case(H=256, N=2, K=1, B=1, **_GATED),
   'head_dim_odd': Case(**{**_TINY, 'H': 6}, **_GATED),
+  'narrow_values': Case(V=24, **_GATED),
+  'wide_values': Case(**_TINY, V=160, gate='headwise', window=9),
+  'wide_values_packed': Case(H=24, V=40, N=4, K=1, segments='packed'),
   # Precision.
   'bf16': Case(dtype='bfloat16', **_GATED),
   'bf16_headwise': Case(dtype='bfloat16', gate='headwise', window=50),
@@ -187,6 +201,8 @@ CASES: dict[str, Case] = {
   ),
   'dense_1b7_32k': Case(B=1, T=32768, gate='elementwise', **_1B7),
   'dense_1b7_128k': Case(B=1, T=131_072, gate='elementwise', **_1B7),
+  # Latent attention as DeepSeek has it: values without the rotated channels.
+  'latent': Case(B=2, T=4096, N=16, K=16, H=192, V=128, **_GATED, **_REAL),
   'moe_15b': Case(B=2, T=4096, gate='elementwise', **_15B),
   'moe_15b_packed': Case(
     B=2, T=4096, gate='headwise', segments='packed', **_15B

@@ -3,7 +3,7 @@
 Splash wants [N, T, H] and lengths that its blocks divide, so this file
 transposes and pads its arrays, and undoes both. The gate and its backward are
 in `vjp.py`. Kernels that have the gate inside and read [B, T, N H] as it lies
-in memory are in `pallas_tpu.py`; splash stays as the fallback that JAX
+in memory are in `pallas_tpu/`; splash stays as the fallback that JAX
 maintains.
 """
 
@@ -22,31 +22,24 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array
 
 from gated_jax.ops.attention import vjp
+from gated_jax.ops.attention.padding import padded
+from gated_jax.ops.attention.padding import padding_block
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 from gated_jax.ops.attention.spec import refuse
 
-LANES = 128
-# The best of the compiler's schedules at T 4096 and head_dim 128 on v5e, v5p
-# and v6e; forward takes half a block of keys at a time. Splash's default of 128
-# costs five times as much.
-BLOCK = 1024
-BLOCK_COMPUTE = 512
+# Blocks are as large as `padding_block` allows, up to 1024, and forward takes
+# so many keys of a block at a time: the best of the compiler's schedules at
+# T 4096 and head_dim 128 on v5e, v5p and v6e. Splash's default of 128 costs
+# five times as much.
+KEYS_AT_A_TIME = 512
 # The fused backward writes one dQ for each block of keys, and they are summed
 # afterwards. Above this many blocks two kernels need less memory.
 FUSED_BLOCKS = 8
 # Segment number of padding, which no document has.
 PADDING = -(2**31)
-
-
-def block_of(length: int) -> int:
-  """Largest block of 128, 256, 512 or 1024 that pads length little."""
-  block = BLOCK
-  while block > LANES and (-length % block) * 8 > length:
-    block //= 2
-  return block
 
 
 def attend(
@@ -178,8 +171,8 @@ class Splash:
 
   def _make(self) -> Any:
     """The kernel for these lengths, padded to whole blocks."""
-    bq, bkv = block_of(self.queries), block_of(self.keys)
-    shape = (_padded(self.queries), _padded(self.keys))
+    bq, bkv = padding_block(self.queries), padding_block(self.keys)
+    shape = (padded(self.queries), padded(self.keys))
     mask: splash_attention_mask.Mask
     if self.window:
       mask = splash_attention_mask.LocalMask(shape, (self.window - 1, 0), 0)
@@ -191,7 +184,7 @@ class Splash:
     sizes = splash_attention_kernel.BlockSizes(
       block_q=bq,
       block_kv=bkv,
-      block_kv_compute=min(bkv, BLOCK_COMPUTE),
+      block_kv_compute=min(bkv, KEYS_AT_A_TIME),
       block_q_dkv=bq,
       block_kv_dkv=bkv,
       block_kv_dkv_compute=bkv,
@@ -214,9 +207,9 @@ class Splash:
     """Heads before positions, whole blocks, the scale inside the query."""
     query = (query * self.scale).astype(query.dtype)
     return (
-      _heads_first(query, _padded(self.queries)),
-      _heads_first(key, _padded(self.keys)),
-      _heads_first(value, _padded(self.keys)),
+      _heads_first(query, padded(self.queries)),
+      _heads_first(key, padded(self.keys)),
+      _heads_first(value, padded(self.keys)),
     )
 
   def _segments(
@@ -224,7 +217,7 @@ class Splash:
   ) -> splash_attention_kernel.SegmentIds | None:
     """Document numbers of the padded rows, where anything needs them."""
     pad_q = q.shape[2] - self.queries
-    pad_kv = _padded(self.keys) - self.keys
+    pad_kv = padded(self.keys) - self.keys
     # Padded keys lie after all queries, so causality alone can hide them.
     hidden = self.causal and self.queries <= self.keys
     batch = q.shape[0]
@@ -244,10 +237,6 @@ class Splash:
         for i, p in zip(ids, (pad_q, pad_kv), strict=True)
       )
     )
-
-
-def _padded(length: int) -> int:
-  return length + -length % block_of(length)
 
 
 def _heads_first(x: Array, length: int) -> Array:

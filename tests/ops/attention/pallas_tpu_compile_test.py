@@ -65,12 +65,14 @@ import sys
 
 import jax
 
-from gated_jax.aot import attention as bench
+from gated_jax.aot.attention_kernels import compiling_for, device_of, gradients
 from gated_jax.ops.attention.cases import CASES
+from gated_jax.ops.attention.pallas_tpu.backend import attend
+from gated_jax.ops.attention.spec import Inputs
 
 kind, *names = sys.argv[1:]
-bench.use_blocks_of(kind)
-place = bench.place_of(kind)
+device = device_of(kind)
+place = jax.sharding.SingleDeviceSharding(device)
 
 
 def placed(x):
@@ -84,10 +86,14 @@ for name in names or CASES:
   arrays = {name: placed(x) for name, x in case.abstract().items()}
   masking = jax.tree.map(placed, jax.eval_shape(case.masking))
 
-  def run(arrays, d_output, masking):
-    return bench.gradients(case, 'pallas_tpu', masking)(arrays, d_output)
+  def run(inputs, d_output, masking):
+    return gradients(attend, case, masking)(inputs, d_output)
 
-  jax.jit(run).lower(arrays, arrays['query'], masking).compile()
+  inputs, d_output = Inputs(**arrays), placed(
+    jax.ShapeDtypeStruct(case.output_shape, case.dtype)
+  )
+  with compiling_for(device):
+    jax.jit(run).lower(inputs, d_output, masking).compile()
   print(name, flush=True)
 """
 

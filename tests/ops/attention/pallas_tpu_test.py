@@ -20,14 +20,16 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from gated_jax.ops.attention import pallas_tpu
-from gated_jax.ops.attention import pallas_tpu_blocks as cut
 from gated_jax.ops.attention import xla
 from gated_jax.ops.attention.cases import Case
+from gated_jax.ops.attention.pallas_tpu import backend as pallas_tpu
+from gated_jax.ops.attention.pallas_tpu import masks
+from gated_jax.ops.attention.pallas_tpu.blocks import Blocks
+from gated_jax.ops.attention.pallas_tpu.blocks import KernelSpec
 from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.gate import GateSpec
 
-SMALL = cut.Blocks(
+SMALL = Blocks(
   queries=256,
   keys=128,
   strip=128,
@@ -41,7 +43,7 @@ SMALL = cut.Blocks(
 
 def gradients(attend, case, dtype_out=jnp.float32):
   arrays, masking = case.arrays(), case.masking()
-  shape = case.shapes['query']
+  shape = case.output_shape
   d = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
   def loss(arrays):
@@ -200,13 +202,13 @@ def test_many_calls_agree_with_plain_attention():
 def test_strips_and_steps_hold_every_visible_pair_once(a, b, c, window):
   width = 128
   step, block = width << b, width << (b + c)
-  rule = cut.Rule(causal=True, window=window, segments=False)
+  rule = masks.MaskRule(causal=True, window=window, segments=False)
   begin, length = a * block, 6 * block
   t, s = np.arange(length)[:, None], np.arange(length)[None]
   seen = (s <= t) & ((t - s < window) if window else True)
   for axis, strips, steps in (
-    (0, cut.key_strips, cut.key_steps),
-    (1, cut.query_strips, cut.query_steps),
+    (0, masks.key_strips, masks.key_steps),
+    (1, masks.query_strips, masks.query_steps),
   ):
     covered = np.zeros((block, length), int)
     plain = np.zeros((block, length), bool)
@@ -237,15 +239,16 @@ def test_strips_and_steps_hold_every_visible_pair_once(a, b, c, window):
 )
 def test_xla_is_told_the_pairs_that_are_visible(queries, keys, rule):
   causal, window = rule
-  call = cut.Call(
+  call = KernelSpec(
     queries=queries,
     keys=keys,
     heads=2,
     kv_heads=1,
     head_dim=128,
+    value_dim=256,
     scale=1.0,
-    rule=cut.Rule(causal, window, segments=False),
-    gated='none',
+    rule=masks.MaskRule(causal, window, segments=False),
+    granularity='none',
     gate=GateSpec(),
     blocks=SMALL,
     interpret=False,
@@ -256,11 +259,13 @@ def test_xla_is_told_the_pairs_that_are_visible(queries, keys, rule):
   seen &= (t - s < window) | (not window)
   array = jax.ShapeDtypeStruct((3, 5), jnp.bfloat16)
   found = [
-    call.cost(5, part, [array]) for part in (range(128), range(128, queries))
+    call.cost((3, 2), part, [array])
+    for part in (range(128), range(128, queries))
   ]
   assert [x.bytes_accessed for x in found] == [30, 30]
   assert [x.flops for x in found] == [
-    3 * 2 * 5 * 2 * 128 * rows.sum() for rows in (seen[:128], seen[128:])
+    3 * 2 * 2 * (3 * 128 + 2 * 256) * rows.sum()
+    for rows in (seen[:128], seen[128:])
   ]
 
 
@@ -274,14 +279,15 @@ def test_xla_is_told_the_pairs_that_are_visible(queries, keys, rule):
 )
 def test_blocks_that_cannot_be_are_refused(sizes, message):
   with pytest.raises(ValueError, match=message):
-    cut.Blocks(**sizes)
+    Blocks(**sizes)
 
 
 PROGRAM = """
 import sys
-from gated_jax.aot import attention as bench
+from gated_jax.aot import attention_kernels as kernels
 kind, gate, length = sys.argv[1:]
-bench.compile_for(kind, gate, int(length))
+ours = kernels.Ours(kernels.TABLE[kind])
+kernels.compile_kernels(kind, ours, kernels.case_of(int(length), gate))
 """
 
 

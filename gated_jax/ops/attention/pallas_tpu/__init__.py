@@ -1,0 +1,1 @@
+"""Own TPU kernels for gated attention; `backend.py` is where to begin."""
