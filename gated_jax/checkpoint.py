@@ -24,6 +24,7 @@ from gated_jax import damage
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.config import to_dict
+from gated_jax.paths import expand
 
 Tree = Any
 # By array: dtype, shape, sum.
@@ -59,7 +60,7 @@ def damaged(
 
 def find(path: str | pathlib.Path) -> pathlib.Path:
   """A step's folder, given it, its `checkpoints` folder or the workdir."""
-  given = pathlib.Path(path).expanduser()
+  given = expand(path)
   if (given / 'params').is_dir():
     return given
   for folder in (given / 'checkpoints', given):
@@ -219,7 +220,7 @@ def save_parameters(
     params: Arrays of any placement.
     config: Settings of the run; its model is the one of the parameters.
   """
-  folder = pathlib.Path(path).expanduser().absolute()
+  folder = expand(path).absolute()
   if folder.exists():
     raise ValueError(f'{path} exists; choose another name or remove it')
   run = {'config': to_dict(config), 'arrays': records(params, 'params')}

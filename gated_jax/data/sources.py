@@ -23,6 +23,8 @@ from typing import runtime_checkable
 
 import numpy as np
 
+from gated_jax.paths import expand
+
 _LOG = logging.getLogger(__name__)
 _LOGGED = 10  # files that are named in the log; all are in the report
 
@@ -106,9 +108,10 @@ def find_files(paths: str) -> list[str]:
   """
   found: set[str] = set()
   for pattern in filter(None, (part.strip() for part in paths.split(','))):
-    names = glob.glob(os.path.expanduser(pattern), recursive=True)
+    where = str(expand(pattern))
+    names = glob.glob(where, recursive=True)
     files = [name for name in names if os.path.isfile(name)]
-    if not files and os.path.isdir(os.path.expanduser(pattern)):
+    if not files and os.path.isdir(where):
       raise ValueError(
         f'{pattern!r} is a folder: say which of its files, as in '
         f"'{pattern.rstrip('/')}/*'"

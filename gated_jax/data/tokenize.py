@@ -34,6 +34,7 @@ from gated_jax.data.text_sources import text_source
 from gated_jax.data.tokenizer import Tokenizer
 from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.data.train_tokenizer import train_tokenizer
+from gated_jax.paths import expand
 
 _BLOCK = 1 << 20  # characters of text that are encoded at once
 _BLOCK_DOCUMENTS = 1024  # and at most so many documents
@@ -65,7 +66,7 @@ class Work:
   @property
   def folder(self) -> pathlib.Path:
     """Where the arrays go."""
-    return pathlib.Path(self.out).expanduser()
+    return expand(self.out)
 
 
 @dataclasses.dataclass(frozen=True)

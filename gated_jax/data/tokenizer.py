@@ -10,7 +10,6 @@ Read `gated_jax/data/tokenizer_files.py` for the two kinds of files,
 `gated_jax/data/documents.py` next.
 """
 
-import pathlib
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Protocol
@@ -24,6 +23,7 @@ from gated_jax.data.text_stream import ByteStream
 from gated_jax.data.text_stream import TextStream
 from gated_jax.data.tokenizer_files import HuggingFaceTokenizer
 from gated_jax.data.tokenizer_files import SentencePieceTokenizer
+from gated_jax.paths import expand
 
 
 @runtime_checkable
@@ -85,7 +85,7 @@ def make_tokenizer(name: str, special_tokens: bool = False) -> Tokenizer:
       name says it is.
     ImportError: the package that reads it is not installed.
   """
-  path = pathlib.Path(name).expanduser()
+  path = expand(name)
   if name != 'bytes' and path.is_dir():
     inside = (path / 'tokenizer.json', path / 'tokenizer.model')
     path = next((p for p in inside if p.is_file()), path)

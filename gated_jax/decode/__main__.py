@@ -13,25 +13,37 @@ import sys
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import argparse
+import dataclasses
+import io
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from gated_jax import checkpoint
 from gated_jax import cli
 from gated_jax import sharding
 from gated_jax.config import MeshConfig
+from gated_jax.config import RunConfig
+from gated_jax.data.text_stream import TextStream
 from gated_jax.data.tokenizer import Tokenizer
 from gated_jax.data.tokenizer import make_tokenizer
+from gated_jax.decode import generation_config
 from gated_jax.decode.generate import generate
 from gated_jax.decode.sampling import Sampling
+from gated_jax.decode.sampling import ids_without_token
 from gated_jax.decode.weights import load
+from gated_jax.hf.tokenizer import name_of
+from gated_jax.paths import expand
 from gated_jax.platform import skip_absent_tpu
+
+# Flags that override a model's own generation_config.json.
+CHOICES = ('temperature', 'top_k', 'top_p', 'min_p')
 
 
 def read_flags(argv: list[str]) -> argparse.Namespace:
   """Parses the command line; ValueError in one line where it is wrong."""
-  default = Sampling()
   parser = cli.Parser(
     prog='python -m gated_jax.decode',
     description='Samples from a trained model.',
@@ -41,20 +53,29 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
   add('--checkpoint', required=True, help='a run, or the folder of a step')
   add('--prompt', action='append', help='text to go on from; repeatable')
   add('--max_tokens', type=int, default=256, help='new ones of each prompt')
-  add('--temperature', type=float, default=default.temperature)
-  add('--top_k', type=int, default=default.top_k, help='0: all tokens')
-  add('--top_p', type=float, default=default.top_p)
-  add('--min_p', type=float, default=default.min_p)
-  add('--seed', type=int, default=0)
+  default = f"default: the model's {generation_config.NAME}, or "
+  add('--temperature', type=float, help=f'{default}0: the likeliest token')
+  add('--top_k', type=int, help=f'{default}0: all tokens')
+  add('--top_p', type=float, help=f'{default}1: all tokens')
+  add('--min_p', type=float, help=f'{default}0: all tokens')
+  add('--seed', type=int, default=0, help='the same gives the same text')
   add(
     '--stop',
     type=int,
     action='append',
-    help="token id; default: the text's end",
+    help=f'id of a token that ends a text; {default}the end of a document',
   )
-  add('--tokenizer', default='', help='default: the one of the training run')
+  add('--tokenizer', default='', help='default: the one of the model')
   add(
-    '--skip_below', type=float, default=0.0, help='0: exact; docs/decoding.md'
+    '--special_tokens',
+    action='store_true',
+    help='text of a prompt that spells a special token becomes that token',
+  )
+  add(
+    '--skip_below',
+    type=float,
+    default=0.0,
+    help='skip heads whose gate is nearly shut; 0: exact; docs/decoding.md',
   )
   add('--tensor', type=int, default=1, help='devices that split heads')
   add('--fsdp', type=int, default=1, help='devices that split parameters')
@@ -62,37 +83,101 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-  """Ids of a document's beginning."""
+  """Ids of a document's beginning.
+
+  Raises:
+    ValueError: it is empty, or no text.
+  """
   if not text:
     raise ValueError('--prompt is empty')
-  ids = tokenizer.encode(text)
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise ValueError(f'--prompt={text!r} is not UTF-8') from None
   first = [tokenizer.bos] if tokenizer.bos >= 0 else []
-  return np.concatenate([np.array(first, np.int32), ids])
+  ids = np.array([*first, *tokenizer.encode(text)], np.int32)
+  if not ids.size:
+    raise ValueError(
+      f'--prompt={text!r} has no token in tokenizer {tokenizer.name}'
+    )
+  return ids
 
 
-def _mesh(flags: argparse.Namespace) -> jax.sharding.Mesh:
-  config = MeshConfig(tensor=flags.tensor, fsdp=flags.fsdp)
-  count = flags.tensor * flags.fsdp
+def make_mesh(tensor: int, fsdp: int) -> jax.sharding.Mesh:
+  """As many devices as the flags ask for."""
+  for name, size in (('tensor', tensor), ('fsdp', fsdp)):
+    if size < 1:
+      raise ValueError(f'--{name}={size} must be a number of devices')
   devices = jax.devices()
+  count = tensor * fsdp
   if count > len(devices):
     raise ValueError(
-      f'--tensor={flags.tensor} --fsdp={flags.fsdp} need {count} devices, and '
-      f'there are {len(devices)}'
+      f'--tensor={tensor} --fsdp={fsdp} need {count} devices, and there are '
+      f'{len(devices)}'
     )
+  config = MeshConfig(tensor=tensor, fsdp=fsdp)
   return sharding.make_mesh(config, devices[:count])
+
+
+def find_tokenizer(flags: argparse.Namespace, config: RunConfig) -> Tokenizer:
+  """The tokenizer that a flag names, or the one of the checkpoint."""
+  name = flags.tokenizer or name_of(
+    checkpoint.find(flags.checkpoint), config.data.tokenizer
+  )
+  tokenizer = make_tokenizer(name, flags.special_tokens)
+  for i, text in enumerate(flags.prompt):
+    special = [] if flags.special_tokens else tokenizer.special_in(text)
+    if special:
+      note(
+        f'prompt {i} spells {", ".join(special)}, which is read as text; '
+        '--special_tokens reads it as tokens'
+      )
+  return tokenizer
+
+
+def note(text: str) -> None:
+  """Says something that is no part of the generated text."""
+  print(f'note: {text}', file=sys.stderr, flush=True)
+
+
+def choose_sampling(
+  flags: argparse.Namespace, tokenizer: Tokenizer, vocab: int
+) -> tuple[Sampling, set[int]]:
+  """How tokens are chosen, and those that end a text.
+
+  Flags come first, then what the model's authors say, then our defaults.
+  """
+  folder = expand(tokenizer.name).parent
+  stated = generation_config.Defaults()
+  if tokenizer.name != 'bytes':
+    stated = generation_config.read(folder)
+  given = {
+    name: getattr(flags, name)
+    for name in CHOICES
+    if getattr(flags, name) is not None
+  }
+  never = ids_without_token(tokenizer.known(), vocab)
+  sampling = dataclasses.replace(stated.sampling, **given, never=never)
+  if sampling.temperature and stated.sampling != Sampling():
+    shown = ', '.join(f'{name} {getattr(sampling, name)}' for name in CHOICES)
+    note(f'sampling as {generation_config.NAME} and flags say: {shown}')
+  for key, value in stated.left_out.items():
+    note(f'{generation_config.NAME} has {key}={value!r}, which is left out')
+  ends = stated.stop or ((tokenizer.eos,) if tokenizer.eos >= 0 else ())
+  return sampling, set(ends if flags.stop is None else flags.stop)
 
 
 def run(flags: argparse.Namespace) -> None:
   """Prints the prompts and what the model makes of them."""
   if not flags.prompt:
-    raise ValueError("--prompt is missing, for example --prompt='def '")
-  sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p)
-  mesh = _mesh(flags)
-  config, model, params = load(flags.checkpoint, mesh)
-  tokenizer = make_tokenizer(flags.tokenizer or config.data.tokenizer)
+    raise ValueError("--prompt is missing, for example --prompt='The '")
+  mesh = make_mesh(flags.tensor, flags.fsdp)
+  config = checkpoint.load_config(flags.checkpoint)
+  tokenizer = find_tokenizer(flags, config)
+  vocab = config.model.vocab
+  sampling, stop = choose_sampling(flags, tokenizer, vocab)
   prompts = [encode(tokenizer, text) for text in flags.prompt]
-  ends = [tokenizer.eos] if tokenizer.eos >= 0 else []
-  stop = set(ends if flags.stop is None else flags.stop)
+  _, model, params = load(flags.checkpoint, mesh)
   with sharding.activate(mesh):
     steps = generate(
       model,
@@ -104,16 +189,19 @@ def run(flags: argparse.Namespace) -> None:
       stop=stop,
       skip_below=flags.skip_below,
     )
-    _print(flags.prompt, steps, tokenizer, stop)
+    streams = [tokenizer.stream(ids) for ids in prompts]
+    show(flags.prompt, steps, streams, stop)
 
 
-def _print(
-  texts: list[str], steps: Any, tokenizer: Tokenizer, stop: set[int]
+def show(
+  texts: list[str],
+  steps: Iterable[np.ndarray],
+  streams: list[TextStream],
+  stop: set[int],
 ) -> None:
-  """One prompt's text as it comes; of several, each when it is whole."""
+  """Prints a single text as it comes; of several, each when it is whole."""
   single = len(texts) == 1
-  streams = [tokenizer.stream() for _ in texts]
-  found = [[text] for text in texts]
+  parts = [[text] for text in texts]
   open_rows = set(range(len(texts)))
   if single:
     print(texts[0], end='', flush=True)
@@ -121,11 +209,11 @@ def _print(
   def close(row: int) -> None:
     open_rows.discard(row)
     rest = streams[row].finish()
-    found[row].append(rest)
+    parts[row].append(rest)
     if single:
       print(rest, flush=True)
     else:
-      print(f'[{row}] {"".join(found[row])}\n', flush=True)
+      print(f'[{row}] {"".join(parts[row])}\n', flush=True)
 
   for tokens in steps:
     for row in sorted(open_rows):
@@ -134,7 +222,7 @@ def _print(
         close(row)
         continue
       text = streams[row].feed(token)
-      found[row].append(text)
+      parts[row].append(text)
       if single and text:
         print(text, end='', flush=True)
   for row in sorted(open_rows):
@@ -144,6 +232,9 @@ def _print(
 def main(argv: list[str]) -> int:
   """The exit code; see gated_jax/cli.py."""
   skip_absent_tpu()
+  # A terminal that cannot show a character shows a question mark.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='replace')
   return cli.run(lambda: run(read_flags(argv)))
 
 

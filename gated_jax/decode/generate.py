@@ -31,21 +31,23 @@ from gated_jax.model.decoder import Cache
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.decoder import init_cache
 
-CHUNK = 256  # tokens of each row that one call of prefill takes at most
-SMALLEST = 32  # bucket
+CHUNK = 256  # the most tokens of each row that one call of prefill takes
+SMALLEST = 32  # the shortest chunk and cache
+# The largest score that each activation can give. The others have no bound.
+LARGEST_SCORE = {'sigmoid': 1.0, 'ns_sigmoid': 1.0, 'two_sigmoid': 2.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-  """The shapes that prompts are padded to."""
+  """The shapes that prompts are padded to; all count tokens of one row."""
 
-  chunk: int  # tokens of a row in one call of prefill
-  chunks: int
-  cache: int  # tokens of a row that the cache has room for
+  chunk: int  # in one call of prefill
+  chunks: int  # calls
+  cache: int  # room of the cache
 
 
 def buckets(longest: int, new: int) -> Buckets:
-  """For prompts of at most `longest` tokens, and `new` ones after them."""
+  """Shapes for prompts of up to `longest` tokens, and `new` ones after them."""
   chunk = min(CHUNK, _power(longest))
   chunks = -(-longest // chunk)
   # The last chunk is written whole, padding included.
@@ -102,19 +104,19 @@ def generate(
   give the same tokens. On a mesh, call it inside `sharding.activate`.
 
   Args:
-    model: fastest with `scan=False`; see `weights.py`.
-    params: its parameters.
-    prompts: token ids of each row, of any lengths.
-    max_tokens: new ones of each row.
-    sampling: how they are chosen.
-    seed: of the draws.
-    stop: ids that end a row.
-    skip_below: steps do not read the cache for heads whose gate scores are
+    model: Fastest with `scan=False`; see `weights.py`.
+    params: Its parameters.
+    prompts: Token ids of each row, of any lengths.
+    max_tokens: The most new tokens of each row.
+    sampling: How they are chosen.
+    seed: Fixes the draws.
+    stop: Ids that end a row.
+    skip_below: Steps do not read the cache for heads whose gate scores are
       all below; see docs/decoding.md. 0 is exact.
 
   Raises:
-    ValueError: a prompt that the model cannot read; at once, not when the
-      first token is asked for.
+    ValueError: the model cannot read a prompt, or another argument has no
+      meaning; at once, not when the first token is asked for.
   """
   config = model.config
   check_prompts(prompts, config)
@@ -122,6 +124,12 @@ def generate(
     raise ValueError(f'{max_tokens=} must be positive')
   if not 0 <= seed < 2**32:
     raise ValueError(f'{seed=} must lie in [0, 2**32)')
+  for token in stop:
+    if not 0 <= token < config.vocab:
+      raise ValueError(
+        f'the stop token {token} is not in [0, {config.vocab}), the ids of '
+        'the model'
+      )
   check_skip(config, skip_below)
   return _run(
     model,
@@ -134,15 +142,21 @@ def generate(
 
 
 def check_skip(config: ModelConfig, skip_below: float) -> None:
-  """ValueError where no bound of the error would hold."""
+  """ValueError where no bound of the error would hold, or nothing is read."""
   gate = config.gate
   if not 0 <= skip_below < float('inf'):
-    raise ValueError(f'{skip_below=} must not be negative')
+    raise ValueError(f'{skip_below=} must be a finite number, and not negative')
   fits = gate.scores_output and gate.mode == 'multiplicative'
   if skip_below and not fits:
     raise ValueError(
       f'{skip_below=} needs a gate that multiplies the attention output, not '
       f'position={gate.position!r}, kind={gate.kind!r}, mode={gate.mode!r}'
+    )
+  largest = LARGEST_SCORE.get(gate.activation, float('inf'))
+  if skip_below >= largest:
+    raise ValueError(
+      f'{skip_below=} would skip every head: scores of the activation '
+      f'{gate.activation!r} are below {largest}'
     )
 
 
@@ -155,7 +169,7 @@ def _run(
   stop: frozenset[int],
 ) -> Iterator[Int[np.ndarray, ' B']]:
   lengths = np.array([len(p) for p in prompts])
-  # Of the last token only the logits are needed: it takes no place.
+  # The last token takes no place in the cache: nothing is computed from it.
   room = model.config.length - lengths + 1
   count = int(min(max_tokens, room.max()))
   logits, cache = prefill(model, params, prompts, count)
@@ -167,7 +181,7 @@ def _run(
   for i in range(count):
     ahead = tokens
     if i + 1 < count:
-      # Under way before the host looks at the tokens it follows from.
+      # Dispatched before the host looks at the tokens that it follows from.
       tokens, cache = _step(
         model,
         params,
@@ -178,9 +192,9 @@ def _run(
         skip_below,
         sampling=sampling,
       )
-    found = np.where(alive, np.asarray(ahead), -1)
-    yield found
-    alive &= ~np.isin(found, list(stop)) & (room > i + 1)
+    chosen = np.where(alive, np.asarray(ahead), -1)
+    yield chosen
+    alive &= ~np.isin(chosen, list(stop)) & (room > i + 1)
     if not alive.any():
       return
 
@@ -191,10 +205,10 @@ def prefill(
   """Logits after each prompt, and a cache with room for `new` tokens more.
 
   Args:
-    model: the decoder.
-    params: its parameters.
-    prompts: token ids, checked.
-    new: how many will be generated, the first included.
+    model: The decoder.
+    params: Its parameters.
+    prompts: Token ids, checked.
+    new: How many tokens will be generated, the first included.
   """
   lengths = np.array([len(p) for p in prompts])
   shape = buckets(int(lengths.max()), new)
@@ -227,10 +241,10 @@ def _extend(
   segments: Int[Array, 'B T'],
 ) -> tuple[Float[Array, 'B V'], Cache]:
   """The cache with one chunk more; rows without tokens keep their logits."""
-  found: tuple[Array, Cache] = model.apply(
+  logits: Array
+  logits, cache = model.apply(  # type: ignore[assignment]
     {'params': params}, tokens, segments=segments, cache=cache, last=True
-  )  # type: ignore[assignment]
-  logits, cache = found
+  )
   any_new = jnp.any(segments != 0, axis=1, keepdims=True)
   return jnp.where(any_new, logits[:, 0].astype(jnp.float32), before), cache
 
@@ -253,8 +267,8 @@ def _step(
   sampling: Sampling,
 ) -> tuple[Int[Array, ' B'], Cache]:
   """The tokens after these, and the cache with these."""
-  found: tuple[Array, Cache] = model.apply(
+  logits: Array
+  logits, cache = model.apply(  # type: ignore[assignment]
     {'params': params}, tokens[:, None], cache=cache, skip_below=skip_below
-  )  # type: ignore[assignment]
-  logits, cache = found
+  )
   return choose(logits[:, 0], seed, index, sampling), cache

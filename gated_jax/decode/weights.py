@@ -35,8 +35,8 @@ def for_decoding(
   decoding takes what the platform has.
 
   Args:
-    config: of the model.
-    params: its parameters, stacked if `config.scan`.
+    config: Settings of the model.
+    params: Its parameters, stacked if `config.scan`.
   """
   new = dataclasses.replace(config, scan=False, remat='none', attention='auto')
   return new, _convert(config, params)
@@ -81,8 +81,8 @@ def load(
   """A run's config, and its model ready for `generate`.
 
   Args:
-    checkpoint: a step's folder, or the run's for its newest.
-    mesh: that the parameters are placed on.
+    checkpoint: The folder of a step, or of a run for its newest one.
+    mesh: The devices that the parameters are placed on.
 
   Raises:
     ValueError: there is no checkpoint.

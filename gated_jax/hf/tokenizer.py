@@ -47,6 +47,20 @@ def in_folder(folder: pathlib.Path) -> Files:
   return present
 
 
+def name_of(checkpoint: pathlib.Path, name: str) -> str:
+  """The name, for `make_tokenizer`, of a checkpoint's tokenizer.
+
+  One that travels with the checkpoint comes first: folders move.
+
+  Args:
+    checkpoint: A step's folder, or what was imported.
+    name: The setting `data.tokenizer` of its run.
+  """
+  inside = checkpoint / FOLDER
+  there = any((inside / model).exists() for model in MODELS)
+  return str(inside) if there else name
+
+
 def of_checkpoint(checkpoint: pathlib.Path, name: str) -> Files:
   """The files of the tokenizer that a checkpoint of ours belongs to.
 
