@@ -199,8 +199,8 @@ def _scaled(full, small, change: dict[str, Any]):
   found = dict(change)
   for name, value in change.items():
     if type(value) in (int, float):
-      if not at(small, name):
-        raise ValueError(f'{name}={value}: the smoke model has none to change')
+      if name.startswith('model.moe.'):
+        raise ValueError(f'{name}={value}: the smoke model has no experts')
       number = at(small, name) * value / at(full, name)
       found[name] = type(value)(number)
   return small, found

@@ -26,6 +26,7 @@ def get_config():
   model.heads = 32
   model.kv_heads = 4
   model.head_dim = 128
+  model.pattern = ('attention+moe',)
   model.moe.experts = 128
   model.moe.top_k = 8
   model.moe.width = 768

@@ -24,6 +24,7 @@ from gated_jax import damage
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.config import to_dict
+from gated_jax.config import upgrade
 from gated_jax.paths import expand
 
 Tree = Any
@@ -203,7 +204,7 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
   folder = find(path)
   values = read_run(folder)['config']
   try:
-    return from_dict(values)
+    return from_dict(upgrade(values))
   except ValueError as error:
     raise ValueError(f'{folder}: {error}') from error
 

@@ -14,6 +14,7 @@ partitioner does the rest.
 """
 
 import contextlib
+import contextvars
 import math
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -36,12 +37,14 @@ Axes = tuple[str | None, ...]
 RULES: dict[str, tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
   'length': ('context',),
-  # Of what layers add to: between products, which split heads or channels,
-  # tensor devices would all work on the same tokens.
+  # Sequence axis of the residual stream. Outside tensor-parallel matmuls it is
+  # also split over `tensor` (sequence parallelism), or every tensor device
+  # would repeat the norms of the same tokens.
   'residual_length': ('context', 'tensor'),
   'kv_length': (),
   'layers': (),
-  # Of parameters. An activation's width is not split and goes by None.
+  # The width axis of parameters. An activation's width is never split; its
+  # axis is None.
   'embed': ('fsdp', 'expert', 'context'),
   'expert_embed': ('fsdp', 'context'),  # where 'expert' splits the experts
   'experts': ('expert',),
@@ -51,7 +54,7 @@ RULES: dict[str, tuple[str, ...]] = {
   'mlp': ('tensor',),
   'vocab': ('tensor',),
 }
-# Of what layers add to, and of what products read and give of that width.
+# Axes of the residual stream, and of matmul inputs and outputs of its width.
 RESIDUAL: Axes = ('batch', 'residual_length', None)
 # More devices than kv heads: each of them then holds every kv head, and takes
 # the one that its query heads read.
@@ -121,17 +124,33 @@ def _fill(config: MeshConfig, devices: int) -> dict[str, int]:
   return sizes
 
 
+# The mesh that the trainer was given. A mesh that somebody else's program has
+# set in JAX is none of this package's business, whatever its axes are called.
+_active: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
+  'gated_jax_mesh', default=None
+)
+
+
 @contextlib.contextmanager
 def activate(mesh: Mesh) -> Iterator[Mesh]:
   """Inside, `constrain` and `per_device` mean this mesh."""
-  with jax.set_mesh(mesh):
-    yield mesh
+  token = _active.set(mesh)
+  try:
+    with jax.set_mesh(mesh):
+      yield mesh
+  finally:
+    _active.reset(token)
+
+
+def is_active() -> bool:
+  """Whether arrays are placed by this module at all."""
+  return _active.get() is not None
 
 
 def _sizes() -> dict[str, int]:
   """Axes of the active mesh; empty without one."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return {} if mesh is None or mesh.empty else dict(mesh.shape)
+  mesh = _active.get()
+  return {} if mesh is None else dict(mesh.shape)
 
 
 def axis_size(name: str) -> int:

@@ -48,7 +48,9 @@ def put(path, value):
 
 
 def test_settings_survive_json():
-  config = RunConfig(model=ModelConfig(depth=4, windows=(128, 0)))
+  config = RunConfig(
+    model=ModelConfig(depth=4, pattern=('attention:window=128', 'attention'))
+  )
   assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -85,7 +87,14 @@ def test_names_that_are_no_settings_are_refused(name):
     ({'seed': 2**31}, 'seed=2147483648 must lie in [0, 2**31)'),
     ({'seed': -1}, 'seed=-1 must lie in [0, 2**31)'),
     ({'model': {'vocab': 10**12}}, 'model.vocab=1000000000000 must be below'),
-    ({'model': {'windows': [0, 'a']}}, "model.windows='a' must be of type int"),
+    (
+      {'model': {'pattern': ['attention', 3]}},
+      'model.pattern=3 must be of type',
+    ),
+    (
+      {'model': {'windows': [0]}},
+      'no setting model.windows any more: layers are words now, such as model.p',
+    ),
   ],
 )
 def test_mistakes_are_named(values, message):
@@ -142,11 +151,56 @@ REFUSED = [
   ({'model.head_dim': 33}, 'model.head_dim=33 must be even'),
   ({'model.depth': 0}, 'model.depth=0 must be positive'),
   (
-    {'model.windows': (128, 0, 0)},
-    'model.depth=28 must be a multiple of the 3',
+    {'model.pattern': ('attention',) * 3},
+    'model.depth=28 must be a multiple of the 3 words of model.pattern',
   ),
-  ({'model.windows': (-1,)}, 'model.windows=-1 must not be negative'),
-  ({'model.windows': ()}, 'the 0 entries of model.windows=()'),
+  ({'model.pattern': ()}, 'the 0 words of model.pattern'),
+  (
+    {'model.lead': ('attention',), 'model.pattern': ('attention',) * 2},
+    'multiple of the 2 words of model.pattern after the 1 of model.lead',
+  ),
+  (
+    {'model.lead': ('attention',) * 29},
+    'model.lead has 29 words for model.depth=28 layers',
+  ),
+  (
+    {'model.pattern': ('attention:window=-1',)},
+    "layer 'attention:window=-1': window=-1 must not be negative",
+  ),
+  (
+    {'model.pattern': ('attention:window=1000000000000',)},
+    'window=1000000000000 must be below 2**31',
+  ),
+  (
+    {'model.pattern': ('attention:windw=3',)},
+    "attention has no field 'windw'; did you mean window?",
+  ),
+  (
+    {'model.pattern': ('attention:window=a',)},
+    "window='a' must be of type int",
+  ),
+  (
+    {'model.pattern': ('attention:window=1,window=2',)},
+    "layer 'attention:window=1,window=2' says window twice",
+  ),
+  (
+    {'model.pattern': ('attention:nope=1',)},
+    'nope takes no value',
+  ),
+  (
+    {'model.pattern': ('attention:nope,rope_base=1e6',)},
+    'has no rotary embedding (nope), so rope_base would do nothing',
+  ),
+  (
+    {'model.pattern': ('attention+mo',)},
+    "layer 'attention+mo' has no feed-forward block 'mo'; did you mean moe?",
+  ),
+  ({'model.pattern': ('attention mlp',)}, 'must be written as'),
+  (
+    {'model.pattern': ('attention:heads=12',)},
+    "must be a multiple of model.kv_heads=8 in layer 'attention:heads=12'",
+  ),
+  ({'model.moe.experts': 4, 'model.moe.top_k': 2}, 'and no layer has experts'),
   ({'model.dropout': 1.0}, 'model.dropout=1.0 must lie in [0, 1)'),
   ({'model.attention': 'flash'}, "model.attention='flash' must be one of auto"),
   ({'model.dtype': 'float64'}, "model.dtype='float64' must be one of"),

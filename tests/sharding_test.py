@@ -44,7 +44,10 @@ MODEL = ModelConfig(
   dtype='float32',
   scan=False,
 )
-EXPERTS = MoEConfig(experts=8, top_k=2, width=16)
+EXPERTS = {
+  'pattern': ('attention+moe',),
+  'moe': MoEConfig(experts=8, top_k=2, width=16),
+}
 
 GATES = {
   f'{position}_{granularity}': GateConfig(
@@ -93,8 +96,8 @@ def tolerance(terms=BATCH * LENGTH):
 
 
 def model_config(mesh, gate):
-  moe = EXPERTS if 'expert' in mesh else MoEConfig()
-  return dataclasses.replace(MODEL, gate=GATES[gate], moe=moe)
+  experts = EXPERTS if 'expert' in mesh else {}
+  return dataclasses.replace(MODEL, gate=GATES[gate], **experts)
 
 
 def shapes_of(config):
@@ -289,7 +292,7 @@ def run_config(mesh, **model):
   [
     {'gate': GATES[BEST], 'qk_norm': True},
     {'gate': GATES['key_headwise'], 'tie_embeddings': False},
-    {'gate': GATES['dense_output_elementwise'], 'moe': EXPERTS},
+    {'gate': GATES['dense_output_elementwise'], **EXPERTS},
   ],
 )
 def test_nothing_large_is_on_every_device(model, optimizer):
@@ -373,7 +376,7 @@ def test_rows_that_cannot_be_split_are_refused(mesh, batch, length, message):
   [
     (
       'expert',
-      {'moe': MoEConfig(experts=6, top_k=2)},
+      EXPERTS | {'moe': MoEConfig(experts=6, top_k=2)},
       'moe/.*: experts has 6 entries, which mesh axes expert 8 do not',
     ),
     (

@@ -50,8 +50,9 @@ from gated_jax.aot.program import Program
 from gated_jax.aot.topology import chip_of
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
-from gated_jax.model import decoder
-from gated_jax.model.attention import Surroundings
+from gated_jax.model.block import SAVED
+from gated_jax.model.block import Block
+from gated_jax.model.mixer import Context
 from gated_jax.ops import rope
 
 ROWS, LENGTH = 4, 4096
@@ -88,18 +89,18 @@ def layer(config: ModelConfig) -> tuple[Callable, tuple[Any, Any]]:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     spec = rope.RopeSpec(**vars(config.rope))
     rotation = rope.rotation(positions, config.head_dim, spec)
-    return decoder.Call(Surroundings(rotation), None, deterministic=True)
+    return Context(rotations=(rotation,))
 
   def start(x):
-    module = decoder.Layer(plain, window=0)
+    module = Block(plain, plain.layers[0])
     return module.init(jax.random.key(0), x, None, call(x))['params']
 
   def run(parameters, x):
-    module = decoder.Layer(config, window=0)
+    module = Block(config, config.layers[0])
     return module.apply({'params': parameters}, x, None, call(x))[0]
 
   if config.remat != 'none':
-    names = decoder.SAVED[config.remat]
+    names = SAVED[config.remat]
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     run = jax.checkpoint(run, policy=policy)
   return run, (jax.eval_shape(start, x), x)

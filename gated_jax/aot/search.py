@@ -48,13 +48,12 @@ def choices(base: RunConfig, devices: int) -> Iterator[Choice]:
   """Meshes that divide both the pod and the model, likeliest first."""
   model = base.model
   for tensor in TENSOR:
-    for expert in EXPERT if model.moe.experts else (1,):
+    for expert in EXPERT if model.has_experts else (1,):
       others = tensor * expert * base.mesh.context
-      width = model.moe.width if model.moe.experts else model.mlp_width
       if (
         devices % others
         or model.heads % tensor
-        or width % tensor
+        or any(layer.ffn_width % tensor for layer in model.distinct_layers)
         or (expert > 1 and model.moe.experts % expert)
       ):
         continue

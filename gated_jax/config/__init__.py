@@ -2,8 +2,9 @@
 
 One default stands in one place, and that place is here. Nothing in this folder
 touches JAX or a file, so it imports in a moment and can be tested alone.
-`gate.py` comes first because it is what the project is about, then `model.py`,
-`data.py` and `run.py`; `convert.py` is for files and flags.
+`gate.py` comes first because it is what the project is about, then `stack.py`
+(a layer in a word), `model.py`, `data.py` and `run.py`; `roles.py` says what a
+setting decides, `convert.py` is for files and flags.
 
 Lengths are in tokens, rates per optimizer step, sizes in elements unless a
 comment says otherwise. A value of 0, '' or 'none' means "off" or "derive it".
@@ -12,21 +13,26 @@ comment says otherwise. A value of 0, '' or 'none' means "off" or "derive it".
 from gated_jax.config.convert import differences
 from gated_jax.config.convert import from_dict
 from gated_jax.config.convert import to_dict
+from gated_jax.config.convert import upgrade
 from gated_jax.config.data import DataConfig
 from gated_jax.config.gate import GateConfig
+from gated_jax.config.layers import MoEConfig
+from gated_jax.config.layers import RopeConfig
 from gated_jax.config.model import ModelConfig
-from gated_jax.config.model import MoEConfig
-from gated_jax.config.model import RopeConfig
 from gated_jax.config.roles import names_with
 from gated_jax.config.run import CheckpointConfig
 from gated_jax.config.run import MeshConfig
 from gated_jax.config.run import OptimizerConfig
 from gated_jax.config.run import RunConfig
+from gated_jax.config.stack import LayerSpec
+from gated_jax.config.stack import shortest_pattern
+from gated_jax.config.stack import word_of
 
 __all__ = [
   'CheckpointConfig',
   'DataConfig',
   'GateConfig',
+  'LayerSpec',
   'MeshConfig',
   'MoEConfig',
   'ModelConfig',
@@ -36,5 +42,8 @@ __all__ = [
   'differences',
   'from_dict',
   'names_with',
+  'shortest_pattern',
   'to_dict',
+  'upgrade',
+  'word_of',
 ]

@@ -1,6 +1,7 @@
-"""A decoder: its sizes, its positions, its experts."""
+"""A decoder: its sizes, and the words that say what its layers are."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 from gated_jax.config.checks import below_one
@@ -9,88 +10,11 @@ from gated_jax.config.checks import finite
 from gated_jax.config.checks import not_negative
 from gated_jax.config.checks import positive
 from gated_jax.config.gate import GateConfig
+from gated_jax.config.layers import MoEConfig
+from gated_jax.config.layers import RopeConfig
 from gated_jax.config.roles import setting
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-  """Rotary position embedding. Names and formulas as Hugging Face has them."""
-
-  ROLE: ClassVar[str] = 'model'
-
-  base: float = 10_000.0
-  fraction: float = 1.0  # of head_dim that turns (partial rotary)
-  scaling: str = 'none'  # or 'linear', 'yarn'
-  factor: float = 1.0  # new length over original_length
-  original_length: int = 0  # what the weights were trained with (yarn)
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
-  attention_factor: float = 0.0  # 0: from factor, as the YaRN paper does
-  mscale: float = 0.0
-  mscale_all_dim: float = 0.0
-  truncate: bool = True  # round the correction range to whole channels
-
-  def __post_init__(self):
-    finite('rope.', self)
-    choice('rope.scaling', self.scaling, ('none', 'linear', 'yarn'))
-    positive(**{'rope.base': self.base, 'rope.fraction': self.fraction})
-    if self.fraction > 1:
-      raise ValueError(f'rope.fraction={self.fraction} must be at most 1')
-    if self.factor < 1:
-      raise ValueError(f'rope.factor={self.factor} must be at least 1')
-    if self.scaling == 'none' and self.factor != 1:
-      raise ValueError(
-        f"rope.factor={self.factor} does nothing with rope.scaling='none'"
-      )
-    if self.scaling == 'yarn' and self.original_length <= 0:
-      raise ValueError(
-        "rope.scaling='yarn' needs rope.original_length, the length the "
-        f'weights were trained with, not {self.original_length}'
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-  """Experts in place of the MLP; experts=0 keeps the MLP."""
-
-  ROLE: ClassVar[str] = 'model'
-
-  experts: int = 0
-  top_k: int = 8
-  width: int = 768  # of one expert
-  shared_width: int = 0  # of an expert that every token takes; 0: none
-  normalize: bool = True  # the chosen weights sum to one
-  # The paper does not print these two; the values are this project's.
-  balance_loss: float = setting(1e-2, 'execution')
-  router_z_loss: float = setting(1e-3, 'execution')
-  # Grouped matmul: 'ragged_dot', 'gmm'.
-  implementation: str = setting('auto', 'free')
-
-  def __post_init__(self):
-    finite('moe.', self)
-    not_negative(
-      **{
-        'moe.experts': self.experts,
-        'moe.shared_width': self.shared_width,
-        'moe.balance_loss': self.balance_loss,
-        'moe.router_z_loss': self.router_z_loss,
-      }
-    )
-    positive(**{'moe.top_k': self.top_k, 'moe.width': self.width})
-    choice(
-      'moe.implementation', self.implementation, ('auto', 'ragged_dot', 'gmm')
-    )
-    if self.experts and self.top_k > self.experts:
-      raise ValueError(
-        f'moe.top_k={self.top_k} experts cannot be chosen from '
-        f'moe.experts={self.experts}'
-      )
-    if self.experts and self.top_k == 1 and self.normalize:
-      raise ValueError(
-        'moe.top_k=1 with moe.normalize=True gives the one chosen expert '
-        'weight 1 whatever the router says, so that the router learns nothing '
-        'from the loss: set moe.normalize=False'
-      )
+from gated_jax.config.stack import LayerSpec
+from gated_jax.config.stack import read_word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,20 +26,20 @@ class ModelConfig:
   vocab: int = 151_936
   length: int = 4096  # the longest sequence it is built for
   depth: int = 28
+  # The layers in words (see config/stack.py): `lead` names the first ones, and
+  # `pattern` repeats over the rest.
+  lead: tuple[str, ...] = ()
+  pattern: tuple[str, ...] = ('attention',)
   width: int = 2048
   heads: int = 16
   kv_heads: int = 8
   head_dim: int = 128
   mlp_width: int = 6144
   tie_embeddings: bool = True
-  norm: str = 'pre'  # or 'sandwich': also on what a block adds
+  norm: str = 'pre'  # or 'sandwich': also on each block's output
   norm_eps: float = 1e-6
   norm_zero_centered: bool = False  # scale stored as its distance from one
   qk_norm: bool = True
-  # One entry per layer of a pattern that repeats over the depth: how many
-  # tokens back a query sees, itself included; 0: all.
-  windows: tuple[int, ...] = (0,)
-  global_rope: bool = True  # False: layers with window 0 have no positions
   # On attention weights and on each block's output.
   dropout: float = setting(0.0, 'execution')
   dtype: str = setting('bfloat16', 'execution')  # of activations
@@ -169,26 +93,20 @@ class ModelConfig:
 
   def _check_shapes(self):
     """Refuses sizes that do not fit each other."""
-    if self.heads % self.kv_heads:
+    rest = self.depth - len(self.lead)
+    if rest < 0:
       raise ValueError(
-        f'model.heads={self.heads} must be a multiple of '
-        f'model.kv_heads={self.kv_heads}'
+        f'model.lead has {len(self.lead)} words for model.depth={self.depth} '
+        'layers'
       )
-    if self.head_dim % 2:
-      raise ValueError(f'model.head_dim={self.head_dim} must be even')
-    turning = int(self.head_dim * self.rope.fraction)
-    if not turning or turning % 2:
-      raise ValueError(
-        f'rope.fraction={self.rope.fraction} of model.head_dim='
-        f'{self.head_dim} must be an even number of channels'
-      )
-    if not self.windows or self.depth % len(self.windows):
+    if not self.pattern or rest % len(self.pattern):
+      after = f' after the {len(self.lead)} of model.lead' * bool(self.lead)
       raise ValueError(
         f'model.depth={self.depth} must be a multiple of the '
-        f'{len(self.windows)} entries of model.windows={self.windows}'
+        f'{len(self.pattern)} words of model.pattern{after}'
       )
-    for window in self.windows:
-      not_negative(**{'model.windows': window})
+    for word in {*self.lead, *self.pattern}:
+      read_word(word, self).check(word)
     if self.gate.channels > self.width:
       raise ValueError(
         f'gate.channels={self.gate.channels} must be at most '
@@ -205,3 +123,39 @@ class ModelConfig:
         f"gate.granularity='headwise' at position={self.gate.position!r} "
         'scales whole heads, and model.qk_norm=True takes their scale away'
       )
+    if self.moe != MoEConfig() and not self.has_experts:
+      raise ValueError(
+        'model.moe is set, and no layer has experts: its word in '
+        f"model.pattern={list(self.pattern)} would say so, as 'attention+moe'"
+      )
+
+  @functools.cached_property
+  def layers(self) -> tuple[LayerSpec, ...]:
+    """Every layer, first to last."""
+    repeats = (self.depth - len(self.lead)) // len(self.pattern)
+    words = {
+      word: read_word(word, self) for word in (*self.lead, *self.pattern)
+    }
+    lead = tuple(words[word] for word in self.lead)
+    return lead + tuple(words[word] for word in self.pattern) * repeats
+
+  @property
+  def distinct_layers(self) -> tuple[LayerSpec, ...]:
+    """The kinds of layers, in the order in which they first appear."""
+    lead = self.layers[: len(self.lead) + len(self.pattern)]
+    return tuple(dict.fromkeys(lead))
+
+  @property
+  def has_experts(self) -> bool:
+    """Whether any layer has experts in place of an MLP."""
+    return any(layer.ffn == 'moe' for layer in self.distinct_layers)
+
+  @property
+  def rotations(self) -> tuple[tuple[RopeConfig, int], ...]:
+    """The different rotary embeddings of the layers, each with its head_dim."""
+    used = [
+      (layer.rope, layer.head_dim)
+      for layer in self.distinct_layers
+      if layer.rope is not None
+    ]
+    return tuple(dict.fromkeys(used))

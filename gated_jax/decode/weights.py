@@ -2,7 +2,7 @@
 
 Layers stand apart, so that each one's cache is updated where it lies, and
 matrices are in the dtype they are used in, so that a step reads no more bytes
-than it needs. Neither changes a logit by a bit.
+than it needs. Neither changes any bit of a logit.
 """
 
 import dataclasses
@@ -13,14 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
-from flax.core import meta
 
 from gated_jax import sharding
 from gated_jax.checkpoint import load_config
 from gated_jax.checkpoint import load_parameters
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
+from gated_jax.model import parameters
+from gated_jax.model import tree
+from gated_jax.model.abstract import abstract_parameters
+from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.decoder import Decoder
 
 Params = Mapping[str, Any]
@@ -44,35 +46,14 @@ def for_decoding(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _convert(config: ModelConfig, params: Params) -> Params:
-  flat = traverse_util.flatten_dict(params)
   dtype = jnp.dtype(config.dtype)
-  found = {}
-  for path, x in flat.items():
-    # Norms and the router compute in float32 from what is stored.
-    if path[-1] != 'scale' and 'router' not in path:
-      x = x.astype(dtype)
-    if not (config.scan and path[0] == 'layers'):
-      found[path] = x
-      continue
-    pattern = len(config.windows)
-    within, rest = 0, path[1:]
-    if pattern > 1:
-      within, rest = int(rest[0].removeprefix('block_')), rest[1:]
-    for i in range(config.depth // pattern):
-      found[f'layers_{i * pattern + within}', *rest] = x[i]
-  return traverse_util.unflatten_dict(found)
+  facts = parameters.about(boxed_parameters(config))
 
+  def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    kind = facts[tuple(str(part.key) for part in path)].kind
+    return x if kind in parameters.FLOAT32 else x.astype(dtype)
 
-def abstract_parameters(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
-  """Shapes, dtypes and places of a model's parameters."""
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
-  boxed = boxed['params']
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    meta.unbox(boxed),
-    sharding.shardings(mesh, boxed),
-  )
+  return tree.unstack(config, jax.tree_util.tree_map_with_path(cast, params))
 
 
 def load(

@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -24,8 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
+from gated_jax.config import ModelConfig
+from gated_jax.model import tree
+from gated_jax.model.decoder import Decoder
 from gated_jax.ops.probes import BINS
 
 # Names in the collection, and how many axes each has in one layer.
@@ -87,7 +88,7 @@ class Report:
 
 
 def probe(
-  model: nn.Module, params: Any, batches: Iterable[dict[str, Any]]
+  model: Decoder, params: Any, batches: Iterable[dict[str, Any]]
 ) -> Report:
   """Runs the model over batches and reports what it did.
 
@@ -102,7 +103,7 @@ def probe(
     first = batch if first is None else first
     found = jax.tree.map(
       lambda x: np.asarray(x, np.float64),
-      by_layer(_run(model, params, batch, 'probes')),
+      by_layer(model.config, _run(model, params, batch, 'probes')),
     )
     for name, value in found.items():
       join = np.maximum if name == RESIDUAL else np.add
@@ -114,56 +115,42 @@ def probe(
   return _divide(sums, attention_maps(model, params, short))
 
 
-def by_layer(probes: Mapping[str, Any]) -> dict[str, Any]:
+def by_layer(config: ModelConfig, probes: Mapping[str, Any]) -> dict[str, Any]:
   """Each probe with one leading axis of layers, in the order they run.
 
-  Scanned layers come stacked, unscanned ones under a name with a number, and
-  a pattern of several layers inside a scan as both.
+  A layer that does not sow a probe has no entry in it.
+
+  Args:
+    config: of the model that sowed them.
+    probes: the collection.
   """
   groups: dict[str, list[Any]] = collections.defaultdict(list)
-  for path, name, value in sorted(_sown(probes, ()), key=lambda x: x[0]):
-    del path
-    groups[name].append(value)
+  for layer in range(config.depth):
+    for name, value in _sown(tree.subtree(probes, config, layer)):
+      groups[name].append(value)
   return {
-    name: _interleave(values, _RANK[name]) for name, values in groups.items()
+    name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
+    for name, values in groups.items()
   }
 
 
-# Axes of each probe's first array in one layer.
-_RANK = {FIRST_TOKEN: 1, SCORES: 1, NORM: 1, RESIDUAL: 0, WEIGHTS: 4}
+_PROBES = (FIRST_TOKEN, SCORES, NORM, RESIDUAL, WEIGHTS)
 
 
-def _sown(
-  tree: Mapping[str, Any], path: tuple[Any, ...]
-) -> Iterator[tuple[tuple[Any, ...], str, Any]]:
-  """(path that sorts by number, name, value) of every probe in the tree."""
-  for key, value in tree.items():
+def _sown(subtree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+  """(name, value) of every known probe in a layer."""
+  for key, value in subtree.items():
     if isinstance(value, Mapping):
-      parts = re.split(r'(\d+)', key)
-      order = tuple((int(p), '') if p.isdigit() else (-1, p) for p in parts)
-      yield from _sown(value, (*path, *order))
-    elif key in _RANK:
+      yield from _sown(value)
+    elif key in _PROBES:
       # sow keeps a tuple of what it was given; a probe is a named one.
       plain = type(value) is tuple
-      yield path, key, value[-1] if plain else value
-
-
-def _interleave(values: list[Any], rank: int) -> Any:
-  """[layers of one kind, ...] for each place in a pattern -> [layers, ...]."""
-  stacked = jax.tree.leaves(values[0])[0].ndim > rank
-
-  def join(*leaves: jax.Array) -> jax.Array:
-    if not stacked:
-      return jnp.stack(leaves)
-    both = jnp.stack(leaves, axis=1)  # [repeats, pattern, ...]
-    return both.reshape(-1, *both.shape[2:])
-
-  return jax.tree.map(join, *values)
+      yield key, value[-1] if plain else value
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _run(
-  model: nn.Module, params: Any, batch: dict[str, Any], collection: str
+  model: Decoder, params: Any, batch: dict[str, Any], collection: str
 ) -> Mapping[str, Any]:
   """What the model sows into a collection."""
   _, state = model.apply(
@@ -204,7 +191,7 @@ def _divide(sums: dict[str, Any], maps: Mapping[int, np.ndarray]) -> Report:
 
 
 def attention_maps(
-  model: nn.Module,
+  model: Decoder,
   params: Any,
   batch: dict[str, Any],
   layers: Sequence[int] = (),
@@ -217,7 +204,8 @@ def attention_maps(
     batch: a short one: the result grows with the square of its length.
     layers: which ones, negative from the end; (): a few over the depth.
   """
-  found = by_layer(_run(model, params, batch, 'attention_maps')).get(WEIGHTS)
+  sown = _run(model, params, batch, 'attention_maps')
+  found = by_layer(model.config, sown).get(WEIGHTS)
   if found is None:
     return {}
   depth = len(found)

@@ -34,6 +34,7 @@ from gated_jax.hf.families import FAMILIES
 from gated_jax.hf.files import DTYPES
 from gated_jax.hf.files import check_free
 from gated_jax.hf.files import whole_folder
+from gated_jax.model.abstract import abstract_parameters
 from gated_jax.paths import expand
 from gated_jax.platform import skip_absent_tpu
 
@@ -151,7 +152,7 @@ def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
   folder = checkpoint.find(source)
   config = checkpoint.load_config(folder)
   files = tokenizer.of_checkpoint(folder, config.data.tokenizer)
-  abstract = convert.abstract_parameters(config.model, mesh)
+  abstract = abstract_parameters(config.model, mesh)
   return config, checkpoint.load_parameters(folder, abstract), files
 
 

@@ -14,20 +14,19 @@ from typing import Any
 
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
-from gated_jax.config import MoEConfig
 from gated_jax.config import RopeConfig
 from gated_jax.config import differences
 from gated_jax.config import from_dict
 from gated_jax.config import names_with
+from gated_jax.config import shortest_pattern
 from gated_jax.config import to_dict
+from gated_jax.config import word_of
 from gated_jax.hf.families import FAMILIES
 from gated_jax.hf.families import Family
 from gated_jax.hf.keys import INERT
 from gated_jax.hf.keys import Keys
-from gated_jax.hf.keys import all_windows
 from gated_jax.hf.keys import read_common
 from gated_jax.hf.keys import read_rope
-from gated_jax.hf.keys import shortest_pattern
 from gated_jax.hf.keys import write_common
 from gated_jax.hf.keys import write_rope
 
@@ -162,8 +161,8 @@ def choose_family(config: ModelConfig) -> Family:
 
 def _canonical(config: ModelConfig) -> ModelConfig:
   """The same model with what does not act on it at its default."""
-  windows = shortest_pattern(all_windows(config))
-  rope, moe, gate = config.rope, config.moe, config.gate
+  words = [word_of(layer, config) for layer in config.layers]
+  rope, gate = config.rope, config.gate
   if rope.scaling != 'yarn':
     rope = RopeConfig(
       base=rope.base,
@@ -173,9 +172,8 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     )
   return dataclasses.replace(
     config,
-    windows=windows,
-    global_rope=config.global_rope or 0 not in windows,
+    lead=(),
+    pattern=shortest_pattern(words),
     rope=rope,
-    moe=moe if moe.experts else MoEConfig(),
     gate=gate if gate.position != 'none' else GateConfig(position='none'),
   )

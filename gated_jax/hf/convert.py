@@ -20,13 +20,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from flax.core import meta
 from jax.experimental import multihost_utils
 
-from gated_jax import sharding
 from gated_jax.config import ModelConfig
 from gated_jax.hf.config import choose_family
 from gated_jax.hf.config import family_named
@@ -43,37 +41,13 @@ from gated_jax.hf.files import write_tensors
 from gated_jax.hf.names import Shape
 from gated_jax.hf.names import Tensor
 from gated_jax.hf.names import tensors
-from gated_jax.model.decoder import Decoder
+from gated_jax.model.abstract import abstract_parameters
 from gated_jax.paths import expand
 
 Tree = Any
 # Of one file, as transformers writes them.
 SHARD_BYTES = 5 * 10**9
 _TIED = ('lm_head.weight', 'model.embed_tokens.weight')
-
-
-def abstract_parameters(
-  config: ModelConfig, mesh: jax.sharding.Mesh | None = None
-) -> Tree:
-  """Shapes, dtypes and places of a model's parameters.
-
-  Args:
-    config: Of the model.
-    mesh: That splits them; None: all on the first device.
-  """
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
-  boxed = boxed['params']
-  if mesh is None:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda _: here, meta.unbox(boxed))
-  else:
-    places = sharding.shardings(mesh, boxed)
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    meta.unbox(boxed),
-    places,
-  )
 
 
 def flatten(tree: Tree) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 from gated_jax.config import ModelConfig
 from gated_jax.hf import names
 from gated_jax.hf.keys import Keys
-from gated_jax.hf.keys import all_windows
 from gated_jax.hf.keys import read_layer_types
 from gated_jax.hf.keys import write_layer_types
 
@@ -54,13 +53,13 @@ def _read_qwen3(keys: Keys, depth: int) -> dict[str, Any]:
     for layer in range(depth)
   ]
   return {
-    'windows': read_layer_types(keys, default, window),
+    'pattern': read_layer_types(keys, default, window),
     'gate': {'position': 'none'},
   }
 
 
 def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
-  windows = all_windows(config)
+  windows = [layer.window for layer in config.layers]
   return write_layer_types(config) | {
     'use_sliding_window': any(windows),
     'max_window_layers': windows.count(0),
@@ -101,10 +100,11 @@ def _read_moe(keys: Keys, depth: int) -> dict[str, Any]:
   keys.expect('mlp_only_layers', [], 'every layer has experts, or none')
   sliding = keys.flag('use_sliding_window', False)
   window = keys.integer('sliding_window', 0, least=0)
+  sees = f':window={window}' if sliding and window else ''
   # Newer versions of transformers write the second name.
   other = keys.integer('num_local_experts', None)
   return {
-    'windows': (window if sliding else 0,),
+    'pattern': (f'attention{sees}+moe',),
     'gate': {'position': 'none'},
     'moe': {
       'experts': keys.integer(
@@ -127,8 +127,8 @@ def _write_moe(config: ModelConfig) -> dict[str, Any]:
     'moe_intermediate_size': config.moe.width,
     'norm_topk_prob': config.moe.normalize,
     'router_aux_loss_coef': config.moe.balance_loss,
-    'use_sliding_window': bool(config.windows[0]),
-    'sliding_window': config.windows[0] or None,
+    'use_sliding_window': bool(config.layers[0].window),
+    'sliding_window': config.layers[0].window or None,
   }
 
 
@@ -146,7 +146,7 @@ def _read_hybrid(keys: Keys, depth: int) -> dict[str, Any]:
   keys.expect('output_gate_type', 'sigmoid')
   default = _interval(depth, every, 'linear_attention')
   return {
-    'windows': read_layer_types(keys, default, None),
+    'pattern': read_layer_types(keys, default, None),
     'norm_zero_centered': True,
     'gate': {'position': 'sdpa_output'},
   }
@@ -184,10 +184,9 @@ def _read_afmoe(keys: Keys, depth: int) -> dict[str, Any]:
   window = keys.integer('sliding_window', 1024)
   default = _interval(depth, every, 'sliding_attention')
   return {
-    'windows': read_layer_types(keys, default, window),
+    'pattern': read_layer_types(keys, default, window, 'attention:nope'),
     'norm': 'sandwich',
     'gate': {'position': 'sdpa_output'},
-    'global_rope': False,
   }
 
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from gated_jax.config import ModelConfig
 from gated_jax.config import RopeConfig
+from gated_jax.config import shortest_pattern
 
 # Their key to our setting, where the value is the same.
 SAME = {
@@ -236,29 +237,16 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
   return values | {'rope_scaling': scaling}
 
 
-def all_windows(config: ModelConfig) -> tuple[int, ...]:
-  """The window of every layer."""
-  return config.windows * (config.depth // len(config.windows))
-
-
-def shortest_pattern(windows: tuple[int, ...]) -> tuple[int, ...]:
-  """What repeats to the windows of all layers."""
-  depth = len(windows)
-  for period in range(1, depth):
-    if depth % period == 0 and windows[:period] * (depth // period) == windows:
-      return windows[:period]
-  return windows
-
-
 def read_layer_types(
-  keys: Keys, default: list[str], window: int | None
-) -> tuple[int, ...]:
-  """The pattern of windows, from a type for each layer.
+  keys: Keys, default: list[str], window: int | None, full: str = 'attention'
+) -> tuple[str, ...]:
+  """The pattern of layers, from a type for each.
 
   Args:
     keys: Of config.json.
     default: The types where the key is absent; as long as there are layers.
     window: Of sliding layers; None: there may be none.
+    full: The word of a layer that sees all tokens before it.
   """
   types = keys.sequence('layer_types', str, default)
   if len(types) != len(default):
@@ -266,21 +254,22 @@ def read_layer_types(
       f'{keys.where} has {len(types)} layer_types for '
       f'num_hidden_layers={len(default)}'
     )
-  sizes = {'full_attention': 0}
+  words = {'full_attention': full}
   if window is not None:
-    sizes['sliding_attention'] = window
+    sliding = f'attention:window={window}' if window else 'attention'
+    words['sliding_attention'] = sliding
   for layer, kind in enumerate(types):
-    if kind not in sizes:
+    if kind not in words:
       raise ValueError(
         f'{keys.where}: layer {layer} is {reprlib.repr(kind)}, and the decoder '
-        f'has {" and ".join(sizes)} here'
+        f'has {" and ".join(words)} here'
       )
-  return shortest_pattern(tuple(sizes[kind] for kind in types))
+  return shortest_pattern([words[kind] for kind in types])
 
 
 def write_layer_types(config: ModelConfig) -> dict[str, Any]:
-  """Of several sizes the key holds one, which reading back finds out."""
-  windows = all_windows(config)
+  """A type for each layer, and one window, which reading back compares."""
+  windows = [layer.window for layer in config.layers]
   return {
     'layer_types': [
       'sliding_attention' if size else 'full_attention' for size in windows

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gated_jax.config import ModelConfig
+from gated_jax.model import tree
 
 Shape = tuple[int, ...]
 
@@ -151,22 +152,16 @@ class Tensor:
     return np.ascontiguousarray(joined.reshape(self.shape[::-1]).T)
 
 
-def _place(config: ModelConfig, layer: int) -> tuple[str, tuple[int, ...]]:
-  """Where the tree keeps a layer: the path before it, the index into it."""
-  period = len(config.windows)
-  if not config.scan:
-    return f'layers_{layer}/', ()
-  if period == 1:
-    return 'layers/', (layer,)
-  return f'layers/block_{layer % period}/', (layer // period,)
-
-
 def _tensor(
   row: Row, config: ModelConfig, shapes: Mapping[str, Shape], numbers: Shape
 ) -> Tensor | None:
   """The row's tensor for a layer and an expert; None where ours has none."""
-  prefix, index = _place(config, numbers[0]) if numbers else ('', ())
-  index += numbers[1:]
+  prefix = ''
+  index: tuple[int, ...] = ()
+  if numbers:
+    path, stacked = tree.address(config, numbers[0])
+    prefix = '/'.join((*path, ''))
+    index = numbers[1:] if stacked is None else (stacked, *numbers[1:])
   leaves = tuple(prefix + path for path in row.ours if prefix + path in shapes)
   if not leaves or leaves[0] != prefix + row.ours[0]:
     return None

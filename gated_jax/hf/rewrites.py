@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
-from gated_jax.hf.convert import abstract_parameters
 from gated_jax.hf.convert import flatten
 from gated_jax.hf.convert import unflatten
+from gated_jax.model.abstract import abstract_parameters
 
 Tree = Any
 Model = tuple[ModelConfig, Tree]

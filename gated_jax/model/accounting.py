@@ -1,77 +1,83 @@
 """How many parameters a model has, and how many FLOPs a token costs it.
 
-Both in closed form from the config, without building anything:
-
-    embed, unembed      V D each (tied: embed alone)
-    attention           L * 2 D H (N + K)
-    gate                L * D N H, or as the table in `gate.py` says
-    mlp                 L * 3 D F
-    router, experts     L * D E, L * 3 D F_e E, and F_s for the shared expert
-    norms               what is left: vectors
-
-`count_parameters` gives the same of a tree of parameters.
+Both are sums over the parameters that the model makes, each of which says what
+it is (`parameters.py`), and over what its mixers compute beside their matrices.
+Nothing is allocated.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
+from flax.core import meta
 
 from gated_jax.config import ModelConfig
+from gated_jax.model import parameters as kinds
+from gated_jax.model import tree
+from gated_jax.model.abstract import boxed_parameters
+from gated_jax.model.mixers import mixer_named
+from gated_jax.model.parameters import Kind
 
-# Part of each submodule's parameters; the innermost name decides.
-_PARTS = {
-  'embed': 'embed',
-  'unembed': 'unembed',
-  'attention': 'attention',
-  'gate': 'gate',
-  'mlp': 'mlp',
-  'moe': 'experts',
-  'router': 'router',
-}
+# The backward pass of a product takes two products of the same size.
+PASSES = 3
 
 
-def _gate(config: ModelConfig) -> int:
-  """Parameters of one layer's gate."""
-  c, g = config, config.gate
-  if not g.has_scores:
-    return 0
-  if g.position == 'dense_output':
-    scores = c.width
-  else:
-    heads = c.kv_heads if g.position in ('key', 'value') else c.heads
-    scores = heads * (1 if g.granularity == 'headwise' else c.head_dim)
-  inputs = 1 if g.source == 'parameter' else g.channels or c.width
-  return inputs * scores
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+  """One array of a model: its part in the sums, and its numbers.
+
+  Attributes:
+    part: embed, unembed, norms, gate, router, experts, mlp, or a mixer's word.
+    size: of the array.
+    active: how many of them one token uses; of experts those that it chooses.
+    multiplied: whether a token is multiplied by those.
+  """
+
+  part: str
+  size: int
+  active: int
+  multiplied: bool
 
 
-def _mlp(config: ModelConfig, experts: int) -> dict[str, int]:
-  """Parameters of one layer's MLP, or of that many of its experts."""
-  c, moe = config, config.moe
-  if not moe.experts:
-    return {'mlp': 3 * c.width * c.mlp_width}
-  return {
-    'router': c.width * moe.experts,
-    'experts': 3 * c.width * (experts * moe.width + moe.shared_width),
+def _part(
+  config: ModelConfig, path: tuple[str, ...], about: kinds.About
+) -> str:
+  """The name under which a parameter is counted."""
+  by_kind = {
+    Kind.GATE: 'gate',
+    Kind.GATE_SCORES: 'gate',
+    Kind.ROUTER: 'router',
+    Kind.EMBEDDING: path[0],
   }
+  if about.kind in by_kind:
+    return by_kind[about.kind]
+  if about.kind is not Kind.MATRIX:
+    return 'norms'
+  layer = tree.layer_of(config, path)
+  if layer is None:
+    raise ValueError(f'the matrix {"/".join(path)} lies in no layer')
+  within = path[len(tree.address(config, layer).path)]
+  return 'experts' if within == 'moe' else within
 
 
-def _norms(config: ModelConfig) -> int:
-  """Scales of one layer's norms."""
-  c = config
-  heads = 2 * c.qk_norm + (c.gate.kind == 'rms_norm')
-  return c.width * (4 if c.norm == 'sandwich' else 2) + c.head_dim * heads
-
-
-def _matrices(config: ModelConfig, experts: int) -> dict[str, int]:
-  """Parameters of all layers that stand in products, or are a gate's."""
-  c = config
-  layer = {
-    'attention': 2 * c.width * c.head_dim * (c.heads + c.kv_heads),
-    'gate': _gate(c),
-    **_mlp(c, experts),
-  }
-  return {part: c.depth * count for part, count in layer.items()}
+def _all(config: ModelConfig) -> list[_Parameter]:
+  # The same numbers, and only one repetition of the pattern to trace.
+  config = dataclasses.replace(config, scan=True)
+  boxed = boxed_parameters(config)
+  facts = kinds.about(boxed)
+  shapes: Any = jax.tree_util.tree_leaves_with_path(meta.unbox(boxed))
+  result = []
+  for path, leaf in shapes:
+    names = tuple(str(part.key) for part in path)
+    about, size = facts[names], math.prod(leaf.shape)
+    active = size
+    if 'experts' in about.axes:
+      active = size * config.moe.top_k // config.moe.experts
+    multiplied = about.kind in kinds.MULTIPLIED
+    part = _part(config, names, about)
+    result.append(_Parameter(part, size, active, multiplied))
+  return result
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -80,64 +86,42 @@ def parameters(config: ModelConfig) -> dict[str, int]:
   Active are all but the experts that a token does not choose; an embedding
   counts whole.
   """
-  c = config
-  parts = {'embed': c.vocab * c.width}
-  if not c.tie_embeddings:
-    parts['unembed'] = c.vocab * c.width
-  parts |= _matrices(c, c.moe.experts)
-  parts['norms'] = c.depth * _norms(c) + c.width
-  total = sum(parts.values())
-  idle = parts.get('experts', 0) - _matrices(c, c.moe.top_k).get('experts', 0)
-  return {**parts, 'total': total, 'active': total - idle}
-
-
-def count_parameters(params: Any) -> dict[str, int]:
-  """Parameters of a `Decoder` by part, and their `total`.
-
-  Args:
-    params: the tree `Decoder.init` makes, or its shapes, boxed or not.
-
-  Raises:
-    ValueError: a parameter is of no part known here.
-  """
   counts: dict[str, int] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    # A box's own key is none of a dict.
-    names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-    parts = [_PARTS[name] for name in names if name in _PARTS]
-    if names[-1:] == ['scale']:
-      parts = ['norms']
-    if not parts:
-      raise ValueError(f'{"/".join(names)} is no parameter of a Decoder')
-    counts[parts[-1]] = counts.get(parts[-1], 0) + math.prod(leaf.shape)
-  return {**counts, 'total': sum(counts.values())}
-
-
-def _visible(length: int, window: int) -> float:
-  """Keys that a query sees, on average over a row of one document."""
-  window = min(window or length, length)
-  return window - window * (window - 1) / (2 * length)
+  every = _all(config)
+  for parameter in every:
+    counts[parameter.part] = counts.get(parameter.part, 0) + parameter.size
+  total = sum(parameter.size for parameter in every)
+  active = sum(parameter.active for parameter in every)
+  return {**counts, 'total': total, 'active': active}
 
 
 def flops_per_token(config: ModelConfig, length: int) -> dict[str, float]:
   """FLOPs to train on one token, by part: forward, and twice that backward.
 
   Products of matrices alone, two FLOPs for each multiplication, and only what
-  the mathematics needs: keys that causality and windows leave to be seen,
-  experts that are chosen, nothing recomputed. Rows are taken as one document;
-  shorter ones cost less attention.
+  the mathematics needs: keys that causality and windows leave visible, experts
+  that are chosen, nothing recomputed. Rows are taken as one document; shorter
+  ones cost less attention.
 
   Args:
-    config: the model.
+    config: of the model.
     length: tokens in a row.
+
+  Returns:
+    FLOPs of each part; a mixer's matrices are its `_projections`.
   """
-  c = config
-  products = _matrices(c, c.moe.top_k)
-  products['attention_projections'] = products.pop('attention')
-  if c.gate.source == 'parameter':
-    products['gate'] = 0
-  products['logits'] = c.vocab * c.width
-  repeats = c.depth // len(c.windows)
-  seen = repeats * sum(_visible(length, window) for window in c.windows)
-  flops = {part: 6.0 * count for part, count in products.items()}
-  return {**flops, 'attention': 6.0 * 2 * c.heads * c.head_dim * seen}
+  flops: dict[str, float] = {}
+
+  def add(part: str, forward: float) -> None:
+    flops[part] = flops.get(part, 0.0) + PASSES * forward
+
+  mixers = {layer.mixer for layer in config.layers}
+  for parameter in _all(config):
+    if parameter.multiplied:
+      part = parameter.part
+      part += '_projections' if part in mixers else ''
+      add(part, 2.0 * parameter.active)
+  add('logits', 2.0 * config.vocab * config.width)
+  for layer in config.layers:
+    add(layer.mixer, mixer_named(layer.mixer).flops(config, layer, length))
+  return flops

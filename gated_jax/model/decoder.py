@@ -1,72 +1,49 @@
 """The language model: embedding, layers, norm, logits.
 
-    x += attention(norm(x))      x += mlp(norm(x))      logits = norm(x) W
+    x = embed(tokens)      x = layer(x), ...      logits = norm(x) W
 
-Layers are scanned: one is compiled, its parameters are stacked along a first
-axis. Where `config.windows` is a pattern, the whole pattern is scanned.
+Which layers there are is said by words (`gated_jax/config/stack.py`). Those of
+`lead` stand alone; the pattern after them is scanned: one period is compiled,
+and its parameters are stacked along a first axis. `tree.py` says where each
+layer lies, `block.py` what a layer does and what its backward pass recomputes.
 
-What backward recomputes is `config.remat`; arrays are saved by name:
-
-    none       nothing is recomputed
-    minimal    norms and products only: every matmul's output is saved
-    attention  the MLP as well: what attention reads and writes is saved
-    full       everything but the inputs of the layers
-
-Read `attention.py` and `gate.py` for what this project is about.
+Read `mixers/attention.py` and `gate.py` for what this project is about.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
 from gated_jax import sharding
+from gated_jax.config import LayerSpec
 from gated_jax.config import ModelConfig
-from gated_jax.model.attention import KV
-from gated_jax.model.attention import GatedAttention
-from gated_jax.model.attention import Surroundings
-from gated_jax.model.gate import LOGITS_NAME
-from gated_jax.model.layers import MEAN_NAME
-from gated_jax.model.layers import MLP
+from gated_jax.model.block import Extras
+from gated_jax.model.block import Output
+from gated_jax.model.block import Period
+from gated_jax.model.block import collect
+from gated_jax.model.block import with_remat
 from gated_jax.model.layers import Embed
+from gated_jax.model.layers import Scale
 from gated_jax.model.layers import Unembed
-from gated_jax.model.layers import norm
-from gated_jax.model.moe import MoE
+from gated_jax.model.layers import rms_norm
+from gated_jax.model.mixer import Context
+from gated_jax.model.mixers import mixer_named
 from gated_jax.ops import loss as losses
-from gated_jax.ops import probes
 from gated_jax.ops import rope
 from gated_jax.ops.attention import context
-from gated_jax.ops.attention.spec import LSE_NAME
-from gated_jax.ops.attention.spec import OUTPUT_NAME
-
-GATED = (LOGITS_NAME, OUTPUT_NAME, LSE_NAME)
-# What each policy saves; 'none' is no policy at all.
-SAVED: dict[str, tuple[str, ...]] = {
-  'full': (),
-  'attention': ('query', 'key', 'value', *GATED, MEAN_NAME),
-  'minimal': (
-    'query_projection',
-    'key_projection',
-    'value_projection',
-    *GATED,
-    'attention_result',
-    'mlp_gate',
-    'mlp_up',
-    MEAN_NAME,
-  ),
-}
 
 
 class Loss(NamedTuple):
-  """Of a batch; means go over tokens by their weight."""
+  """Loss of a batch; means go over tokens by their weight."""
 
   total: Float[Array, '']  # what is minimised
   nll: Float[Array, '']  # nats
@@ -75,116 +52,12 @@ class Loss(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """Keys and values of all layers, and how many tokens each row has."""
+  """The states of all layers, and how many tokens of each row they hold."""
 
-  layers: Any  # KV stacked as the parameters are, or one for each layer
+  lead: tuple[Any, ...]  # one for each layer of the config's lead
+  # One for each layer, or for each word of the pattern a stack of its layers.
+  layers: tuple[Any, ...]
   length: Int[Array, ' B']
-
-
-@struct.dataclass
-class Call:
-  """What all layers of one call share."""
-
-  around: Surroundings
-  valid: Array | None
-  deterministic: bool = struct.field(pytree_node=False)
-
-
-class Layer(nn.Module):
-  """Attention, then MLP or experts."""
-
-  config: ModelConfig
-  window: int
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, 'B T D'], cache: KV | None, call: Call
-  ) -> tuple[Array, tuple[KV | None, dict[str, dict[str, Array]]]]:
-    c = self.config
-    around = call.around
-    if not (c.global_rope or self.window):
-      around = around._replace(rotation=None)
-    y = self._attention()(
-      norm(c, 'attention_norm')(x),
-      around=around,
-      cache=cache,
-      deterministic=call.deterministic,
-    )
-    if cache is not None:
-      y, cache = y
-    x = self._add(x, y, 'attention_post_norm', call)
-    x = checkpoint_name(x, 'attention_result')
-    h = norm(c, 'mlp_norm')(x)
-    extras: dict[str, dict[str, Array]] = {'losses': {}, 'logs': {}}
-    if c.moe.experts:
-      y, *found = MoE(c, name='moe')(h, call.valid)
-      extras = dict(zip(extras, found, strict=True))
-    else:
-      y = MLP(c, c.mlp_width, name='mlp')(h)
-    x = self._add(x, y, 'mlp_post_norm', call)
-    if self.is_mutable_collection('probes') and not self.is_initializing():
-      valid = call.valid
-      valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
-      largest = probes.largest_activation(x, valid)
-      self.sow('probes', 'residual_max', largest)
-    return x, (cache, extras)
-
-  def _add(self, x: Array, y: Array, name: str, call: Call) -> Array:
-    """x plus what a block makes of it."""
-    c = self.config
-    if c.norm == 'sandwich':
-      y = norm(c, name)(y)
-    if c.dropout:
-      y = nn.Dropout(c.dropout, deterministic=call.deterministic)(y)
-    return sharding.constrain(x + y.astype(x.dtype), *sharding.RESIDUAL)
-
-  def _attention(self) -> GatedAttention:
-    c = self.config
-    return GatedAttention(
-      num_heads=c.heads,
-      num_kv_heads=c.kv_heads,
-      qkv_features=c.heads * c.head_dim,
-      gate=c.gate,
-      causal=True,
-      window=self.window,
-      dropout_rate=c.dropout,
-      qk_norm=c.qk_norm,
-      norm_eps=c.norm_eps,
-      norm_zero_centered=c.norm_zero_centered,
-      init_std=c.init_std,
-      dtype=c.dtype,
-      param_dtype=c.param_dtype,
-      implementation=c.attention,
-      name='attention',
-    )
-
-
-class Pattern(nn.Module):
-  """As many layers as the windows' pattern is long."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, 'B T D'], caches: Any, call: Call
-  ) -> tuple[Array, Any]:
-    found = []
-    for i, window in enumerate(self.config.windows):
-      cache = None if caches is None else caches[i]
-      layer = _remat(Layer, self.config)(self.config, window, name=f'block_{i}')
-      x, out = layer(x, cache, call)
-      found.append(out)
-    caches, extras = zip(*found, strict=True)
-    extras = jax.tree.map(lambda *each: jnp.stack(each), *extras)
-    return x, (None if caches[0] is None else caches, extras)
-
-
-def _remat(layer: type[nn.Module], config: ModelConfig) -> Any:
-  if config.remat == 'none':
-    return layer
-  policy = jax.checkpoint_policies.save_only_these_names(*SAVED[config.remat])
-  # A scan keeps backward apart from forward by itself.
-  return nn.remat(layer, policy=policy, prevent_cse=not config.scan)
 
 
 class Decoder(nn.Module):
@@ -192,28 +65,35 @@ class Decoder(nn.Module):
 
   config: ModelConfig
 
-  def setup(self):
+  def setup(self) -> None:
+    """Makes the embedding, the layers and the last norm."""
     c = self.config
     self.embed = Embed(c)
+    lead = len(c.lead) if c.scan else 0
+    block = with_remat(c)
     if c.scan:
-      single = len(c.windows) == 1
-      repeated: Any = nn.scan(
-        _remat(Layer, c) if single else Pattern,
-        variable_axes={'params': 0, 'probes': 0, 'attention_maps': 0},
-        split_rngs={'params': True, 'dropout': True},
-        in_axes=(0, nn.broadcast),
-        length=c.depth // len(c.windows),
-        metadata_params={nn.PARTITION_NAME: 'layers'},
-      )
-      self.layers = repeated(c, c.windows[0]) if single else repeated(c)
+      self.lead = [block(c, layer) for layer in c.layers[:lead]]
+      if c.depth > lead:
+        self.layers = self._scanned()
     else:
-      self.layers = [
-        _remat(Layer, c)(c, c.windows[i % len(c.windows)])
-        for i in range(c.depth)
-      ]
-    self.final_norm = norm(c)
+      self.layers = [block(c, layer) for layer in c.layers]
+    self.final_norm = Scale(c.width, c.norm_zero_centered, c.param_dtype)
     if not c.tie_embeddings:
       self.unembed = Unembed(c)
+
+  def _scanned(self) -> Any:
+    """The pattern, repeated by a scan over stacked parameters."""
+    c = self.config
+    period = len(c.pattern)
+    repeated: Any = nn.scan(
+      with_remat(c) if period == 1 else Period,
+      variable_axes={'params': 0, 'probes': 0, 'attention_maps': 0},
+      split_rngs={'params': True, 'dropout': True},
+      in_axes=(0, nn.broadcast),
+      length=(c.depth - len(c.lead)) // period,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    return repeated(c, c.layers[-1]) if period == 1 else repeated(c)
 
   def __call__(
     self,
@@ -230,14 +110,14 @@ class Decoder(nn.Module):
 
     Args:
       tokens: ids below config.vocab.
-      segments: document numbers; 0 is padding. Queries see their own
-        document. With a cache they only say which tokens are none.
-      positions: of each token in its document; None: in its row.
+      segments: document numbers; 0 is padding. Tokens see their own document.
+        With a cache only the padding counts.
+      positions: each token's position in its document; None: in its row.
       cache: from `init_cache` or an earlier call; its tokens come before
         these. Padding has to be at the end of a row.
       deterministic: no dropout.
-      last: only of each row's last token that is no padding: T is 1.
-      skip_below: leaves heads out whose gate scores are all below it; see
+      last: logits of each row's last token that is not padding, so that T is 1.
+      skip_below: heads whose gate scores are all below it are left out; see
         `gated_jax/ops/attention/decode.py`.
 
     Returns:
@@ -268,28 +148,34 @@ class Decoder(nn.Module):
     """Mean loss of packed rows.
 
     Args:
-      batch: tokens, targets, segments, positions (int32) and weights
-        (float32), each [B, T]. Without segments a row is one document,
-        without positions they count from its beginning.
+      batch: as `gated_jax/data/batch.py` describes it. Without segments a row
+        is one document, without positions they count from its beginning.
       deterministic: no dropout.
     """
     c = self.config
     batch = _permute(batch, self._order(batch['tokens'].shape[1], None))
     x, _, extras = self._hidden(batch, None, deterministic)
-    found = self._cross_entropy(x, batch['targets'], batch['weights'])
-    # Of each layer one value: their mean, so that depth changes no balance.
-    extras = jax.tree.map(jnp.mean, extras)
-    total = sum(extras['losses'].values(), found.total)
-    metrics = {f'moe/{name}': x for name, x in extras['logs'].items()}
+    sums = self._cross_entropy(x, batch['targets'], batch['weights'])
+    # The mean over layers, so that depth changes no balance.
+    means = jax.tree.map(jnp.mean, extras)
+    total = sum(means.get('losses', {}).values(), sums.total)
+    logs = means.get('logs', {})
+    metrics = {f'moe/{name}': x for name, x in logs.items()}
     if c.z_loss:
-      metrics['z'] = found.z
-    return Loss(total, found.nll, found.weight, metrics)
+      metrics['z'] = sums.z
+    return Loss(total, sums.nll, sums.weight, metrics)
 
-  def _order(self, length: int, cache: Cache | None) -> Any:
-    """Positions in the order that splits them over devices; None: as is."""
+  def _order(self, length: int, cache: Cache | None) -> Array | None:
+    """Positions in the order that splits them over devices; None: in order."""
     parts = sharding.axis_size('length')
     if parts == 1:
       return None
+    for layer in self.config.distinct_layers:
+      if not mixer_named(layer.mixer).splits_sequence:
+        raise ValueError(
+          f'mesh.context={parts} splits rows over devices, which a layer of '
+          f'the mixer {layer.mixer!r} cannot carry: set mesh.context=1'
+        )
     if cache is not None:
       raise ValueError(
         f'decoding with a cache needs a context axis of 1, not {parts}'
@@ -307,39 +193,79 @@ class Decoder(nn.Module):
     cache: Cache | None,
     deterministic: bool,
     skip_below: Array | None = None,
-  ) -> tuple[Array, Cache | None, dict[str, dict[str, Array]]]:
-    """Final hidden states; what layers returned beside, stacked."""
-    c = self.config
+  ) -> tuple[Array, Cache | None, Extras]:
+    """Final hidden states, the cache, and the layers' numbers, by name."""
     tokens, segments = inputs['tokens'], inputs.get('segments')
-    positions = inputs.get('positions')
+    length = None if cache is None else cache.length
+    valid = None if segments is None else segments != 0
+    ctx = Context(
+      segments=segments if cache is None else None,
+      valid=valid,
+      rotations=self._rotations(tokens, inputs.get('positions'), length),
+      cache_length=length,
+      skip_below=skip_below,
+      deterministic=deterministic,
+    )
+    x = sharding.constrain(self.embed(tokens), *sharding.RESIDUAL)
+    x, cache, extras = self._layers(x, cache, ctx)
+    if cache is not None:
+      new = (
+        tokens.shape[1]
+        if valid is None
+        else jnp.sum(valid, axis=1, dtype=jnp.int32)
+      )
+      cache = cache._replace(length=cache.length + new)
+    x = rms_norm(x, self.final_norm(), self.config.norm_eps)
+    return x, cache, extras
+
+  def _rotations(
+    self, tokens: Array, positions: Array | None, cache_length: Array | None
+  ) -> tuple[rope.Rotation, ...]:
+    """What layers rotate these tokens' queries and keys by."""
     b, t = tokens.shape
-    index = None if cache is None else cache.length
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-      if index is not None:
-        positions += index[:, None]
-    spec = rope.RopeSpec(**vars(c.rope))
-    rotation = rope.rotation(positions, c.head_dim, spec)
-    if c.scan:  # else TPU compilers make it anew in every layer
-      rotation = rope.Rotation(*jax.lax.optimization_barrier(rotation))
-    around = Surroundings(rotation, segments, index, skip_below)
-    valid = None if segments is None else segments != 0
-    call = Call(around, valid, deterministic)
-    x = sharding.constrain(self.embed(tokens), *sharding.RESIDUAL)
-    caches = None if cache is None else cache.layers
-    if c.scan:
-      x, (caches, extras) = self.layers(x, caches, call)
-    else:
-      found = []
-      for i, layer in enumerate(self.layers):
-        x, out = layer(x, None if caches is None else caches[i], call)
-        found.append(out)
-      caches, every = zip(*found, strict=True)
-      extras = jax.tree.map(lambda *each: jnp.stack(each), *every)
+      if cache_length is not None:
+        positions += cache_length[:, None]
+    rotations = []
+    for config, head_dim in self.config.rotations:
+      spec = rope.RopeSpec(**dataclasses.asdict(config))
+      rotation = rope.rotation(positions, head_dim, spec)
+      if self.config.scan:  # else TPU compilers compute it again in every layer
+        rotation = rope.Rotation(*jax.lax.optimization_barrier(rotation))
+      rotations.append(rotation)
+    return tuple(rotations)
+
+  def _layers(
+    self, x: Array, cache: Cache | None, ctx: Context
+  ) -> tuple[Array, Cache | None, Extras]:
+    """Runs all layers, those of the lead first."""
+    c = self.config
+    outputs: list[Output] = []
+    alone = self.lead if c.scan else self.layers
+    states = (None,) * len(alone)
     if cache is not None:
-      new = t if valid is None else jnp.sum(valid, axis=1, dtype=jnp.int32)
-      cache = Cache(caches, cache.length + new)
-    return self.final_norm(x), cache, extras
+      states = cache.lead if c.scan else cache.layers
+    for layer, state in zip(alone, states, strict=True):
+      x, output = layer(x, state, ctx)
+      outputs.append(output)
+    new = tuple(output.state for output in outputs)
+    extras = [output.extras for output in outputs]
+    if not c.scan:
+      cache = None if cache is None else cache._replace(layers=new)
+      return x, cache, collect(extras)
+    if c.depth == len(c.lead):
+      cache = None if cache is None else cache._replace(lead=new)
+      return x, cache, collect(extras)
+    single = len(c.pattern) == 1
+    stacked = None
+    if cache is not None:
+      stacked = cache.layers[0] if single else cache.layers
+    x, repeated = self.layers(x, stacked, ctx)
+    if cache is not None:
+      stacked = (repeated.state,) if single else repeated.state
+      cache = cache._replace(lead=new, layers=stacked)
+    return x, cache, _join(collect(extras), repeated.extras)
 
   def _cross_entropy(
     self, x: Array, targets: Array, weights: Array
@@ -353,13 +279,26 @@ class Decoder(nn.Module):
       vocab_axis=''.join(sharding.mesh_axes('vocab')),
       width_axes=sharding.mesh_axes('embed'),
     )
-    place = functools.partial(_place, c.tie_embeddings)
+    place = functools.partial(_on_each_device, c.tie_embeddings)
     return losses.cross_entropy(
       x, self._matrix(), targets, weights, spec, place
     )
 
 
-def _place(tied: bool, function: Any, differentiate: bool) -> Any:
+def _join(lead: Extras, repeated: Extras) -> Extras:
+  """The numbers of the lead's layers, then those of the scanned ones."""
+  joined = {group: dict(numbers) for group, numbers in repeated.items()}
+  for group, numbers in lead.items():
+    for name, x in numbers.items():
+      scanned = joined.setdefault(group, {})
+      rest = [scanned[name].ravel()] if name in scanned else []
+      scanned[name] = jnp.concatenate([x, *rest])
+  return joined
+
+
+def _on_each_device(
+  tied: bool, function: Callable[..., Any], differentiate: bool
+) -> Callable[..., Any]:
   """The loss on each device's tokens and part of the vocabulary."""
   rows = ('batch', 'length')
   tokens = (*rows, None)
@@ -369,25 +308,29 @@ def _place(tied: bool, function: Any, differentiate: bool) -> Any:
   return sharding.per_device(function, (tokens, matrix, rows, rows), outputs)
 
 
-def _last_token(x: Array, segments: Array | None) -> Array:
-  """[B, 1, D] of [B, T, D]; the first where a row is all padding."""
+def _last_token(
+  x: Float[Array, 'B T D'], segments: Int[Array, 'B T'] | None
+) -> Float[Array, 'B 1 D']:
+  """[B, 1, D] of [B, T, D]; the first token's where a row is all padding."""
   if segments is None:
     return x[:, -1:]
   at = jnp.max(jnp.arange(x.shape[1]) * (segments != 0), axis=1)
   return jnp.take_along_axis(x, at[:, None, None], axis=1)
 
 
-def _permute(inputs: dict[str, Any], order: Any) -> dict[str, Any]:
+def _permute(inputs: dict[str, Any], order: Array | None) -> dict[str, Any]:
+  """Arrays [B, T] with their tokens in another order."""
   if order is None:
     return inputs
-  moved = {}
-  for name, x in {'positions': None, **inputs}.items():
-    if x is None and name == 'positions':
-      x = jnp.broadcast_to(jnp.arange(len(order)), inputs['tokens'].shape)
-    if x is not None:
-      x = sharding.constrain(x[:, order], 'batch', 'length')
-    moved[name] = x
-  return moved
+  positions = inputs.get('positions')
+  if positions is None:
+    positions = jnp.broadcast_to(jnp.arange(len(order)), inputs['tokens'].shape)
+  return {
+    name: None
+    if x is None
+    else sharding.constrain(x[:, order], 'batch', 'length')
+    for name, x in (inputs | {'positions': positions}).items()
+  }
 
 
 def init_cache(
@@ -395,24 +338,22 @@ def init_cache(
 ) -> Cache:
   """An empty cache with room for `length` tokens in each of `batch` rows."""
   kind = jnp.dtype(dtype or config.dtype)
-  shape = (batch, config.kv_heads, length, config.head_dim)
 
-  def layer(*stacked):
-    axes = (*[None] * len(stacked), 'batch', 'kv_heads', 'kv_length', None)
-    # Two arrays, so that both can be donated.
-    return KV(
-      *(
-        sharding.constrain(jnp.zeros((*stacked, *shape), kind), *axes)
-        for _ in KV._fields
-      )
-    )
+  def state(layer: LayerSpec, *stacked: int) -> Any:
+    init = mixer_named(layer.mixer).init_state
+    return init(config, layer, batch, length, kind, stacked)
 
-  pattern = len(config.windows)
-  layers: Any
+  lead, rest = (
+    config.layers[: len(config.lead)],
+    config.layers[len(config.lead) :],
+  )
+  empty = jnp.zeros(batch, jnp.int32)
   if not config.scan:
-    layers = tuple(layer() for _ in range(config.depth))
-  elif pattern == 1:
-    layers = layer(config.depth)
-  else:
-    layers = tuple(layer(config.depth // pattern) for _ in range(pattern))
-  return Cache(layers, jnp.zeros(batch, jnp.int32))
+    return Cache((), tuple(state(layer) for layer in config.layers), empty)
+  repeats = len(rest) // len(config.pattern)
+  stacks = rest[: len(config.pattern)]
+  return Cache(
+    tuple(state(layer) for layer in lead),
+    tuple(state(layer, repeats) for layer in stacks),
+    empty,
+  )

@@ -1,12 +1,12 @@
-"""The gate's parameters: `kernel` or `scores`, and the logits they make.
+"""The gate's parameters, `kernel` or `scores`, and the logits they make.
 
-    position        elementwise   headwise    logits
+    position        elementwise   headwise    gate logits
     query, sdpa_output   [D, N, H]     [D, N]      [B, T, N, H or 1]
     key, value           [D, K, H]     [D, K]      [B, T, K, H or 1]
     dense_output         [D, D]                    [B, T, D]
 
-`gated_jax/ops/gate.py` is what the logits mean, `attention.py` beside this
-file where they act.
+`gated_jax/ops/gate.py` says what the logits mean, `mixers/attention.py` where
+they act.
 """
 
 from typing import Any
@@ -17,13 +17,15 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from gated_jax.config import GateConfig
-from gated_jax.model.layers import normal
-from gated_jax.model.layers import parameter
+from gated_jax.model.layers import Matrix
 from gated_jax.model.layers import project
+from gated_jax.model.parameters import Kind
+from gated_jax.model.parameters import normal
+from gated_jax.model.parameters import parameter
 from gated_jax.ops import gate as ops
 from gated_jax.sharding import Axes
 
-# Backward needs the logits; remat policies know them by this name.
+# The backward pass needs the gate logits; remat policies know this name.
 LOGITS_NAME = 'gate_logits'
 
 
@@ -35,44 +37,78 @@ def gate_spec(config: GateConfig) -> ops.GateSpec:
 
 
 class Gate(nn.Module):
-  """Logits from the hidden state, or the same for every token."""
+  """Owns the gate's parameter: a matrix, or scores shared by every token."""
 
   config: GateConfig
-  shape: tuple[int, ...]  # of what is gated, of one token: heads and channels
-  axes: Axes
-  dtype: Any = 'float32'
+  inputs: int  # channels of the layer's input
+  shape: tuple[int, ...]  # heads and channels of one gated token
+  axes: Axes  # logical names of `shape`
   param_dtype: Any = 'float32'
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, 'B T D'], bare: bool = False
-  ) -> Float[Array, '...']:
-    """Logits; `bare`: the kernel instead, for whoever multiplies it by x."""
+  def __call__(self) -> Matrix:
+    """The matrix; constant scores come as one without inputs."""
     c = self.config
-    headwise = c.granularity == 'headwise'
     shape, axes = self.shape, self.axes
-    if headwise:
+    if c.granularity == 'headwise':
       shape, axes = shape[:-1], axes[:-1]
-    std = c.init_std if c.init == 'normal' else 0.0
+    init = normal(c.init_std if c.init == 'normal' else 0.0)
     if c.source == 'parameter':
-      logits = parameter(
-        self, 'scores', shape, axes, init=normal(std), dtype=self.param_dtype
-      )
-      logits = logits.astype(jnp.dtype(self.dtype))[None, None]
-    else:
-      x = x[..., : c.channels] if c.channels else x
-      # A few channels are too few to be split over devices.
-      into = None if c.channels else 'embed'
-      axes = (into, *axes)
-      kernel = parameter(
+      scores = parameter(
         self,
-        'kernel',
-        (x.shape[-1], *shape),
+        'scores',
+        shape,
         axes,
-        init=normal(std),
+        Kind.GATE_SCORES,
+        init=init,
         dtype=self.param_dtype,
       )
-      if bare:
-        return kernel
-      logits = project(x, kernel, axes, self.dtype, name=LOGITS_NAME)
-    return logits[..., None] if headwise else logits
+      return Matrix(scores, axes, inputs=0)
+    # A few channels are too few to be split over devices.
+    axes = (None if c.channels else 'embed', *axes)
+    kernel = parameter(
+      self,
+      'kernel',
+      (c.channels or self.inputs, *shape),
+      axes,
+      Kind.GATE,
+      init=init,
+      dtype=self.param_dtype,
+      inputs=1,
+    )
+    return Matrix(kernel, axes)
+
+
+def gate_logits(
+  config: GateConfig, matrix: Matrix, x: Float[Array, 'B T D'], dtype: Any
+) -> Float[Array, '...']:
+  """Gate logits of every token, with a last axis of 1 if they are headwise.
+
+  Args:
+    config: of the gate.
+    matrix: from `Gate`.
+    x: the layer's input.
+    dtype: of the product.
+  """
+  if matrix.inputs:
+    x = x[..., : config.channels] if config.channels else x
+    logits = project(x, matrix, dtype, name=LOGITS_NAME)
+  else:
+    logits = matrix.value.astype(jnp.dtype(dtype))[None, None]
+  return logits[..., None] if config.granularity == 'headwise' else logits
+
+
+def gate_scores(
+  config: GateConfig, logits: Float[Array, '...']
+) -> Float[Array, '...']:
+  """Scores of gate logits, averaged over heads where the config shares them."""
+  scores = ops.gate_scores(logits, gate_spec(config))
+  return ops.share_over_heads(scores) if config.shared else scores
+
+
+def apply_gate(
+  config: GateConfig, y: Float[Array, '...'], logits: Float[Array, '...']
+) -> Float[Array, '...']:
+  """y, multiplied by the scores of these logits or with them added."""
+  scores = gate_scores(config, logits)
+  return ops.apply_scores(y, scores, gate_spec(config))

@@ -1,7 +1,7 @@
 """Mixture of experts as a layer: parameters for `gated_jax/ops/moe.py`.
 
     router/kernel [D, E]    gate_proj, up [E, D, F]    down [E, F, D]
-    shared/{gate_proj, up, down}/kernel    (where config.moe.shared_width)
+    shared/{gate_proj, up, down}/kernel    (with config.moe.shared_width)
 
 The router's losses go over the whole batch: they stand outside the part that
 runs device by device, where a sum over a sharded axis is a global sum.
@@ -17,15 +17,17 @@ from jaxtyping import Float
 
 from gated_jax.config import ModelConfig
 from gated_jax.model.layers import MLP
-from gated_jax.model.layers import normal
-from gated_jax.model.layers import parameter
+from gated_jax.model.parameters import Kind
+from gated_jax.model.parameters import normal
+from gated_jax.model.parameters import parameter
 from gated_jax.ops import moe
+from gated_jax.sharding import Axes
 from gated_jax.sharding import mesh_axes
 from gated_jax.sharding import per_device
 
 
 class MoEOutput(NamedTuple):
-  """What a layer returns: its output, what to minimise, what to log."""
+  """A layer's output, the losses that it adds, and numbers for the log."""
 
   output: Float[Array, 'B T D']
   losses: dict[str, Array]  # scaled already: add them up
@@ -36,6 +38,7 @@ class MoE(nn.Module):
   """Routed SwiGLU experts, and a shared one where the config has it."""
 
   config: ModelConfig
+  width: int  # hidden channels of one expert
 
   @nn.compact
   def __call__(
@@ -47,11 +50,11 @@ class MoE(nn.Module):
 
     Args:
       x: tokens.
-      valid: tokens that the losses and the load count (padding is not one);
+      valid: tokens that the losses and the load count, which padding is not;
         None: all. Every token is computed either way.
     """
     c = self.config
-    e, d, f = c.moe.experts, c.width, c.moe.width
+    e, d, f = c.moe.experts, c.width, self.width
     # The router is small, and whole on every device: its choices are needed
     # where the tokens are.
     router = Router(c, name='router')()
@@ -61,9 +64,11 @@ class MoE(nn.Module):
     axes = ('experts', 'expert_embed', 'mlp')
     swapped = ('experts', 'mlp', 'expert_embed')
 
-    def weights(name, shape, axes):
-      init, kind = normal(c.init_std), c.param_dtype
-      return parameter(self, name, shape, axes, init=init, dtype=kind)
+    def weights(name: str, shape: tuple[int, ...], axes: Axes) -> Array:
+      init, dtype = normal(c.init_std), c.param_dtype
+      return parameter(
+        self, name, shape, axes, Kind.MATRIX, init=init, dtype=dtype, inputs=1
+      )
 
     experts = moe.ExpertWeights(
       weights('gate_proj', (e, d, f), axes),
@@ -94,7 +99,7 @@ class MoE(nn.Module):
     routing: moe.Routing,
     experts: moe.ExpertWeights,
   ) -> Float[Array, 'B T D']:
-    """Each device's tokens to the experts, wherever those are, and back."""
+    """Sends each device's tokens to their experts, on any device, and back."""
     split = mesh_axes('experts')
     spec = moe.ExpertSpec(
       implementation=self.config.moe.implementation,
@@ -103,7 +108,9 @@ class MoE(nn.Module):
       tensor_axis=''.join(mesh_axes('mlp')),
     )
 
-    def run(x, indices, weights, *matrices):
+    def run(
+      x: Array, indices: Array, weights: Array, *matrices: Array
+    ) -> Array:
       return moe.apply_experts(
         x, indices, weights, moe.ExpertWeights(*matrices), spec
       )
@@ -120,7 +127,7 @@ class MoE(nn.Module):
 
 
 class Router(nn.Module):
-  """The router's `kernel`, in float32."""
+  """Owns the router's `kernel`."""
 
   config: ModelConfig
 
@@ -132,6 +139,8 @@ class Router(nn.Module):
       'kernel',
       (c.width, c.moe.experts),
       ('embed', None),
+      Kind.ROUTER,
       init=normal(c.init_std),
       dtype=c.param_dtype,
+      inputs=1,
     )

@@ -10,9 +10,7 @@ import tempfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 from jax.experimental import multihost_utils
 
 from gated_jax import chips
@@ -24,6 +22,7 @@ from gated_jax.config import differences
 from gated_jax.config import to_dict
 from gated_jax.data.pipeline import Pipeline
 from gated_jax.data.pipeline import make_pipeline
+from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
@@ -92,7 +91,7 @@ def check_same_config(config: RunConfig) -> None:
 def check_platform(config: ModelConfig, platform: str) -> None:
   """NotImplementedError where this hardware lacks what is asked for."""
   attention.check_platform(config.attention, platform)
-  if config.moe.experts:
+  if config.has_experts:
     moe.check_platform(config.moe.implementation, platform)
 
 
@@ -152,20 +151,15 @@ def make_functions(
   config: RunConfig, model: Decoder, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, Any, Any]:
   """The state's shapes and places; init and step, jitted for them."""
+  length = config.data.length
+  boxed = boxed_parameters(config.model, length)
+  optimizer = make_optimizer(config.optimizer, config.steps, boxed)
+  init = make_init(model, optimizer, length)
   # Nothing is computed here: the mesh may be of devices that are not there.
   key = jax.eval_shape(lambda: jax.random.key(config.seed))
-  length = config.data.length
-  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  boxed = jax.eval_shape(model.init, key, tokens)
-  optimizer = make_optimizer(
-    config.optimizer, config.steps, meta.unbox(boxed['params'])
-  )
-  init = make_init(model, optimizer, length)
   shapes = jax.eval_shape(init, key)
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  places = state_shardings(
-    shapes, sharding.shardings(mesh, boxed['params']), everywhere
-  )
+  places = state_shardings(shapes, sharding.shardings(mesh, boxed), everywhere)
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     shapes,

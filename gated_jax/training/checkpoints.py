@@ -35,6 +35,7 @@ from gated_jax.config import differences
 from gated_jax.config import from_dict
 from gated_jax.config import names_with
 from gated_jax.config import to_dict
+from gated_jax.config import upgrade
 from gated_jax.training.processes import first_problem
 from gated_jax.training.processes import gather
 from gated_jax.training.step import TrainState
@@ -59,7 +60,7 @@ def check_same_run(
 ) -> dict[str, tuple[Any, Any]]:
   """Settings that differ and may; CannotResume for those that may not."""
   # A setting that is younger than the checkpoint stood at its default.
-  changed = differences(to_dict(from_dict(old)), to_dict(new))
+  changed = differences(to_dict(from_dict(upgrade(old))), to_dict(new))
   free = names_with(new, 'free')
   refused = {k: v for k, v in changed.items() if k not in free}
   if not refused:

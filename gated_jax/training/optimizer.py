@@ -1,124 +1,50 @@
-"""What updates which parameter: Optax transformations chosen by exact path.
+"""What updates which parameter: Optax transformations chosen by its kind.
 
-`RULES` is the whole policy as a table. Every parameter must be covered by
-exactly one row; one covered by none or by two is an error that names it, so
-that a new layer cannot be trained by accident under a rule nobody chose.
+`RULES` is the whole policy as a table. A parameter says its kind where it is
+made (`gated_jax/model/parameters.py`), so that a new layer comes with its rule.
 Read `gated_jax/training/step.py` next.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import optax
 from optax import contrib
 
 from gated_jax.config import OptimizerConfig
+from gated_jax.model.parameters import About
+from gated_jax.model.parameters import Kind
+from gated_jax.model.parameters import about
 
 Tree = Any
 Schedule = Callable[[Any], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """How one kind of parameter is updated.
+class Rule(NamedTuple):
+  """How one kind of parameter is updated."""
 
-  Attributes:
-    suffix: The last components of the path, compared whole: 'gate/kernel'
-      is not 'gate_proj/kernel'. In 'a|b', either component will do.
-    group: 'matrix', 'vector' or 'gate'; see `make_optimizer`.
-    decay: Whether weight decay applies.
-    inputs, outputs: Axes, from the end, that a matrix maps from and to.
-      What is left (layers, experts) is a stack of independent matrices.
-  """
-
-  suffix: str
-  group: str
-  decay: bool
-  inputs: tuple[int, ...] = ()
-  outputs: tuple[int, ...] = ()
-
-  def covers(self, path: tuple[str, ...]) -> bool:
-    parts = self.suffix.split('/')
-    tail = path[-len(parts) :]
-    return len(tail) == len(parts) and all(
-      name in part.split('|') for name, part in zip(tail, parts, strict=True)
-    )
+  group: str  # 'matrix', 'vector' or 'gate'; see `make_optimizer`
+  decay: bool  # whether weight decay applies
 
 
-RULES = (
-  Rule('embed/embedding', 'vector', decay=True),
-  Rule('unembed/kernel', 'vector', decay=True),
-  Rule('final_norm/scale', 'vector', decay=False),
-  Rule(
-    'attention_norm|mlp_norm|attention_post_norm|mlp_post_norm/scale',
-    'vector',
-    decay=False,
-  ),
-  Rule(
-    'attention/query_norm|key_norm|output_norm/scale', 'vector', decay=False
-  ),
-  Rule(
-    'attention/query|key|value/kernel',
-    'matrix',
-    decay=True,
-    inputs=(-3,),
-    outputs=(-2, -1),
-  ),
-  Rule(
-    'attention/out/kernel',
-    'matrix',
-    decay=True,
-    inputs=(-3, -2),
-    outputs=(-1,),
-  ),
-  Rule('attention/gate/kernel', 'gate', decay=True),
-  Rule('attention/gate/scores', 'gate', decay=False),
-  Rule(
-    'mlp/gate_proj|up|down/kernel',
-    'matrix',
-    decay=True,
-    inputs=(-2,),
-    outputs=(-1,),
-  ),
-  Rule('moe/router/kernel', 'vector', decay=True),
-  Rule(
-    'moe/gate_proj|up|down',
-    'matrix',
-    decay=True,
-    inputs=(-2,),
-    outputs=(-1,),
-  ),
-  Rule(
-    'moe/shared/gate_proj|up|down/kernel',
-    'matrix',
-    decay=True,
-    inputs=(-2,),
-    outputs=(-1,),
-  ),
-)
+RULES: dict[Kind, Rule] = {
+  Kind.MATRIX: Rule('matrix', decay=True),
+  Kind.EMBEDDING: Rule('vector', decay=True),
+  Kind.ROUTER: Rule('vector', decay=True),
+  Kind.VECTOR: Rule('vector', decay=False),
+  Kind.BIAS: Rule('vector', decay=False),
+  Kind.DECAY: Rule('vector', decay=False),
+  Kind.GATE: Rule('gate', decay=True),
+  Kind.GATE_SCORES: Rule('gate', decay=False),
+}
 
 
-def rule_for(path: tuple[str, ...]) -> Rule:
-  """The one row of `RULES` that covers a parameter's path."""
-  found = [rule for rule in RULES if rule.covers(path)]
-  name = '/'.join(path)
-  if not found:
-    raise ValueError(
-      f'no optimizer rule covers the parameter {name}: add one to RULES in '
-      'gated_jax/training/optimizer.py'
-    )
-  if len(found) > 1:
-    both = ' and '.join(repr(rule.suffix) for rule in found)
-    raise ValueError(f'the parameter {name} is covered by {both}')
-  return found[0]
-
-
-def rules_of(params: Tree) -> Tree:
-  """The rule of every parameter, as a tree of the same structure."""
+def _by_path(facts: dict[tuple[str, ...], About], params: Tree) -> Tree:
+  """The facts about every parameter, as a tree like `params`."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: rule_for(tuple(str(part.key) for part in path)), params
+    lambda path, _: facts[tuple(str(part.key) for part in path)], params
   )
 
 
@@ -148,54 +74,75 @@ def make_schedule(
 
 
 def make_optimizer(
-  config: OptimizerConfig, steps: int, params: Tree
+  config: OptimizerConfig, steps: int, boxed: Tree
 ) -> optax.GradientTransformation:
   """Clipping, then one transformation per group of parameters.
 
-  `params` may be abstract: only its paths are read. 'matrix' is AdamW's or
-  Muon's, 'vector' always AdamW's, and 'gate' is AdamW with learning rate and
-  weight decay of its own, relative to the rest.
+  'matrix' is AdamW's or Muon's, 'vector' always AdamW's, and 'gate' is AdamW
+  with learning rate and weight decay of its own, relative to the rest.
+
+  Args:
+    config: of the optimizer.
+    steps: of the whole run.
+    boxed: parameters in their boxes; they may be abstract.
+
+  Raises:
+    ValueError: a parameter does not say its kind.
   """
-  rules = rules_of(params)
+  facts = about(boxed)
   rate, decay = config.learning_rate, config.weight_decay
-  vector = _adamw(config, steps, rate, decay)
+  vector = _adamw(config, steps, facts, rate, decay)
   groups = {
     'vector': vector,
-    'matrix': _muon(config, steps) if config.name == 'muon' else vector,
+    'matrix': OPTIMIZERS[config.name](config, steps, facts),
     'gate': _adamw(
       config,
       steps,
+      facts,
       rate * config.gate_learning_rate,
       decay * config.gate_weight_decay,
     ),
   }
-  update = optax.partition(groups, jax.tree.map(lambda r: r.group, rules))
+
+  def group(params: Tree) -> Tree:
+    tree = _by_path(facts, params)
+    return jax.tree.map(lambda x: RULES[x.kind].group, tree)
+
+  update = optax.partition(groups, group)
   if not config.clip_norm:
     return update
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
 def _adamw(
-  config: OptimizerConfig, steps: int, rate: float, decay: float
+  config: OptimizerConfig,
+  steps: int,
+  facts: dict[tuple[str, ...], About],
+  rate: float,
+  decay: float,
 ) -> optax.GradientTransformation:
   if not rate:
     return optax.set_to_zero()
+
+  def decays(params: Tree) -> Tree:
+    tree = _by_path(facts, params)
+    return jax.tree.map(lambda x: RULES[x.kind].decay, tree)
+
   return optax.adamw(
     make_schedule(config, steps, rate),
     b1=config.b1,
     b2=config.b2,
     eps=config.eps,
     weight_decay=decay,
-    mask=lambda params: jax.tree.map(lambda r: r.decay, rules_of(params)),
+    mask=decays,
   )
 
 
-def _muon(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def _muon(
+  config: OptimizerConfig, steps: int, facts: dict[tuple[str, ...], About]
+) -> optax.GradientTransformation:
   def dimensions(params: Tree) -> Tree:
-    return jax.tree.map(
-      lambda rule: contrib.MuonDimensionNumbers(rule.inputs, rule.outputs),
-      rules_of(params),
-    )
+    return jax.tree.map(_muon_dimensions, _by_path(facts, params))
 
   # Updates as large as AdamW's (arXiv 2502.16982): one learning rate and one
   # weight decay serve both, whatever the shape of the matrix.
@@ -206,3 +153,20 @@ def _muon(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     consistent_rms=0.2,
     muon_weight_dimension_numbers=dimensions,
   )
+
+
+def _muon_dimensions(facts: About) -> contrib.MuonDimensionNumbers:
+  """Axes that a matrix maps from and to; those before them are a stack."""
+  last = -facts.outputs
+  return contrib.MuonDimensionNumbers(
+    tuple(range(last - facts.inputs, last)), tuple(range(last, 0))
+  )
+
+
+# How matrices are updated, by the name in OptimizerConfig.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  'adamw': lambda config, steps, facts: _adamw(
+    config, steps, facts, config.learning_rate, config.weight_decay
+  ),
+  'muon': _muon,
+}

@@ -59,7 +59,9 @@ def test_what_fits_is_shown_with_its_flags_quickest_first():
 
 def test_every_mesh_divides_pod_and_model():
   experts = dataclasses.replace(
-    BASE.model, moe=MoEConfig(experts=12, top_k=2, width=64)
+    BASE.model,
+    pattern=('attention+moe',),
+    moe=MoEConfig(experts=12, top_k=2, width=64),
   )
   base = dataclasses.replace(BASE, model=experts)
   meshes = {

@@ -44,7 +44,10 @@ YARN = RopeConfig(scaling='yarn', factor=4.0, original_length=16)
 # What differs from BASE. Every value of an axis stands in some row.
 CASES = {
   'no gate': {'gate': GateConfig(position='none'), 'kv_heads': 4},
-  'query': {'gate': GateConfig(position='query'), 'windows': (5,)},
+  'query': {
+    'gate': GateConfig(position='query'),
+    'pattern': ('attention:window=5',),
+  },
   'key': {'gate': GateConfig(position='key'), 'kv_heads': 1},
   'value headwise': {
     'gate': GateConfig(position='value', granularity='headwise'),
@@ -53,18 +56,20 @@ CASES = {
   'output elementwise': {'rope': YARN, 'norm': 'sandwich'},
   'output headwise': {
     'gate': GateConfig(granularity='headwise'),
-    'windows': (6, 0),
-    'global_rope': False,
+    'pattern': ('attention:window=6', 'attention:nope'),
     'kv_heads': 4,
   },
   'output shared': {
     'gate': GateConfig(shared=True),
-    'windows': (0, 3),
+    'pattern': ('attention', 'attention:window=3'),
     'tie_embeddings': False,
   },
   'output additive': {'gate': GateConfig(mode='additive', activation='silu')},
   'dense output': {'gate': GateConfig(position='dense_output'), 'rope': YARN},
-  'experts': {'moe': MoEConfig(experts=4, top_k=2, width=8, shared_width=8)},
+  'experts': {
+    'pattern': ('attention+moe',),
+    'moe': MoEConfig(experts=4, top_k=2, width=8, shared_width=8),
+  },
   'query headwise': {
     'gate': GateConfig(position='query', granularity='headwise'),
     'qk_norm': False,

@@ -94,7 +94,7 @@ OFTEN = ('headwise', 'elementwise')
 def test_the_kernel_takes_the_steps_of_a_decoder(name):
   gate, threshold = CASES[name]
   config = dataclasses.replace(
-    BASE, gate=gate, windows=(0, 5), global_rope=False
+    BASE, gate=gate, pattern=('attention:nope', 'attention:window=5')
   )
   params, threshold = built(config), jnp.float32(threshold)
   tokens = np.random.default_rng(0).integers(0, 64, (3, 8), np.int32)
@@ -186,7 +186,7 @@ def on_tpu(tree):
 
 config = ModelConfig(
   vocab=1024, width=512, depth=2, heads=8, kv_heads=4, head_dim=128,
-  mlp_width=512, windows=(0, 1024), scan=False, param_dtype='bfloat16',
+  mlp_width=512, pattern=('attention', 'attention:window=1024'), scan=False, param_dtype='bfloat16',
   attention='pallas_tpu', gate=GateConfig(granularity='headwise'),
 )
 model = Decoder(config)

@@ -14,6 +14,7 @@ from gated_jax.hf import __main__ as cli
 from gated_jax.hf import convert
 from gated_jax.hf import rewrites
 from gated_jax.hf import tokenizer
+from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.decoder import Decoder
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
@@ -62,7 +63,7 @@ def test_what_was_imported_is_a_checkpoint_to_start_a_run_from(
   assert config.data.tokenizer == str(tmp_path / 'ours/tokenizer')
   wide = dataclasses.replace(config.model, param_dtype='float32')
   params = checkpoint.load_parameters(
-    tmp_path / 'ours', convert.abstract_parameters(wide)
+    tmp_path / 'ours', abstract_parameters(wide)
   )
   _, expected = convert.load(theirs, param_dtype='float32')
   jax.tree.map(np.testing.assert_array_equal, params, expected)
@@ -75,7 +76,7 @@ def test_an_added_gate_changes_no_logit(granularity, theirs, tmp_path):
   config = checkpoint.load_config(tmp_path / 'gated').model
   assert config.gate.granularity == granularity
   params = checkpoint.load_parameters(
-    tmp_path / 'gated', convert.abstract_parameters(config)
+    tmp_path / 'gated', abstract_parameters(config)
   )
   before = logits(*convert.load(theirs))
   np.testing.assert_array_equal(logits(config, params), before)

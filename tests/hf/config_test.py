@@ -108,17 +108,17 @@ def test_a_key_can_be_ignored():
 @pytest.mark.parametrize(
   ('changes', 'expected'),
   [
-    ({}, {'windows': (0,)}),
+    ({}, {'pattern': ('attention',)}),
     # transformers 5 puts the base inside.
     (
       {'rope_theta': None, 'rope_parameters': {'rope_theta': 5e5}},
       {'rope.base': 5e5},
     ),
     # A window without use_sliding_window does nothing.
-    ({'sliding_window': 7}, {'windows': (0,)}),
+    ({'sliding_window': 7}, {'pattern': ('attention',)}),
     (
       {'sliding_window': 7, 'use_sliding_window': True, 'max_window_layers': 1},
-      {'windows': (0, 7, 7, 7)},
+      {'pattern': ('attention', 'attention:window=7', 'attention:window=7', 'attention:window=7')},
     ),
     (
       {
@@ -126,7 +126,7 @@ def test_a_key_can_be_ignored():
         'use_sliding_window': True,
         'layer_types': ['sliding_attention', 'full_attention'] * 2,
       },
-      {'windows': (7, 0)},
+      {'pattern': ('attention:window=7', 'attention')},
     ),
     (
       {'rope_scaling': {'type': 'yarn', 'factor': None,
@@ -149,11 +149,12 @@ def test_a_key_can_be_ignored():
     (
       {**NEXT, 'num_experts': 8, 'mlp_only_layers': [0, 1, 2, 3],
        'full_attention_interval': 1},
-      {'moe.experts': 0},
+      {'pattern': ('attention',)},
     ),
     (
       {'model_type': 'afmoe', 'num_dense_layers': 4, 'sliding_window': 7},
-      {'windows': (7, 7, 7, 0), 'global_rope': False, 'norm': 'sandwich'},
+      {'pattern': ('attention:window=7',) * 3 + ('attention:nope',),
+       'norm': 'sandwich'},
     ),
   ],
 )  # fmt: skip
@@ -184,10 +185,18 @@ def with_gate(**changes):
     (ModelConfig(rope=RopeConfig(fraction=0.5)), 'qwen3', r'rope\.fraction=0\.5'),
     (ModelConfig(), 'qwen3_next', 'model.norm_zero_centered=False'),
     (ModelConfig(norm='sandwich'), 'gated_qwen3', "model.norm='sandwich'"),
-    (ModelConfig(windows=(4, 8)), 'gated_qwen3', r'model.windows=\[4, 8\]'),
-    (ModelConfig(moe=MoEConfig(experts=8)), 'gated_qwen3', 'model.moe.experts=8'),
     (
-      ModelConfig(moe=MoEConfig(experts=8, shared_width=4)),
+      ModelConfig(pattern=('attention:window=4', 'attention:window=8')),
+      'gated_qwen3', r"model.pattern=\['attention:window=4', 'attention:window=8",
+    ),
+    (
+      ModelConfig(pattern=('attention+moe',), moe=MoEConfig(experts=8)),
+      'gated_qwen3', 'model.moe.experts=8',
+    ),
+    (
+      ModelConfig(
+        pattern=('attention+moe',), moe=MoEConfig(experts=8, shared_width=4)
+      ),
       'qwen3_moe', 'model.moe.shared_width=4',
     ),
   ],
@@ -199,7 +208,7 @@ def test_what_a_family_has_no_words_for_is_named(config, family, message):
 
 def test_settings_that_change_nothing_are_no_reason_to_refuse():
   config = ModelConfig(
-    windows=(0, 0),
+    pattern=('attention', 'attention'),
     remat='full',
     dropout=0.1,
     gate=GateConfig(position='none', granularity='headwise'),

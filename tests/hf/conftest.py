@@ -10,7 +10,7 @@ from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
 from gated_jax.config import RopeConfig
-from gated_jax.hf import convert
+from gated_jax.model.abstract import abstract_parameters
 
 PLAIN = ModelConfig(
   vocab=64,
@@ -42,7 +42,10 @@ NEXT = {'norm_zero_centered': True, 'gate': GATE}
 CASES = {
   'qwen3': ('qwen3', plain()),
   'qwen3_tied': ('qwen3', plain(tie_embeddings=True)),
-  'qwen3_windows': ('qwen3', plain(windows=(0, 5))),
+  'qwen3_windows': (
+    'qwen3',
+    plain(pattern=('attention', 'attention:window=5')),
+  ),
   'qwen3_yarn': ('qwen3', plain(rope=YARN)),
   'qwen3_linear': (
     'qwen3',
@@ -50,12 +53,15 @@ CASES = {
   ),
   'qwen3_moe': (
     'qwen3_moe',
-    plain(moe=MoEConfig(experts=4, top_k=2, width=24)),
+    plain(
+      pattern=('attention+moe',),
+      moe=MoEConfig(experts=4, top_k=2, width=24),
+    ),
   ),
   'qwen3_moe_window': (
     'qwen3_moe',
     plain(
-      windows=(6,),
+      pattern=('attention:window=6+moe',),
       moe=MoEConfig(experts=4, top_k=3, width=24, normalize=False),
     ),
   ),
@@ -67,7 +73,11 @@ CASES = {
   'qwen3_5': ('qwen3_5', plain(**NEXT, rope=QUARTER, kv_heads=4)),
   'afmoe': (
     'afmoe',
-    plain(norm='sandwich', gate=GATE, global_rope=False, windows=(6, 6, 6, 0)),
+    plain(
+      norm='sandwich',
+      gate=GATE,
+      pattern=('attention:window=6',) * 3 + ('attention:nope',),
+    ),
   ),
 }
 
@@ -96,7 +106,7 @@ def make_params():
         values += 1
       return values.astype(abstract.dtype)
 
-    abstract = convert.abstract_parameters(config)
+    abstract = abstract_parameters(config)
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
   return make

@@ -25,7 +25,11 @@ def bits(tree):
 
 def ours_alone(config):
   return dataclasses.replace(
-    config, param_dtype='float32', dtype='float32', windows=(0,), scan=True
+    config,
+    param_dtype='float32',
+    dtype='float32',
+    pattern=('attention',),
+    scan=True,
   )
 
 
@@ -47,7 +51,7 @@ def _check_round_trip(family, config, make_params, tmp_path):
   assert bits(back) == bits(params)
   # `balance_loss` and such are kept as well, where config.json has them.
   assert ours_alone(found) == ours_alone(config)
-  assert found.windows == config.windows
+  assert found.layers == config.layers
   convert.save(tmp_path / 'again', back, found, family)
   for name in ('config.json', 'model.safetensors'):
     first, second = (tmp_path / x / name for x in ('theirs', 'again'))

@@ -51,7 +51,9 @@ def test_rows_are_in_this_order(groups, gate_shape, rows):
 
 
 def test_a_pattern_of_windows_takes_layers_in_turn():
-  config = dataclasses.replace(CONFIG, depth=6, windows=(4, 4, 0))
+  config = dataclasses.replace(
+    CONFIG, depth=6, pattern=('attention:window=4',) * 2 + ('attention',)
+  )
   path = 'mlp/up/kernel'
   shapes = {f'layers/block_{i}/{path}': (2, 2, 3) for i in range(3)}
   row = names.Row('layers.{layer}.up', (path,))

@@ -11,9 +11,9 @@ from flax.core import meta
 
 from gated_jax import GateConfig
 from gated_jax import GatedAttention
-from gated_jax.model import layers
-from gated_jax.model import one_pass
-from gated_jax.model.attention import Surroundings
+from gated_jax import ModelConfig
+from gated_jax.model.mixer import Context
+from gated_jax.model.mixers import attention
 
 B, T, S, D, E = 2, 5, 7, 12, 10
 N, K, H = 4, 2, 6
@@ -130,14 +130,14 @@ def test_the_same_where_keys_and_a_narrow_gate_share_a_product(
 ):
   shared = []
 
-  project_both = layers.project_both
+  project_both = attention.project_both
 
   def counted(*arrays):
     shared.append(arrays)
     return project_both(*arrays)
 
-  monkeypatch.setattr(one_pass, 'on_tpu', lambda implementation: True)
-  monkeypatch.setattr(layers, 'project_both', counted)
+  monkeypatch.setattr(attention, 'on_tpu', lambda implementation: True)
+  monkeypatch.setattr(attention, 'project_both', counted)
   check_against_loops(GateConfig(granularity='headwise', activation=activation))
   assert shared
 
@@ -304,12 +304,16 @@ def test_gate_in_bfloat16_rounds_once_unless_told_otherwise():
 def test_queries_of_one_document_do_not_see_another():
   segments = jnp.array([[1, 1, 1, 2, 2, 0]])
   x = jax.random.normal(jax.random.key(0), (1, 6, 16))
-  layer = GatedAttention(num_heads=4, causal=True)
-  params = layer.init(jax.random.key(1), x)
-  around = Surroundings(segments=segments)
+  config = ModelConfig(
+    width=16, heads=4, kv_heads=4, head_dim=4, dtype='float32',
+    pattern=('attention:nope',),
+  )  # fmt: skip
+  layer = attention.Attention(config, config.layers[0])
+  ctx = Context(segments=segments, valid=segments != 0)
+  params = layer.init(jax.random.key(1), x, ctx, None)
 
   def at(t):
-    return lambda x: layer.apply(params, x, around=around)[0, t].sum()
+    return lambda x: layer.apply(params, x, ctx, None)[0][0, t].sum()
 
   gradients = jax.jit(lambda x: [jax.grad(at(t))(x) for t in range(6)])(x)
   seen = (np.abs(np.stack(gradients))[:, 0].sum(-1) > 0).astype(int)

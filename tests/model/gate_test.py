@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from gated_jax.config import GateConfig
-from gated_jax.model.attention import GatedAttention
 from gated_jax.model.gate import Gate
+from gated_jax.model.gate import gate_logits
+from gated_jax.model.multi_head import GatedAttention
 
 B, T, D, N, K, H = 2, 3, 12, 4, 2, 5
 
@@ -67,34 +68,35 @@ def test_without_scores_there_are_no_parameters_for_them(gate):
 
 def test_logits_read_the_first_channels_and_nothing_else():
   x = jax.random.normal(jax.random.key(1), (B, T, D))
-  module = Gate(GateConfig(channels=3, init_std=1.0), (N, H), ('heads', None))
-  variables = module.init(jax.random.key(0), x)
-  found = module.apply(variables, x)
+  config = GateConfig(channels=3, init_std=1.0)
+  module = Gate(config, D, (N, H), ('heads', None))
+  variables = module.init(jax.random.key(0))
+  matrix = module.apply(variables)
+  found = gate_logits(config, matrix, x, 'float32')
   kernel = variables['params']['kernel'].value
   np.testing.assert_allclose(
     found, np.einsum('btc,cnh->btnh', x[..., :3], kernel), rtol=1e-4, atol=1e-5
   )
   x = x.at[..., 3:].set(0)
-  np.testing.assert_array_equal(module.apply(variables, x), found)
+  again = gate_logits(config, matrix, x, 'float32')
+  np.testing.assert_array_equal(again, found)
 
 
 @pytest.mark.parametrize('granularity', ['elementwise', 'headwise'])
 def test_logits_of_a_parameter_are_the_same_for_every_token(granularity):
   config = GateConfig(source='parameter', granularity=granularity, init_std=1.0)
-  module = Gate(config, (N, H), ('heads', 'head_dim'))
-  x = jnp.ones((B, T, D))
-  logits, _ = module.init_with_output(jax.random.key(0), x)
+  module = Gate(config, D, (N, H), ('heads', 'head_dim'))
+  matrix, _ = module.init_with_output(jax.random.key(0))
+  logits = gate_logits(config, matrix, jnp.ones((B, T, D)), 'float32')
   assert logits.shape == (1, 1, N, H if granularity == 'elementwise' else 1)
 
 
 @pytest.mark.parametrize('source', ['hidden', 'parameter'])
 def test_initial_values_are_as_asked_for(source):
-  x = jnp.ones((1, 1, 200))
-
   def start(**settings):
     config = GateConfig(source=source, **settings)
-    module = Gate(config, (40, 50), ('heads', 'head_dim'))
-    (leaf,) = jax.tree.leaves(module.init(jax.random.key(0), x))
+    module = Gate(config, 200, (40, 50), ('heads', 'head_dim'))
+    (leaf,) = jax.tree.leaves(module.init(jax.random.key(0)))
     return np.asarray(leaf)
 
   assert not start(init='zeros').any()

@@ -37,28 +37,26 @@ def drawn(shapes, seed=1):
 
 @pytest.mark.parametrize('zero_centered', [False, True])
 def test_rms_norm_divides_by_the_root_of_the_mean_square(zero_centered):
-  module = layers.RMSNorm(eps=0.5, zero_centered=zero_centered)
-  params = drawn(shapes_of(module, X))
+  module = layers.Scale(6, zero_centered)
+  params = drawn(shapes_of(module))
   wide, scale = np.float64(X), np.float64(params['scale'])
   expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 0.5)
   expected *= scale + 1 if zero_centered else scale
-  found = module.apply({'params': params}, X)
+  found = layers.rms_norm(X, module.apply({'params': params}), eps=0.5)
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('zero_centered', [False, True])
 def test_a_new_norm_has_a_scale_of_one(zero_centered):
-  module = layers.RMSNorm(zero_centered=zero_centered)
-  found, _ = module.init_with_output(jax.random.key(0), X)
-  np.testing.assert_allclose((np.asarray(found) ** 2).mean(-1), 1, rtol=1e-5)
+  scale, _ = layers.Scale(6, zero_centered).init_with_output(jax.random.key(0))
+  np.testing.assert_array_equal(scale, np.ones(6))
 
 
 def test_rms_norm_of_bfloat16_is_made_in_float32_and_rounded_once():
   x = jnp.asarray(100 * X, jnp.bfloat16)
-  module = layers.RMSNorm()
-  params = drawn(shapes_of(module, x))
-  found = module.apply({'params': params}, x)
-  wide = module.apply({'params': params}, x.astype(jnp.float32))
+  scale = drawn({'scale': jnp.ones(6)})['scale']
+  found = layers.rms_norm(x, scale, eps=1e-6)
+  wide = layers.rms_norm(x.astype(jnp.float32), scale, eps=1e-6)
   assert found.dtype == jnp.bfloat16
   np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
 
@@ -75,17 +73,18 @@ def test_mlp_is_swiglu():
 
 
 def test_no_layer_has_a_bias():
-  for module in (layers.MLP(CONFIG, 10), layers.RMSNorm()):
-    for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(module, X)):
+  for module, inputs in ((layers.MLP(CONFIG, 10), (X,)), (layers.Scale(6), ())):
+    shapes = shapes_of(module, *inputs)
+    for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
       assert path[-1].key in ('kernel', 'scale')
 
 
 @pytest.mark.parametrize('std', [0.0, 0.5])
 def test_linear_maps_start_with_the_deviation_asked_for(std):
-  module = layers.Linear(
+  module = layers.Kernel(
     (6, 40, 50), ('embed', 'heads', 'head_dim'), init_std=std
   )
-  kernel = meta.unbox(module.init(jax.random.key(0), X))['params']['kernel']
+  kernel = module.init_with_output(jax.random.key(0))[0].value
   # 12,000 draws: 3% is five times their own deviation.
   np.testing.assert_allclose(np.std(kernel), std, rtol=0.03)
   np.testing.assert_allclose(np.mean(kernel), 0, atol=0.03)
@@ -93,10 +92,10 @@ def test_linear_maps_start_with_the_deviation_asked_for(std):
 
 def test_linear_maps_contract_as_many_axes_as_told():
   x = jax.random.normal(jax.random.key(2), (2, 3, 4, 5))
-  module = layers.Linear((4, 5, 7), ('heads', 'head_dim', 'embed'), inputs=2)
-  params = drawn(shapes_of(module, x))
-  expected = x.reshape(6, 20) @ params['kernel'].reshape(20, 7)
-  found = module.apply({'params': params}, x)
+  module = layers.Kernel((4, 5, 7), ('heads', 'head_dim', 'embed'), inputs=2)
+  matrix = module.init_with_output(jax.random.key(0))[0]
+  expected = x.reshape(6, 20) @ matrix.value.reshape(20, 7)
+  found = layers.project(x, matrix, 'float32')
   assert found.shape == (2, 3, 7)
   np.testing.assert_allclose(
     found.reshape(6, 7), expected, rtol=1e-4, atol=1e-5
@@ -117,8 +116,14 @@ def test_a_product_for_two_matrices_has_the_gradients_of_both():
   wide, narrow = rng.normal(size=(6, 7)), rng.normal(size=(6, 2))
   d_wide, d_narrow = rng.normal(size=(2, 3, 7)), rng.normal(size=(2, 3, 2))
   x = np.float64(X)
+
+  def both(x, wide, narrow):
+    axes = ('embed', None)
+    matrices = layers.Matrix(wide, axes), layers.Matrix(narrow, axes)
+    return layers.project_both(x, *matrices, 'float64')
+
   with jax.enable_x64(True):
-    found, pull = jax.vjp(layers.project_both, x, wide, narrow)
+    found, pull = jax.vjp(both, x, wide, narrow)
     d_x, *d_matrices = pull((d_wide, d_narrow))
   np.testing.assert_allclose(found[0], x @ wide, rtol=1e-12)
   np.testing.assert_allclose(found[1], x @ narrow, rtol=1e-12)

@@ -23,6 +23,7 @@ CONFIG = ModelConfig(
   mlp_width=16,
   dtype='float32',
   init_std=0.5,
+  pattern=('attention+moe',),
   moe=MoEConfig(experts=4, top_k=2, width=6, shared_width=5),
 )
 X = jax.random.normal(jax.random.key(0), (2, 8, 8))

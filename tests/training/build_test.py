@@ -14,7 +14,10 @@ from gated_jax.training import build
     ({'attention': 'pallas_tpu'}, 'pallas_tpu attention .* this is a cpu'),
     ({'attention': 'cudnn'}, 'cudnn attention .* this is a cpu'),
     (
-      {'moe': MoEConfig(experts=8, implementation='gmm')},
+      {
+        'pattern': ('attention+moe',),
+        'moe': MoEConfig(experts=8, implementation='gmm'),
+      },
       "moe.implementation='gmm' needs a TPU and this is a cpu",
     ),
   ],
@@ -28,7 +31,12 @@ def test_what_every_hardware_has_is_taken():
   for platform in ('cpu', 'gpu', 'tpu'):
     for attention in ('auto', 'xla'):
       build.check_platform(
-        ModelConfig(attention=attention, moe=MoEConfig(experts=8)), platform
+        ModelConfig(
+          attention=attention,
+          pattern=('attention+moe',),
+          moe=MoEConfig(experts=8),
+        ),
+        platform,
       )
 
 

@@ -54,7 +54,7 @@ MODELS = {
   'dense_output_window_linear': dataclasses.replace(
     MODEL,
     gate=GateConfig(position='dense_output'),
-    windows=(3, 0),
+    pattern=('attention:window=3', 'attention'),
     rope=RopeConfig(base=100.0, fraction=0.5, scaling='linear', factor=2.0),
     norm_zero_centered=True,
   ),
@@ -147,7 +147,7 @@ def loss_of(params, c):
   x = params['embed']['embedding'][BATCH['tokens']]
   for layer in range(L):
     p = params[f'layers_{layer}']
-    window = c.windows[layer % len(c.windows)]
+    window = c.layers[layer].window
     h = rms(x, p['attention_norm']['scale'], c)
     y = attention(p['attention'], h, window, c, notes)
     x = x + (rms(y, p['attention_post_norm']['scale'], c) if sandwich else y)

@@ -30,6 +30,7 @@ CONFIG = RunConfig(
     head_dim=4,
     mlp_width=32,
     dtype='float32',
+    pattern=('attention+moe',),
     moe=MoEConfig(experts=8, top_k=2, width=16, shared_width=16),
   ),
   data=DataConfig(length=32),

@@ -1,82 +1,120 @@
-"""Every parameter is updated by one rule, and by the right one."""
+"""Every parameter is updated by the rule of its kind, and by the right one."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
+from gated_jax.config import GateConfig
+from gated_jax.config import ModelConfig
+from gated_jax.config import MoEConfig
 from gated_jax.config import OptimizerConfig
+from gated_jax.model.abstract import boxed_parameters
+from gated_jax.model.parameters import Box
+from gated_jax.model.parameters import Kind
+from gated_jax.model.parameters import about
 from gated_jax.training import optimizer
 
 
-def tree(*paths, shape=(2, 4, 3, 2)):
-  """Nested dicts of ones, from slash-separated paths."""
-  out = {}
-  for path in paths:
-    *folders, last = path.split('/')
-    here = out
-    for name in folders:
-      here = here.setdefault(name, {})
-    here[last] = jnp.ones(shape)
-  return out
+def boxed(kind, shape=(2, 4, 3, 2), inputs=0, outputs=0):
+  axes = (None,) * len(shape)
+  sides = {'inputs': inputs, 'outputs': outputs}
+  return Box(jnp.ones(shape), axes, kind=kind, **sides)
 
 
-@pytest.mark.parametrize(
-  ('path', 'group', 'decay'),
-  [
-    ('embed/embedding', 'vector', True),
-    ('unembed/kernel', 'vector', True),
-    ('final_norm/scale', 'vector', False),
-    ('layers/attention/query/kernel', 'matrix', True),
-    ('layers_0/attention/out/kernel', 'matrix', True),
-    ('layers/block_1/attention/value/kernel', 'matrix', True),
-    ('layers/attention/gate/kernel', 'gate', True),
-    ('layers/attention/gate/scores', 'gate', False),
-    ('layers/attention/output_norm/scale', 'vector', False),
-    ('layers/attention/key_norm/scale', 'vector', False),
-    ('layers/mlp_post_norm/scale', 'vector', False),
-    ('layers/mlp/gate_proj/kernel', 'matrix', True),
-    ('layers/moe/gate_proj', 'matrix', True),
-    ('layers/moe/router/kernel', 'vector', True),
-    ('layers/moe/shared/gate_proj/kernel', 'matrix', True),
-  ],
+# Group and weight decay of each kind, written down a second time: a change of
+# the policy has to be meant.
+POLICY = {
+  Kind.MATRIX: ('matrix', True),
+  Kind.EMBEDDING: ('vector', True),
+  Kind.ROUTER: ('vector', True),
+  Kind.VECTOR: ('vector', False),
+  Kind.BIAS: ('vector', False),
+  Kind.DECAY: ('vector', False),
+  Kind.GATE: ('gate', True),
+  Kind.GATE_SCORES: ('gate', False),
+}
+
+# The parameters of models with every kind of layer.
+KINDS = {
+  'embed/embedding': Kind.EMBEDDING,
+  'unembed/kernel': Kind.EMBEDDING,
+  'final_norm/scale': Kind.VECTOR,
+  'attention_norm/scale': Kind.VECTOR,
+  'attention_post_norm/scale': Kind.VECTOR,
+  'mlp_norm/scale': Kind.VECTOR,
+  'mlp_post_norm/scale': Kind.VECTOR,
+  'attention/query_norm/scale': Kind.VECTOR,
+  'attention/key_norm/scale': Kind.VECTOR,
+  'attention/output_norm/scale': Kind.VECTOR,
+  'attention/query/kernel': Kind.MATRIX,
+  'attention/key/kernel': Kind.MATRIX,
+  'attention/value/kernel': Kind.MATRIX,
+  'attention/out/kernel': Kind.MATRIX,
+  'attention/gate/kernel': Kind.GATE,
+  'attention/gate/scores': Kind.GATE_SCORES,
+  'mlp/gate_proj/kernel': Kind.MATRIX,
+  'mlp/up/kernel': Kind.MATRIX,
+  'mlp/down/kernel': Kind.MATRIX,
+  'moe/router/kernel': Kind.ROUTER,
+  'moe/gate_proj': Kind.MATRIX,
+  'moe/up': Kind.MATRIX,
+  'moe/down': Kind.MATRIX,
+  'moe/shared/gate_proj/kernel': Kind.MATRIX,
+  'moe/shared/up/kernel': Kind.MATRIX,
+  'moe/shared/down/kernel': Kind.MATRIX,
+}
+MODELS = (
+  {'pattern': ('attention', 'attention+moe'), 'norm': 'sandwich'},
+  {'scan': False, 'gate': GateConfig(source='parameter')},
+  {'lead': ('attention',), 'gate': GateConfig(kind='rms_norm')},
 )
-def test_a_path_has_one_rule(path, group, decay):
-  rule = optimizer.rule_for(tuple(path.split('/')))
-  assert (rule.group, rule.decay) == (group, decay)
 
 
-@pytest.mark.parametrize(
-  'path',
-  [
-    'layers/attention/gating/kernel',
-    'layers/attention/gate/bias',
-    'layers/attention/xgate/kernel',
-    'layers/mlp/gate/kernel',
-    'gate/kernel',
-    'kernel',
-  ],
-)
-def test_a_path_that_only_looks_alike_is_refused_by_name(path):
-  with pytest.raises(ValueError, match=f'no optimizer rule.*{path}'):
-    optimizer.make_optimizer(OptimizerConfig(), 10, tree(path))
+def test_each_kind_has_the_rule_that_was_meant():
+  found = {kind: tuple(rule) for kind, rule in optimizer.RULES.items()}
+  assert found == POLICY
+  assert set(POLICY) == set(Kind)
 
 
-def test_a_parameter_covered_twice_is_refused_by_name(monkeypatch):
-  more = (*optimizer.RULES, optimizer.Rule('gate/kernel', 'matrix', True))
-  monkeypatch.setattr(optimizer, 'RULES', more)
-  with pytest.raises(ValueError, match='attention/gate/kernel is covered by'):
-    optimizer.rule_for(('layers', 'attention', 'gate', 'kernel'))
+def test_every_parameter_of_a_decoder_says_what_it_is():
+  seen = set()
+  for changes in MODELS:
+    experts = 'moe' in str(changes)
+    moe = MoEConfig(experts=4, top_k=2, width=8, shared_width=8)
+    small = {'vocab': 8, 'length': 8, 'depth': 4}
+    config = ModelConfig(
+      **{**small, 'width': 8, 'heads': 2, 'kv_heads': 1, 'head_dim': 4},
+      mlp_width=8,
+      tie_embeddings=False,
+      moe=moe if experts else MoEConfig(),
+      **changes,
+    )
+    for path, facts in about(boxed_parameters(config)).items():
+      name = re.sub(r'^(layers|lead)(_\d+)?/(block_\d/)?', '', '/'.join(path))
+      assert facts.kind is KINDS[name], path
+      seen.add(name)
+  assert seen == set(KINDS)
 
 
-def first_update(config, params, gradient):
-  update = optimizer.make_optimizer(config, 10, params)
+def test_a_parameter_that_does_not_say_what_it_is_is_refused_by_name():
+  params = {'layers': {'mlp': {'gate': jnp.ones(3)}}}
+  with pytest.raises(ValueError, match='layers/mlp/gate does not say what it'):
+    optimizer.make_optimizer(OptimizerConfig(), 10, params)
+
+
+def first_update(config, boxes, gradient):
+  update = optimizer.make_optimizer(config, 10, boxes)
+  params = meta.unbox(boxes)
   found, _ = jax.jit(update.update)(gradient, update.init(params), params)
   return found
 
 
 def test_only_gates_follow_the_gate_settings():
-  params = tree('layers/attention/gate/kernel', 'layers/mlp/gate_proj/kernel')
+  boxes = {'gate': boxed(Kind.GATE), 'proj': boxed(Kind.MATRIX)}
   config = OptimizerConfig(
     learning_rate=1e-3,
     warmup_steps=0,
@@ -85,43 +123,42 @@ def test_only_gates_follow_the_gate_settings():
     gate_learning_rate=0.1,
     gate_weight_decay=0.0,
   )
-  found = first_update(config, params, jax.tree.map(jnp.ones_like, params))
+  ones = jax.tree.map(jnp.ones_like, meta.unbox(boxes))
+  found = first_update(config, boxes, ones)
   # Adam's first update is the sign of the gradient; decay adds 0.5 * 1.
-  gate = found['layers']['attention']['gate']['kernel']
-  proj = found['layers']['mlp']['gate_proj']['kernel']
-  np.testing.assert_allclose(gate, -1e-4, rtol=1e-5)
-  np.testing.assert_allclose(proj, -1.5e-3, rtol=1e-5)
+  np.testing.assert_allclose(found['gate'], -1e-4, rtol=1e-5)
+  np.testing.assert_allclose(found['proj'], -1.5e-3, rtol=1e-5)
 
 
 def test_gates_can_be_frozen():
-  params = tree('layers/attention/gate/kernel')
-  found = first_update(OptimizerConfig(gate_learning_rate=0.0), params, params)
-  assert not np.any(found['layers']['attention']['gate']['kernel'])
+  boxes = {'gate': boxed(Kind.GATE)}
+  frozen = OptimizerConfig(gate_learning_rate=0.0)
+  found = first_update(frozen, boxes, meta.unbox(boxes))
+  assert not np.any(found['gate'])
 
 
 def test_muon_makes_hidden_matrices_orthogonal_and_leaves_the_rest_to_adamw():
-  params = {
-    **tree('layers/attention/query/kernel', shape=(3, 16, 2, 4)),
-    **tree('embed/embedding', shape=(5, 16)),
+  boxes = {
+    'query': boxed(Kind.MATRIX, (3, 16, 2, 4), inputs=1, outputs=2),
+    'out': boxed(Kind.MATRIX, (3, 2, 4, 16), inputs=2, outputs=1),
+    'gate': boxed(Kind.GATE, (3, 2, 4, 16), inputs=1, outputs=2),
+    'embed': boxed(Kind.EMBEDDING, (5, 16)),
   }
-  params['layers']['attention'] |= tree(
-    'out/kernel', 'gate/kernel', shape=(3, 2, 4, 16)
-  )
   draws = iter(jax.random.split(jax.random.key(0), 9))
   gradient = jax.tree.map(
-    lambda x: jax.random.normal(next(draws), x.shape), params
+    lambda x: jax.random.normal(next(draws), x.shape), meta.unbox(boxes)
   )
   config = OptimizerConfig(
     name='muon', warmup_steps=0, weight_decay=0.0, learning_rate=1e-2
   )
-  found = first_update(config, params, gradient)['layers']['attention']
+  found = first_update(config, boxes, gradient)
   for name, shape in (('query', (3, 16, 8)), ('out', (3, 8, 16))):
-    update = np.asarray(found[name]['kernel']).reshape(shape)
+    update = np.asarray(found[name]).reshape(shape)
     values = np.linalg.svd(update, compute_uv=False)
     # 0.2 sqrt(max(in, out)) times a singular value near one.
     scale = 1e-2 * 0.2 * np.sqrt(16)
     assert np.all((values > 0.5 * scale) & (values < 1.4 * scale)), values
-  gate = np.asarray(found['gate']['kernel'])
+  gate = np.asarray(found['gate'])
   np.testing.assert_allclose(np.abs(gate), 1e-2, rtol=1e-3)
 
 

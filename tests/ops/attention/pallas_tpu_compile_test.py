@@ -106,7 +106,7 @@ from gated_jax import sharding
 from gated_jax.aot.topology import open_topology
 from gated_jax.aot.program import Program, mesh_axes
 from gated_jax.config import GateConfig, MeshConfig
-from gated_jax.model.attention import GatedAttention
+from gated_jax.model.multi_head import GatedAttention
 
 mesh = sharding.make_mesh(
   MeshConfig(data=4, fsdp=1, tensor=4), open_topology('v5e:4x4')

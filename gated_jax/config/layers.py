@@ -1,0 +1,97 @@
+"""Settings of the parts that layers are made of: positions and experts."""
+
+import dataclasses
+from typing import ClassVar
+
+from gated_jax.config.checks import choice
+from gated_jax.config.checks import finite
+from gated_jax.config.checks import not_negative
+from gated_jax.config.checks import positive
+from gated_jax.config.roles import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary position embedding. Names and formulas as Hugging Face has them."""
+
+  ROLE: ClassVar[str] = 'model'
+
+  base: float = 10_000.0
+  fraction: float = 1.0  # share of head_dim that rotates (partial rotary)
+  scaling: str = 'none'  # or 'linear', 'yarn'
+  factor: float = 1.0  # new length over original_length
+  original_length: int = 0  # the length the weights were trained with (yarn)
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float = 0.0  # 0: from factor, as the YaRN paper does
+  mscale: float = 0.0
+  mscale_all_dim: float = 0.0
+  truncate: bool = True  # round the correction range to whole channels
+
+  def __post_init__(self):
+    finite('rope.', self)
+    choice('rope.scaling', self.scaling, ('none', 'linear', 'yarn'))
+    positive(**{'rope.base': self.base, 'rope.fraction': self.fraction})
+    if self.fraction > 1:
+      raise ValueError(f'rope.fraction={self.fraction} must be at most 1')
+    if self.factor < 1:
+      raise ValueError(f'rope.factor={self.factor} must be at least 1')
+    if self.scaling == 'none' and self.factor != 1:
+      raise ValueError(
+        f"rope.factor={self.factor} does nothing with rope.scaling='none'"
+      )
+    if self.scaling == 'yarn' and self.original_length <= 0:
+      raise ValueError(
+        "rope.scaling='yarn' needs rope.original_length, the length the "
+        f'weights were trained with, not {self.original_length}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Experts of the layers whose word in the pattern says `+moe`."""
+
+  ROLE: ClassVar[str] = 'model'
+
+  experts: int = 128
+  top_k: int = 8
+  width: int = 768  # hidden channels of one expert
+  # Hidden channels of an expert that every token takes; 0: there is none.
+  shared_width: int = 0
+  normalize: bool = True  # the chosen weights sum to one
+  # The paper does not print these two; the values are this project's.
+  balance_loss: float = setting(1e-2, 'execution')
+  router_z_loss: float = setting(1e-3, 'execution')
+  # Grouped matmul: 'ragged_dot', 'gmm'.
+  implementation: str = setting('auto', 'free')
+
+  def __post_init__(self):
+    finite('moe.', self)
+    not_negative(
+      **{
+        'moe.shared_width': self.shared_width,
+        'moe.balance_loss': self.balance_loss,
+        'moe.router_z_loss': self.router_z_loss,
+      }
+    )
+    positive(
+      **{
+        'moe.experts': self.experts,
+        'moe.top_k': self.top_k,
+        'moe.width': self.width,
+      }
+    )
+    choice(
+      'moe.implementation', self.implementation, ('auto', 'ragged_dot', 'gmm')
+    )
+    if self.top_k > self.experts:
+      raise ValueError(
+        f'moe.top_k={self.top_k} experts cannot be chosen from '
+        f'moe.experts={self.experts}'
+      )
+    if self.top_k == 1 and self.normalize:
+      raise ValueError(
+        'moe.top_k=1 with moe.normalize=True gives the one chosen expert '
+        'weight 1 whatever the router says, so that the router learns nothing '
+        'from the loss: set moe.normalize=False'
+      )

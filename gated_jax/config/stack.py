@@ -1,0 +1,202 @@
+"""A layer, described once: which mixer, how far it sees, what follows it.
+
+A layer is written as a word, so that a flag can override it:
+
+    MIXER[:FIELD,...][+FFN[:FIELD,...]]       FIELD is NAME=VALUE, or nope
+
+    attention                       the model's own sizes, then its MLP
+    attention:window=512,nope       512 keys, no rotary embedding
+    attention:heads=96+moe          more query heads, then experts
+
+What the word leaves out is the model's: `heads`, `kv_heads`, `head_dim`, `rope`
+and `mlp_width` of ModelConfig, `width` of MoEConfig. Which mixers there are is
+the table in `gated_jax/model/mixers/__init__.py`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from gated_jax.config.checks import not_negative
+from gated_jax.config.checks import positive
+from gated_jax.config.layers import RopeConfig
+
+FFNS = ('mlp', 'moe')
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+  """One layer of a decoder."""
+
+  mixer: str  # what mixes its tokens
+  window: int  # keys a query sees, itself included; 0: all before it
+  rope: RopeConfig | None  # None: no rotary embedding (NoPE)
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffn: str  # 'mlp' or 'moe'
+  ffn_width: int  # hidden channels of the MLP, or of one expert
+
+  def check(self, word: str) -> None:
+    """ValueError where sizes do not fit each other, naming the layer's word."""
+    where = f' in layer {word!r}'
+    not_negative(**{f'layer {word!r}: window': self.window})
+    positive(
+      **{
+        f'layer {word!r}: {name}': getattr(self, name)
+        for name in ('heads', 'kv_heads', 'head_dim', 'ffn_width')
+      }
+    )
+    if self.heads % self.kv_heads:
+      raise ValueError(
+        f'model.heads={self.heads} must be a multiple of '
+        f'model.kv_heads={self.kv_heads}{where}'
+      )
+    if self.head_dim % 2:
+      raise ValueError(f'model.head_dim={self.head_dim} must be even{where}')
+    if self.rope is None:
+      return
+    rotating = int(self.head_dim * self.rope.fraction)
+    if not rotating or rotating % 2:
+      raise ValueError(
+        f'rope.fraction={self.rope.fraction} of model.head_dim='
+        f'{self.head_dim} must be an even number of channels{where}'
+      )
+
+
+# What a word may say of its mixer and of its feed-forward block, with types.
+_MIXER_FIELDS: dict[str, type] = {
+  'window': int,
+  'nope': bool,
+  'heads': int,
+  'kv_heads': int,
+  'head_dim': int,
+  'rope_base': float,
+  'rope_fraction': float,
+}
+_FFN_FIELDS: dict[str, type] = {'width': int}
+
+
+def read_word(word: str, model: Any) -> LayerSpec:
+  """The layer that a word describes.
+
+  Args:
+    word: as the top of this file shows.
+    model: the ModelConfig whose sizes hold where the word says nothing.
+
+  Raises:
+    ValueError: the word names no layer, in one line with the nearest right
+      name.
+  """
+  first, plus, second = word.partition('+')
+  mixer, mixer_fields = _split(word, first, _MIXER_FIELDS)
+  ffn, ffn_fields = _split(word, second, _FFN_FIELDS) if plus else ('mlp', {})
+  if ffn not in FFNS:
+    raise ValueError(
+      f'layer {word!r} has no feed-forward block {ffn!r}' + _nearest(ffn, FFNS)
+    )
+  own_width = model.moe.width if ffn == 'moe' else model.mlp_width
+  return LayerSpec(
+    mixer=mixer,
+    window=mixer_fields.get('window', 0),
+    rope=_rope(word, mixer_fields, model.rope),
+    heads=mixer_fields.get('heads', model.heads),
+    kv_heads=mixer_fields.get('kv_heads', model.kv_heads),
+    head_dim=mixer_fields.get('head_dim', model.head_dim),
+    ffn=ffn,
+    ffn_width=ffn_fields.get('width', own_width),
+  )
+
+
+def word_of(layer: LayerSpec, model: Any) -> str:
+  """The shortest word that `read_word` turns into this layer."""
+  own = read_word(layer.mixer, model)
+  fields = [f'window={layer.window}'] if layer.window else []
+  if layer.rope is None:
+    fields.append('nope')
+  elif layer.rope != own.rope:
+    fields += [
+      f'rope_{name}={getattr(layer.rope, name)}'
+      for name in ('base', 'fraction')
+      if getattr(layer.rope, name) != getattr(model.rope, name)
+    ]
+  fields += [
+    f'{name}={getattr(layer, name)}'
+    for name in ('heads', 'kv_heads', 'head_dim')
+    if getattr(layer, name) != getattr(model, name)
+  ]
+  word = layer.mixer + ':' * bool(fields) + ','.join(fields)
+  own_width = model.moe.width if layer.ffn == 'moe' else model.mlp_width
+  width = f':width={layer.ffn_width}' * (layer.ffn_width != own_width)
+  if layer.ffn == 'mlp' and not width:
+    return word
+  return f'{word}+{layer.ffn}{width}'
+
+
+def shortest_pattern(words: Sequence[str]) -> tuple[str, ...]:
+  """The fewest words that repeat to all of these."""
+  depth, words = len(words), tuple(words)
+  for period in range(1, depth):
+    if depth % period == 0 and words[:period] * (depth // period) == words:
+      return words[:period]
+  return words
+
+
+def _rope(
+  word: str, fields: dict[str, Any], rope: RopeConfig
+) -> RopeConfig | None:
+  """The model's rotary embedding with what the word overrides."""
+  changes = {
+    name.removeprefix('rope_'): value
+    for name, value in fields.items()
+    if name.startswith('rope_')
+  }
+  if not fields.get('nope'):
+    return dataclasses.replace(rope, **changes) if changes else rope
+  if changes:
+    raise ValueError(
+      f'layer {word!r} has no rotary embedding (nope), so '
+      f'rope_{next(iter(changes))} would do nothing'
+    )
+  return None
+
+
+def _split(
+  word: str, part: str, known: dict[str, type]
+) -> tuple[str, dict[str, Any]]:
+  """The name before the colon, and the fields after it."""
+  name, colon, rest = part.partition(':')
+  if not name.isidentifier():
+    raise ValueError(
+      f"layer {word!r} must be written as 'mixer:field=value,...+ffn'"
+    )
+  fields: dict[str, Any] = {}
+  for field in rest.split(',') if colon else ():
+    key, equals, text = field.strip().partition('=')
+    if key not in known:
+      raise ValueError(
+        f'layer {word!r}: {name} has no field {key!r}' + _nearest(key, known)
+      )
+    if key in fields:
+      raise ValueError(f'layer {word!r} says {key} twice')
+    fields[key] = _value(word, key, text, known[key], bool(equals))
+  return name, fields
+
+
+def _value(word: str, key: str, text: str, kind: type, given: bool) -> Any:
+  if kind is bool:
+    if given:
+      raise ValueError(f'layer {word!r}: {key} takes no value')
+    return True
+  try:
+    return kind(text)
+  except ValueError:
+    raise ValueError(
+      f'layer {word!r}: {key}={text!r} must be of type {kind.__name__}'
+    ) from None
+
+
+def _nearest(name: str, known: Any) -> str:
+  near = difflib.get_close_matches(name, sorted(known), n=1)
+  return f'; did you mean {near[0]}?' if near else f'; {", ".join(known)} exist'

@@ -1,0 +1,144 @@
+"""One layer of a decoder: mixer, then MLP or experts, each added to the stream.
+
+    x += mixer(norm(x))        x += ffn(norm(x))
+
+What backward recomputes is `config.remat`; arrays are saved by name:
+
+    none       nothing is recomputed
+    minimal    norms and products only: every matmul's output is saved
+    attention  the MLP as well: what attention reads and writes is saved
+    full       everything but the inputs of the layers
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+from jaxtyping import Float
+
+from gated_jax import sharding
+from gated_jax.config import LayerSpec
+from gated_jax.config import ModelConfig
+from gated_jax.model.gate import LOGITS_NAME
+from gated_jax.model.layers import MEAN_NAME
+from gated_jax.model.layers import MLP
+from gated_jax.model.layers import norm
+from gated_jax.model.mixer import Context
+from gated_jax.model.mixer import State
+from gated_jax.model.mixers import mixer_named
+from gated_jax.model.moe import MoE
+from gated_jax.ops import probes
+from gated_jax.ops.attention.spec import LSE_NAME
+from gated_jax.ops.attention.spec import OUTPUT_NAME
+
+# Group ('losses' or 'logs'), then name, to one number of a layer, or to an
+# array of numbers of several layers.
+Extras = dict[str, dict[str, Array]]
+
+_GATED = (LOGITS_NAME, OUTPUT_NAME, LSE_NAME)
+# What each policy saves; 'none' is no policy at all.
+SAVED: dict[str, tuple[str, ...]] = {
+  'full': (),
+  'attention': ('query', 'key', 'value', *_GATED, MEAN_NAME),
+  'minimal': (
+    'query_projection',
+    'key_projection',
+    'value_projection',
+    *_GATED,
+    'attention_result',
+    'mlp_gate',
+    'mlp_up',
+    MEAN_NAME,
+  ),
+}
+
+
+class Output(NamedTuple):
+  """What a layer gives beside the residual stream."""
+
+  state: State | None
+  extras: Extras
+
+
+class Block(nn.Module):
+  """A layer, as its `LayerSpec` says."""
+
+  config: ModelConfig
+  layer: LayerSpec
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B T D'], state: State | None, ctx: Context
+  ) -> tuple[Float[Array, 'B T D'], Output]:
+    c, layer = self.config, self.layer
+    # The submodule has the mixer's word for its name.
+    mixer: Any = mixer_named(layer.mixer)
+    mixer = mixer(c, layer, name=layer.mixer)
+    y, state = mixer(norm(c, f'{layer.mixer}_norm', x), ctx, state)
+    x = self._add(x, y, f'{layer.mixer}_post_norm', ctx)
+    x = checkpoint_name(x, 'attention_result')
+    h = norm(c, 'mlp_norm', x)
+    extras: Extras = {}
+    if layer.ffn == 'moe':
+      y, losses, logs = MoE(c, layer.ffn_width, name='moe')(h, ctx.valid)
+      extras = {'losses': losses, 'logs': logs}
+    else:
+      y = MLP(c, layer.ffn_width, name='mlp')(h)
+    x = self._add(x, y, 'mlp_post_norm', ctx)
+    if self.is_mutable_collection('probes') and not self.is_initializing():
+      valid = ctx.valid
+      valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
+      self.sow('probes', 'residual_max', probes.largest_activation(x, valid))
+    return x, Output(state, extras)
+
+  def _add(self, x: Array, y: Array, name: str, ctx: Context) -> Array:
+    """The residual stream plus a block's output, normed first if sandwich."""
+    c = self.config
+    if c.norm == 'sandwich':
+      y = norm(c, name, y)
+    if c.dropout:
+      y = nn.Dropout(c.dropout, deterministic=ctx.deterministic)(y)
+    return sharding.constrain(x + y.astype(x.dtype), *sharding.RESIDUAL)
+
+
+class Period(nn.Module):
+  """The layers of one repetition of the pattern."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B T D'], states: Any, ctx: Context
+  ) -> tuple[Float[Array, 'B T D'], Output]:
+    outputs = []
+    pattern = self.config.layers[len(self.config.lead) :]
+    for i, layer in enumerate(pattern[: len(self.config.pattern)]):
+      state = None if states is None else states[i]
+      block = with_remat(self.config)(self.config, layer, name=f'block_{i}')
+      x, output = block(x, state, ctx)
+      outputs.append(output)
+    new_states = None if states is None else tuple(o.state for o in outputs)
+    return x, Output(new_states, collect([o.extras for o in outputs]))
+
+
+def with_remat(config: ModelConfig) -> Any:
+  """`Block`, with the config's policy of what backward recomputes."""
+  if config.remat == 'none':
+    return Block
+  policy = jax.checkpoint_policies.save_only_these_names(*SAVED[config.remat])
+  # A scan keeps backward apart from forward by itself.
+  return nn.remat(Block, policy=policy, prevent_cse=not config.scan)
+
+
+def collect(extras: list[Extras]) -> Extras:
+  """The numbers of several layers, each stacked over those that have it."""
+  by_name: dict[str, dict[str, list[Array]]] = {}
+  for layer in extras:
+    for group, numbers in layer.items():
+      for name, x in numbers.items():
+        by_name.setdefault(group, {}).setdefault(name, []).append(x)
+  return jax.tree.map(jnp.stack, by_name, is_leaf=lambda x: isinstance(x, list))

@@ -1,0 +1,22 @@
+"""The table of mixers: the word in a pattern, and the module it names."""
+
+import difflib
+
+from gated_jax.model.mixer import Mixer
+from gated_jax.model.mixers.attention import Attention
+
+MIXERS: dict[str, type[Mixer]] = {
+  'attention': Attention,
+}
+
+
+def mixer_named(word: str) -> type[Mixer]:
+  """The module that a layer's word names; ValueError where there is none."""
+  if word not in MIXERS:
+    near = difflib.get_close_matches(word, sorted(MIXERS), n=1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    raise ValueError(
+      f'a word of model.pattern names the mixer {word!r}, and there are '
+      f'{", ".join(sorted(MIXERS))}{hint}'
+    )
+  return MIXERS[word]

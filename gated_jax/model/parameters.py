@@ -1,0 +1,137 @@
+"""What a parameter is, said where it is made.
+
+The box around a parameter carries its logical axes (`gated_jax/sharding.py`
+places it by them) and its kind. The optimizer, the count of FLOPs and the
+casts of decoding read the kind off the box, so that a new layer needs no row in
+any of them.
+"""
+
+import dataclasses
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from flax.core import meta
+from jaxtyping import Array
+
+from gated_jax.sharding import Axes
+
+
+class Kind(enum.Enum):
+  """What a parameter does: decides how it is updated, cast and counted."""
+
+  MATRIX = 'matrix'  # multiplies activations
+  EMBEDDING = 'embedding'  # one row for each token of the vocabulary
+  VECTOR = 'vector'  # the scale of a norm
+  BIAS = 'bias'  # added to activations
+  GATE = 'gate'  # the matrix that makes gate logits
+  GATE_SCORES = 'gate_scores'  # gate logits that are the same for every token
+  ROUTER = 'router'  # the matrix that scores experts
+  DECAY = 'decay'  # how fast a recurrent state forgets
+
+
+# Computed with in float32 as they are stored, whatever the model's dtype.
+FLOAT32 = frozenset({Kind.VECTOR, Kind.ROUTER, Kind.DECAY})
+# Multiplied by activations: these cost FLOPs for every token.
+MULTIPLIED = frozenset({Kind.MATRIX, Kind.GATE, Kind.ROUTER})
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+  """Facts about a parameter that its array does not show.
+
+  Attributes:
+    kind: what it does.
+    axes: logical names of its axes, those of a stack of layers included.
+    inputs, outputs: of its last axes, how many are summed over and how many
+      remain; what comes before them (layers, experts) is a stack of matrices.
+  """
+
+  kind: Kind
+  axes: Axes
+  inputs: int = 0
+  outputs: int = 0
+
+
+class Box(nn.LogicallyPartitioned):
+  """A parameter with its logical axes, its kind, and the sides of a matrix."""
+
+  kind: Kind = struct.field(default=Kind.MATRIX, pytree_node=False)
+  inputs: int = struct.field(default=0, pytree_node=False)
+  outputs: int = struct.field(default=0, pytree_node=False)
+
+  @property
+  def about(self) -> About:
+    """Everything but the array."""
+    return About(self.kind, self.names, self.inputs, self.outputs)
+
+
+def parameter(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: Axes,
+  kind: Kind,
+  *,
+  init: Any,
+  dtype: Any = 'float32',
+  inputs: int = 0,
+) -> Array:
+  """A parameter of `module`.
+
+  Args:
+    module: its owner.
+    name: in the owner.
+    shape: of the array.
+    axes: logical name of each axis.
+    kind: what it does.
+    init: a Flax initialiser.
+    dtype: it is stored in.
+    inputs: of a matrix, how many of its last axes are summed over; the others
+      after them are outputs. 0 for what is no matrix.
+  """
+  # Experts are a stack of matrices; every other axis after the inputs remains.
+  outputs = len(axes) - inputs - axes.count('experts') if inputs else 0
+
+  def boxed(key: Array, *args: Any) -> Box:
+    return Box(
+      init(key, *args), axes, kind=kind, inputs=inputs, outputs=outputs
+    )
+
+  value: Any = module.param(name, boxed, shape, jnp.dtype(dtype))
+  return value  # param() takes it out of its box
+
+
+def normal(std: float) -> Any:
+  """The initialiser of every matrix; a std of 0 gives zeros."""
+  return nn.initializers.normal(std) if std else nn.initializers.zeros
+
+
+def is_box(x: Any) -> bool:
+  """Whether a tree ends here, at a parameter in its box."""
+  return isinstance(x, meta.AxisMetadata)
+
+
+def about(boxed: Any) -> dict[tuple[str, ...], About]:
+  """Path to facts, for every parameter of a tree of boxes.
+
+  Args:
+    boxed: `model.init(...)['params']`, abstract or not, not unboxed.
+
+  Raises:
+    ValueError: a parameter does not say what it is.
+  """
+  facts = {}
+  leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
+  for path, leaf in leaves:
+    names = tuple(str(part.key) for part in path)
+    if not isinstance(leaf, Box):
+      raise ValueError(
+        f'the parameter {"/".join(names)} does not say what it is: make it '
+        'with gated_jax.model.parameters.parameter'
+      )
+    facts[names] = leaf.about
+  return facts
