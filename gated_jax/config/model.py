@@ -142,8 +142,10 @@ class ModelConfig:
   @property
   def distinct_layers(self) -> tuple[LayerSpec, ...]:
     """The kinds of layers, in the order in which they first appear."""
-    lead = self.layers[: len(self.lead) + len(self.pattern)]
-    return tuple(dict.fromkeys(lead))
+    # Read from the words: the depth may be absurd where sizes are checked.
+    repeats = self.depth > len(self.lead)
+    words = (*self.lead, *(self.pattern if repeats else ()))
+    return tuple(dict.fromkeys(read_word(word, self) for word in words))
 
   @property
   def has_experts(self) -> bool:

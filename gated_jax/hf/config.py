@@ -87,7 +87,8 @@ def read_config(
   config = from_dict(common, ModelConfig(), 'model.')
   if shapes is not None:
     axes = (axis for shape in shapes if math.prod(shape) for axis in shape)
-    _check_sizes({'num_experts': config.moe.experts}, len(shapes))
+    if config.has_experts:
+      _check_sizes({'num_experts': config.moe.experts}, len(shapes))
     _check_sizes(_axes(config), max(axes, default=0))
   if family.fraction == 1 and config.rope.fraction != 1:
     raise ValueError(
@@ -99,14 +100,14 @@ def read_config(
 
 def _axes(config: ModelConfig) -> dict[str, int]:
   """Sizes that are axes of some tensor, by their names in config.json."""
-  moe = config.moe
+  ffns = {layer.ffn for layer in config.distinct_layers}
   return {
     'vocab_size': config.vocab,
     'hidden_size': config.width,
     'num_attention_heads x head_dim': config.heads * config.head_dim,
     'num_key_value_heads x head_dim': config.kv_heads * config.head_dim,
-    **({} if moe.experts else {'intermediate_size': config.mlp_width}),
-    **({'moe_intermediate_size': moe.width} if moe.experts else {}),
+    **({'intermediate_size': config.mlp_width} if 'mlp' in ffns else {}),
+    **({'moe_intermediate_size': config.moe.width} if 'moe' in ffns else {}),
   }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from gated_jax.config import ModelConfig
 from gated_jax.evals import diagnostics
 from gated_jax.ops import probes
 
@@ -44,7 +45,7 @@ class Pattern(nn.Module):
   @nn.compact
   def __call__(self, x, valid):
     for i in range(2):
-      x = Layer(self.gated, name=f'place_{i}')(x, valid)
+      x = Layer(self.gated, name=f'block_{i}')(x, valid)
     return x, None
 
 
@@ -59,6 +60,14 @@ class Model(nn.Module):
   layout: str
   gated: bool = True
 
+  @property
+  def config(self):
+    return ModelConfig(
+      depth=12,
+      scan=self.layout != 'loop',
+      pattern=('attention',) * (2 if self.layout == 'pattern' else 1),
+    )
+
   @nn.compact
   def loss(self, batch, deterministic):
     assert deterministic
@@ -66,7 +75,7 @@ class Model(nn.Module):
     x = batch['tokens'].astype(jnp.float32)[..., None]
     if self.layout == 'loop':
       for i in range(12):
-        x = Layer(self.gated, name=f'layer_{i}')(x, valid)
+        x = Layer(self.gated, name=f'layers_{i}')(x, valid)
     else:
       repeated = Pattern if self.layout == 'pattern' else Single
       scanned = nn.scan(
@@ -97,10 +106,10 @@ def batch(tokens, padding=0):
 def parameters(layout):
   """Layer i has index i."""
   if layout == 'loop':
-    return {f'layer_{i}': {'index': jnp.asarray(float(i))} for i in range(12)}
+    return {f'layers_{i}': {'index': jnp.asarray(float(i))} for i in range(12)}
   index = jnp.arange(12.0)
   if layout == 'pattern':
-    return {'layers': {f'place_{i}': {'index': index[i::2]} for i in range(2)}}
+    return {'layers': {f'block_{i}': {'index': index[i::2]} for i in range(2)}}
   return {'layers': {'layer': {'index': index}}}
 
 

@@ -212,7 +212,6 @@ def test_settings_that_change_nothing_are_no_reason_to_refuse():
     remat='full',
     dropout=0.1,
     gate=GateConfig(position='none', granularity='headwise'),
-    moe=MoEConfig(top_k=3),
   )
   assert choose_family(config).name == 'qwen3'
 

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from gated_jax import sharding
 from gated_jax.config import MeshConfig
+from gated_jax.config import word_of
 from gated_jax.hf import convert
 from gated_jax.hf import files
 
@@ -28,7 +29,7 @@ def ours_alone(config):
     config,
     param_dtype='float32',
     dtype='float32',
-    pattern=('attention',),
+    pattern=tuple(word_of(layer, config) for layer in config.layers),
     scan=True,
   )
 

@@ -22,7 +22,7 @@ from gated_jax.model.mixers import MIXERS
 
 LENGTH = 12
 BASE = ModelConfig(
-  vocab=31,
+  vocab=32,
   length=16,
   depth=2,
   width=16,

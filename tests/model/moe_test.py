@@ -30,7 +30,7 @@ X = jax.random.normal(jax.random.key(0), (2, 8, 8))
 
 
 def setup(config=CONFIG):
-  layer = MoE(config)
+  layer = MoE(config, config.moe.width)
   return layer, layer.init(jax.random.key(1), X)
 
 
