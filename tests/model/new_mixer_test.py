@@ -117,7 +117,7 @@ def test_it_trains_and_is_sharded_and_optimised_by_the_rules_of_its_kinds():
   @jax.jit
   def step(params, state):
     def loss_of(params):
-      return model.apply({'params': params}, batch, method='loss').nll
+      return model.apply({'params': params}, batch, method='loss').total
 
     loss, gradient = jax.value_and_grad(loss_of)(params)
     change, state = update.update(gradient, state, params)
