@@ -2,22 +2,24 @@
 
     n = x / sqrt(mean(x^2) + eps) * scale          y = rotate(n, rotation)
 
-The compiler makes about six passes over memory of this, for it joins neither
-the halves of a head nor [B, T, N, H] and [B, T, N H], in which projections
-write and attention reads. Here one pass reads [B, T, N H] and writes the
-same; what is between lives in registers, in float32. With C = (cos, cos) and
+XLA makes about six passes over memory of this, because it fuses neither the two
+halves of a head nor [B, T, N, H] with [B, T, N H], in which projections write
+and attention reads. Here one pass reads [B, T, N H] and writes the same, and
+everything between lives in registers, in float32. With C = (cos, cos) and
 S = (-sin, sin) over a head, and roll by half of it,
 
     y = n C + roll(n) S          dn = dy C - roll(dy) S
 
-What is rolled is what came in, for norm and scale can be multiplied later: in
-bfloat16 the matrix units, which are idle, do that exactly.
+The kernel rolls its input and multiplies by norm and scale afterwards: in
+bfloat16 the matrix units, which are idle, can then roll exactly.
 
 `rope.py` has the same in plain arrays.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +28,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 from jaxtyping import Float
 
+from gated_jax.chips import LANES
 from gated_jax.ops.rope import Rotation
 
-LANES = 128
 # Rows of all heads together that one step of the grid takes: its program is
 # unrolled over the heads.
 ROWS = 2048
@@ -36,7 +38,7 @@ SMALLEST = 16  # rows of bfloat16 that lie in one tile
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _KernelSpec:
   """Static options of one call."""
 
   heads: int
@@ -50,9 +52,10 @@ def fits(shape: tuple[int, ...], dtype: jnp.dtype, channels: int) -> bool:
   """Whether the kernel can do this.
 
   Args:
-    shape: of queries or keys, [B, T, N, H].
-    dtype: theirs.
-    channels: that turn, twice the rotation's last axis.
+    shape: [B, T, N, H] of queries or keys.
+    dtype: their dtype.
+    channels: how many of a head's channels are rotated, twice the last axis of
+      the rotation.
   """
   _, length, heads, width = shape
   return (
@@ -76,50 +79,62 @@ def normalize_and_rotate(
   eps: float = 1e-6,
   interpret: bool = False,
 ) -> Float[Array, 'B T N H']:
-  """Queries or keys as attention wants them, where `fits` says so.
+  """Queries or keys as attention wants them, where `fits` allows it.
 
   Args:
-    x: as projected.
-    scale: of the norm; None: no norm.
+    x: queries or keys as projected.
+    scale: the norm's; None: there is no norm.
     rotation: float32.
-    eps: of the norm.
+    eps: the norm's.
     interpret: run without a TPU, slowly.
   """
   b, t, n, h = x.shape
-  call = _Call(n, _rows(t, n), eps, scale is not None, interpret)
+  spec = _KernelSpec(n, _rows(t, n), eps, scale is not None, interpret)
   ones = jnp.ones(h, jnp.float32)
   scale = ones if scale is None else scale.astype(jnp.float32)
   flat = x.reshape(b, t, n * h)
-  return _turn(call, flat, scale[None], *rotation).reshape(x.shape)
+  return _rotate(spec, flat, scale[None], *rotation).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _turn(call, x, scale, cos, sin):
-  return _run(call, _forward_kernel, [x], scale, (cos, sin), x.dtype)
+def _rotate(
+  spec: _KernelSpec, x: Array, scale: Array, cos: Array, sin: Array
+) -> Array:
+  return _run(spec, _forward_kernel, [x], scale, (cos, sin), x.dtype)[0]
 
 
-def _forward(call, x, scale, cos, sin):
-  return _turn(call, x, scale, cos, sin), (x, scale, cos, sin)
+def _forward(
+  spec: _KernelSpec, x: Array, scale: Array, cos: Array, sin: Array
+) -> tuple[Array, tuple[Array, ...]]:
+  return _rotate(spec, x, scale, cos, sin), (x, scale, cos, sin)
 
 
-def _backward(call, saved, dy):
+def _backward(
+  spec: _KernelSpec, saved: tuple[Array, ...], dy: Array
+) -> tuple[Array, ...]:
   x, scale, cos, sin = saved
-  dx, parts = _run(call, _backward_kernel, [dy, x], scale, (cos, sin), x.dtype)
+  dx, parts = _run(spec, _backward_kernel, [dy, x], scale, (cos, sin), x.dtype)
   d_scale = jnp.sum(parts, axis=(0, 1)).astype(scale.dtype)
-  # Positions are integers: nobody asks for a gradient of the rotation.
+  # Positions are integers, so the rotation needs no gradient.
   return dx, d_scale, jnp.zeros_like(cos), jnp.zeros_like(sin)
 
 
-_turn.defvjp(_forward, _backward)
+_rotate.defvjp(_forward, _backward)
 
 
-def _run(call, kernel, arrays, scale, rotation, dtype):
+def _run(
+  spec: _KernelSpec,
+  kernel: Callable[..., None],
+  arrays: list[Array],
+  scale: Array,
+  rotation: tuple[Array, Array],
+  dtype: jnp.dtype,
+) -> list[Array]:
   """One kernel over blocks of rows, all heads of a row together."""
   b, t, width = arrays[0].shape
-  h = width // call.heads
-  rows = call.rows
+  h, rows = width // spec.heads, spec.rows
 
-  def block(size):
+  def block(size: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, rows, size), lambda b, i: (b, i, 0))
 
   specs = [block(width)] * len(arrays)
@@ -129,25 +144,25 @@ def _run(call, kernel, arrays, scale, rotation, dtype):
   out_specs = [block(width)]
   out_shape = [jax.ShapeDtypeStruct((b, t, width), dtype)]
   if backward:
-    # Sums over the rows of each step, for somebody else to add.
+    # Sums over the rows of each step, which XLA adds afterwards.
     out_specs.append(pl.BlockSpec((1, 1, 1, h), lambda b, i: (b, i, 0, 0)))
     out_shape.append(jax.ShapeDtypeStruct((b, t // rows, 1, h), jnp.float32))
-  found = pl.pallas_call(
-    functools.partial(kernel, call=call),
-    grid=(b, t // rows),
-    in_specs=specs,
-    out_specs=out_specs,
-    out_shape=out_shape,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel')
-    ),
-    interpret=call.interpret,
-    name='rotate_backward' if backward else 'rotate_forward',
-  )(*arrays, scale, *rotation)
-  return found if backward else found[0]
+  with jax.enable_x64(False):  # a kernel's integers have 32 bits
+    return pl.pallas_call(
+      functools.partial(kernel, spec=spec),
+      grid=(b, t // rows),
+      in_specs=specs,
+      out_specs=out_specs,
+      out_shape=out_shape,
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', 'parallel')
+      ),
+      interpret=spec.interpret,
+      name='rotate_backward' if backward else 'rotate_forward',
+    )(*arrays, scale, *rotation)
 
 
-def _tables(cos, sin):
+def _tables(cos: Any, sin: Any) -> tuple[Array, Array]:
   """C and S of the file's docstring, for a block of rows."""
   c, s = cos[0], sin[0]
   return (
@@ -156,49 +171,55 @@ def _tables(cos, sin):
   )
 
 
-def _swapping(dtype):
-  """A function that lets both halves of a head change places."""
+def _roll_by_half(dtype: jnp.dtype) -> Callable[[Array], Array]:
+  """A function that swaps the two halves of a head."""
   if dtype != jnp.bfloat16:
     return lambda x: pltpu.roll(x, LANES // 2, 1)
   rows, columns = (
     jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1)
   )
   ones = (rows ^ (LANES // 2)) == columns
-  turned = jnp.where(ones, 1.0, 0.0).astype(dtype)
-  return lambda x: jnp.dot(x, turned, preferred_element_type=jnp.float32)
+  permutation = jnp.where(ones, 1.0, 0.0).astype(dtype)
+  return lambda x: jnp.dot(x, permutation, preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(x, scale, cos, sin, y, *, call):
+def _forward_kernel(
+  x: Any, scale: Any, cos: Any, sin: Any, y: Any, *, spec: _KernelSpec
+) -> None:
+  """Writes y for a block of rows."""
   c, s = _tables(cos, sin)
-  swap = _swapping(x.dtype)
-  if call.norm:
+  roll = _roll_by_half(x.dtype)
+  if spec.norm:
     c, s = c * scale[...], s * pltpu.roll(scale[...], LANES // 2, 1)
-  for head in range(call.heads):
+  for head in range(spec.heads):
     at = slice(head * LANES, (head + 1) * LANES)
     n = x[0, :, at].astype(jnp.float32)
-    turned = n * c + swap(x[0, :, at]) * s
-    if call.norm:
+    rotated = n * c + roll(x[0, :, at]) * s
+    if spec.norm:
       mean = jnp.mean(n * n, axis=1, keepdims=True)
-      turned *= jax.lax.rsqrt(mean + call.eps)
-    y[0, :, at] = turned.astype(y.dtype)
+      rotated *= jax.lax.rsqrt(mean + spec.eps)
+    y[0, :, at] = rotated.astype(y.dtype)
 
 
-def _backward_kernel(dy, x, scale, cos, sin, dx, d_scale, *, call):
+def _backward_kernel(*refs: Any, spec: _KernelSpec) -> None:
+  """Writes dx for a block of rows, and its share of the scale's gradient."""
+  dy, x, scale, cos, sin, dx, d_scale = refs
   c, s = _tables(cos, sin)
-  swap = _swapping(dy.dtype)
+  roll = _roll_by_half(dy.dtype)
   total = jnp.zeros(c.shape, jnp.float32)
-  for head in range(call.heads):
+  for head in range(spec.heads):
     at = slice(head * LANES, (head + 1) * LANES)
-    d = dy[0, :, at].astype(jnp.float32) * c - swap(dy[0, :, at]) * s
-    if call.norm:
+    d = dy[0, :, at].astype(jnp.float32) * c - roll(dy[0, :, at]) * s
+    if spec.norm:
       n = x[0, :, at].astype(jnp.float32)
-      share = jax.lax.rsqrt(jnp.mean(n * n, axis=1, keepdims=True) + call.eps)
-      n = n * share
+      mean = jnp.mean(n * n, axis=1, keepdims=True)
+      inverse = jax.lax.rsqrt(mean + spec.eps)
+      n = n * inverse
       product = d * n
       total += product
       d = d * scale[...]
-      # d n is product times scale: one array less to keep.
+      # d n is product times scale, which saves an array.
       along = jnp.mean(product * scale[...], axis=1, keepdims=True)
-      d = (d - n * along) * share
+      d = (d - n * along) * inverse
     dx[0, :, at] = d.astype(dx.dtype)
   d_scale[0, 0] = jnp.sum(total, axis=0, keepdims=True)

@@ -9,6 +9,7 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
@@ -79,10 +80,10 @@ def check_platform(implementation: str, platform: str) -> None:
 
 
 def gated_dot_product_attention(
-  query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K V'],
-  gate: Float[Array, 'B T N #V'] | None = None,
+  query: Float[Array, '*B T N H'],
+  key: Float[Array, '*B S K H'],
+  value: Float[Array, '*B S K V'],
+  gate: Float[Array, '*B T N #V'] | None = None,
   *,
   masking: Masking = Masking(),
   spec: AttentionSpec = AttentionSpec(),
@@ -91,11 +92,11 @@ def gated_dot_product_attention(
   """Softmax attention whose output a gate scales, head by head.
 
   Args:
-    query: [B, T, N, H].
-    key: [B, S, K, H] with N a multiple of K; query head n reads kv head
+    query: [*B, T, N, H] with any number of batch axes, also none.
+    key: [*B, S, K, H] with N a multiple of K; query head n reads kv head
       n // (N / K).
-    value: [B, S, K, V]; V may differ from H.
-    gate: logits (not scores), [B, T, N, V] for one per channel, [B, T, N, 1]
+    value: [*B, S, K, V]; V may differ from H.
+    gate: logits (not scores), [*B, T, N, V] for one per channel, [*B, T, N, 1]
       for one per head; None leaves the output as it is.
     masking: arrays that say which keys a query sees, beside spec.causal.
     spec: the static options.
@@ -103,8 +104,10 @@ def gated_dot_product_attention(
       platform that can do the call. One asked for by name is never replaced.
 
   Returns:
-    (output, lse): [B, T, N, V] in query's dtype, and with spec.return_lse
-    the log-sum-exp of the attention logits, [B, N, T] float32, else None.
+    (output, lse): [*B, T, N, V] in query's dtype, and with spec.return_lse
+    the log-sum-exp of the attention logits, [*B, N, T] float32, else None.
+    `xla` has derivatives of every kind and order; the kernels of the other
+    backends have gradients only (jax.grad and jax.vjp, once).
 
   Raises:
     ValueError: shapes that do not fit, or a backend that does not exist.
@@ -112,6 +115,27 @@ def gated_dot_product_attention(
   """
   inputs = Inputs(query, key, value, gate)
   _check_shapes(inputs, masking)
+  if query.ndim == 4:
+    return _attend(inputs, masking, spec, implementation)
+  batch = query.shape[:-3]
+  flat = Inputs(
+    _flatten(query, 3),
+    _flatten(key, 3),
+    _flatten(value, 3),
+    None if gate is None else _flatten(gate, 3),
+  )
+  masking = _flat_masking(masking, batch)
+  output, lse = _attend(flat, masking, spec, implementation)
+  return Result(
+    output.reshape(*batch, *output.shape[1:]),
+    None if lse is None else lse.reshape(*batch, *lse.shape[1:]),
+  )
+
+
+def _attend(
+  inputs: Inputs, masking: Masking, spec: AttentionSpec, implementation: str
+) -> Result:
+  """One batch axis, by the first candidate that can do it."""
   names = candidates(implementation)
   refusals = []
   for name in names:
@@ -128,6 +152,27 @@ def gated_dot_product_attention(
   raise AssertionError('there is at least one candidate')
 
 
+def _flatten(x: Array, rest: int) -> Array:
+  """One batch axis in place of all axes before the last `rest`."""
+  return x.reshape(-1, *x.shape[x.ndim - rest :])
+
+
+def _flat_masking(masking: Masking, batch: tuple[int, ...]) -> Masking:
+  """The same rules for one batch axis."""
+  mask = masking.mask
+  if mask is not None:
+    if any(size != 1 for size in mask.shape[:-3]):
+      mask = jnp.broadcast_to(mask, (*batch, *mask.shape[-3:]))
+    mask = _flatten(mask, 3)
+  query_ids, kv_ids = (
+    None if ids is None else _flatten(ids, 1)
+    for ids in (masking.query_segments, masking.kv_segments)
+  )
+  offset = masking.query_offset
+  offset = None if offset is None else offset.reshape(-1)
+  return Masking(query_ids, kv_ids, offset, mask, masking.dropout_key)
+
+
 @functools.cache
 def _announce(platform: str, name: str, refusals: str) -> None:
   """Logs each automatic choice once."""
@@ -138,11 +183,12 @@ def _announce(platform: str, name: str, refusals: str) -> None:
 def _check_shapes(inputs: Inputs, masking: Masking) -> None:
   query, key, value, gate = inputs
   for name, array in (('query', query), ('key', key), ('value', value)):
-    if array.ndim != 4:
-      raise ValueError(f'{name} of shape {array.shape} must be [B, T, N, H]')
-  b, t, n, h = query.shape
-  s, k = key.shape[1:3]
-  if key.shape[:3] != value.shape[:3] or (key.shape[0], key.shape[3]) != (b, h):
+    if array.ndim < 3:
+      raise ValueError(f'{name} of shape {array.shape} must be [*B, T, N, H]')
+  *batch, t, n, h = query.shape
+  s, k = key.shape[-3:-1]
+  same = key.shape[:-1] == value.shape[:-1]
+  if not same or key.shape != (*batch, s, k, h):
     raise ValueError(
       f'query {query.shape}, key {key.shape} and value {value.shape} must '
       'agree in batch, query and key in head width, key and value in length '
@@ -150,15 +196,33 @@ def _check_shapes(inputs: Inputs, masking: Masking) -> None:
     )
   if n % k:
     raise ValueError(f'{n} query heads must be a multiple of {k} kv heads')
-  gates = (b, t, n, value.shape[3]), (b, t, n, 1)
-  if gate is not None and gate.shape not in gates:
-    raise ValueError(
-      f'gate logits {gate.shape} must be {gates[0]} or {gates[1]}'
-    )
+  fits = (*batch, t, n, value.shape[-1]), (*batch, t, n, 1)
+  if gate is not None and gate.shape not in fits:
+    raise ValueError(f'gate logits {gate.shape} must be {fits[0]} or {fits[1]}')
+  _check_masking(masking, tuple(batch), (n, t, s))
+
+
+def _check_masking(
+  masking: Masking, batch: tuple[int, ...], sizes: tuple[int, int, int]
+) -> None:
+  """Refuses arrays of shapes that do not fit the batch, and (N, T, S)."""
+  n, t, s = sizes
   segments = masking.query_segments, masking.kv_segments
   if (segments[0] is None) != (segments[1] is None):
     raise ValueError('query_segments and kv_segments come together')
   if segments[0] is not None and segments[1] is not None:
     shapes = segments[0].shape, segments[1].shape
-    if shapes != ((b, t), (b, s)):
-      raise ValueError(f'segments {shapes} must be {((b, t), (b, s))}')
+    if shapes != ((*batch, t), (*batch, s)):
+      raise ValueError(
+        f'segments {shapes} must be {((*batch, t), (*batch, s))}'
+      )
+  offset, mask = masking.query_offset, masking.mask
+  if offset is not None and offset.shape != batch:
+    raise ValueError(f'query_offset {offset.shape} must be {batch}')
+  if mask is not None:
+    fits = (*batch, n, t, s)
+    sizes_fit = all(a in (1, b) for a, b in zip(mask.shape, fits, strict=False))
+    if mask.ndim != len(fits) or not sizes_fit:
+      raise ValueError(
+        f'mask {mask.shape} must be {fits}, or 1 where it repeats'
+      )

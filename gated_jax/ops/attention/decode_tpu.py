@@ -1,4 +1,4 @@
-"""One query to a cache on TPU: pages that nobody needs are never copied.
+"""One query to a cache on TPU: pages that no head needs are never copied.
 
 The grid walks rows, kv heads and pages of keys. A table made beforehand names
 the page that each of its steps has in fast memory: its own where it needs
@@ -7,7 +7,7 @@ only when its name changes, so heads that the gate silences and pages behind a
 row's length or window cost a step of the grid and no memory traffic.
 
 The cache is [B, K, S, H]: one head's page is then whole tiles. Read `decode.py`
-for when a head may be left out.
+for when a head may be skipped.
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
-LANES = 128
+from gated_jax.chips import LANES
+
 SMALLEST = 16  # tokens of a page: a tile of bfloat16 has so many rows
-LOWEST = -1e30  # of a logit; -inf minus itself is no number
+LOWEST = -1e30  # stands for -inf, which minus itself is not a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class DecodeSpec:
 
   page: int = 1024  # tokens that are copied at once; fewer in a small cache
   window: int = 0  # keys that the query sees; 0: all
-  interpret: bool = False  # without a TPU
+  interpret: bool = False  # run without a TPU
 
 
 def page_of(room: int, spec: DecodeSpec) -> int:
@@ -43,17 +44,17 @@ def page_of(room: int, spec: DecodeSpec) -> int:
 
 
 def page_table(
-  lengths: Int[Array, ' B'],
-  quiet: Bool[Array, 'B K'],
+  cache_length: Int[Array, ' B'],
+  skipped: Bool[Array, 'B K'],
   pages: int,
   spec: DecodeSpec,
 ) -> tuple[Bool[Array, ' steps'], Int[Array, ' steps']]:
   """Which steps of the grid need their page, and the page each one holds.
 
   Args:
-    lengths: tokens of each row in the cache, the query's own included.
-    quiet: kv heads to leave out.
-    pages: of a row.
+    cache_length: tokens of each row in the cache, the query's own included.
+    skipped: kv heads that are not read.
+    pages: number of pages in a row.
     spec: page and window.
 
   Returns:
@@ -61,10 +62,10 @@ def page_table(
     row b, and the number of the step whose page it holds.
   """
   first = jnp.arange(pages) * spec.page
-  needed = first < lengths[:, None]
+  needed = first < cache_length[:, None]
   if spec.window:
-    needed &= first + spec.page > lengths[:, None] - spec.window
-  wanted = (needed[:, None] & ~quiet[..., None]).reshape(-1)
+    needed &= first + spec.page > cache_length[:, None] - spec.window
+  wanted = (needed[:, None] & ~skipped[..., None]).reshape(-1)
   steps = jnp.arange(wanted.size, dtype=jnp.int32)
   held = jax.lax.cummax(jnp.where(wanted, steps, 0))
   return wanted, held
@@ -73,25 +74,28 @@ def page_table(
 def attend(
   query: Float[Array, 'B N H'],
   key: Float[Array, 'B K S H'],
-  value: Float[Array, 'B K S H'],
-  scores: Float[Array, 'B N #H'],
-  lengths: Int[Array, ' B'],
-  quiet: Bool[Array, 'B K'],
+  value: Float[Array, 'B K S V'],
+  scores: Float[Array, 'B N #V'],
+  cache_length: Int[Array, ' B'],
+  skipped: Bool[Array, 'B K'],
   spec: DecodeSpec = DecodeSpec(),
-) -> Float[Array, 'B N H']:
-  """Gated attention of one token of each row; zeros for quiet heads.
+) -> Float[Array, 'B N V']:
+  """Gated attention of one token of each row; zeros for skipped heads.
 
   Args:
     query: [B, N, H].
-    key: the cache.
-    value: likewise.
-    scores: of the gate, after its activation.
-    lengths: tokens of each row in the cache, the query's own included.
-    quiet: kv heads to leave out.
+    key: the cache's keys.
+    value: the cache's values.
+    scores: the gate's, after its activation.
+    cache_length: tokens of each row in the cache, the query's own included.
+    skipped: kv heads that are not read.
     spec: static options.
+
+  Raises:
+    NotImplementedError: the cache has no whole pages.
   """
   b, n, h = query.shape
-  k, s = key.shape[1:3]
+  k, s, v = value.shape[1:]
   page = page_of(s, spec)
   if page < SMALLEST:
     raise NotImplementedError(
@@ -99,71 +103,91 @@ def attend(
     )
   spec = dataclasses.replace(spec, page=page)
   pages, group = s // page, n // k
-  wanted, held = page_table(lengths, quiet, pages, spec)
+  with jax.enable_x64(False):  # all integers of a kernel have 32 bits
+    wanted, held = page_table(
+      cache_length.astype(jnp.int32), skipped, pages, spec
+    )
+    grid = _Grid(b, k, pages)
+    scores = scores.astype(jnp.float32)
+    scores = jnp.broadcast_to(scores, (b, n, v)).reshape(b, k, group, v)
+    output: Any = pl.pallas_call(
+      functools.partial(_kernel, grid=grid, scale=h**-0.5, spec=spec),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(b, k, pages),
+        in_specs=[
+          pl.BlockSpec((1, 1, group, h), grid.head_at),
+          pl.BlockSpec((1, 1, page, h), grid.page_at),
+          pl.BlockSpec((1, 1, page, v), grid.page_at),
+          pl.BlockSpec((1, 1, group, v), grid.head_at),
+        ],
+        out_specs=pl.BlockSpec((1, 1, group, v), grid.head_at),
+        scratch_shapes=[
+          pltpu.VMEM((group, LANES), jnp.float32),
+          pltpu.VMEM((group, LANES), jnp.float32),
+          pltpu.VMEM((group, v), jnp.float32),
+        ],
+      ),
+      out_shape=jax.ShapeDtypeStruct((b, k, group, v), query.dtype),
+      interpret=spec.interpret,
+      name='gated_decode',
+    )(
+      wanted.astype(jnp.int32),
+      held,
+      cache_length.astype(jnp.int32),
+      query.reshape(b, k, group, h),
+      key,
+      value,
+      scores,
+    )
+  return output.reshape(b, n, v)
 
-  def number(row, head, i):
-    return (row * k + head) * pages + i
 
-  def of_page(row, head, i, wanted, held, lengths):
-    del wanted, lengths
-    # No step is negative: what // does for signs a scalar unit need not.
-    at_head, at_page = divide(held[number(row, head, i)], pages)
-    return *divide(at_head, k), at_page, 0
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+  """Steps (row, head, i), and the block that each of them has."""
 
-  def divide(x, y):
-    return jax.lax.div(x, jnp.int32(y)), jax.lax.rem(x, jnp.int32(y))
+  rows: int
+  heads: int
+  pages: int  # of a row
 
-  def of_head(row, head, i, *_):
+  def number(self, row: Any, head: Any, i: Any) -> Any:
+    """The step's number in the order of the grid."""
+    return (row * self.heads + head) * self.pages + i
+
+  def head_at(self, row: Any, head: Any, i: Any, *_: Any) -> Any:
+    """The block of arrays that have one for each head."""
     del i
     return row, head, 0, 0
 
-  kernel = functools.partial(_kernel, number=number, scale=h**-0.5, spec=spec)
-  grouped = (b, k, group, h)
-  whole = pl.BlockSpec((1, 1, group, h), of_head)
-  pages_spec = pl.BlockSpec((1, 1, page, h), of_page)
-  scores = jnp.broadcast_to(scores.astype(jnp.float32), query.shape)
-  output: Any = pl.pallas_call(
-    kernel,
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=3,
-      grid=(b, k, pages),
-      in_specs=[whole, pages_spec, pages_spec, whole],
-      out_specs=whole,
-      scratch_shapes=[
-        pltpu.VMEM((group, LANES), jnp.float32),
-        pltpu.VMEM((group, LANES), jnp.float32),
-        pltpu.VMEM((group, h), jnp.float32),
-      ],
-    ),
-    out_shape=jax.ShapeDtypeStruct(grouped, query.dtype),
-    interpret=spec.interpret,
-    name='gated_decode',
-  )(
-    wanted.astype(jnp.int32),
-    held,
-    lengths.astype(jnp.int32),
-    query.reshape(grouped),
-    key,
-    value,
-    scores.reshape(grouped),
-  )
-  return output.reshape(b, n, h)
+  def page_at(
+    self, row: Any, head: Any, i: Any, wanted: Any, held: Any, length: Any
+  ) -> Any:
+    """The page that the table names."""
+    del wanted, length
+    of_row, page = _divide(held[self.number(row, head, i)], self.pages)
+    return *_divide(of_row, self.heads), page, 0
 
 
-def _kernel(*refs, number, scale, spec):
+def _divide(x: Any, y: int) -> tuple[Any, Any]:
+  """Quotient and remainder of a number that is not negative."""
+  return jax.lax.div(x, jnp.int32(y)), jax.lax.rem(x, jnp.int32(y))
+
+
+def _kernel(*refs: Any, grid: _Grid, scale: float, spec: DecodeSpec) -> None:
   """One page of one head: softmax so far, and at the end the gate."""
-  wanted, _, lengths, query, key, value, scores, output, *carried = refs
-  top, total, mixed = carried
+  wanted, _, cache_length, query, key, value, scores, output, *carried = refs
+  top, total, sums = carried
   row, head, i = (pl.program_id(axis) for axis in range(3))
 
   @pl.when(i == 0)
-  def start():
+  def start() -> None:
     top[...] = jnp.full_like(top, LOWEST)
     total[...] = jnp.zeros_like(total)
-    mixed[...] = jnp.zeros_like(mixed)
+    sums[...] = jnp.zeros_like(sums)
 
-  @pl.when(wanted[number(row, head, i)] != 0)
-  def mix():
+  @pl.when(wanted[grid.number(row, head, i)] != 0)
+  def mix() -> None:
     logits = scale * jax.lax.dot_general(
       query[0, 0],
       key[0, 0],
@@ -171,17 +195,17 @@ def _kernel(*refs, number, scale, spec):
       preferred_element_type=jnp.float32,
     )
     at = i * spec.page + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    visible = at < lengths[row]
+    visible = at < cache_length[row]
     if spec.window:
-      visible &= at >= lengths[row] - spec.window
+      visible &= at >= cache_length[row] - spec.window
     logits = jnp.where(visible, logits, LOWEST)
     before = top[:, :1]
     now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
     weights = jnp.where(visible, jnp.exp(logits - now), 0.0)
-    shrink = jnp.exp(before - now)
+    decay = jnp.exp(before - now)
     added = jnp.sum(weights, axis=1, keepdims=True)
-    total[...] = total[...] * shrink + added
-    mixed[...] = mixed[...] * shrink + jax.lax.dot_general(
+    total[...] = total[...] * decay + added
+    sums[...] = sums[...] * decay + jax.lax.dot_general(
       weights.astype(value.dtype),
       value[0, 0],
       (((1,), (0,)), ((), ())),
@@ -190,8 +214,8 @@ def _kernel(*refs, number, scale, spec):
     top[...] = jnp.broadcast_to(now, top.shape)
 
   @pl.when(i == pl.num_programs(2) - 1)
-  def finish():
-    sums = total[:, :1]
-    # Nothing was read for a head that is left out: its output is zero.
-    result = mixed[...] / jnp.where(sums == 0, 1.0, sums)
+  def finish() -> None:
+    # A skipped head has read nothing, and its output is zero.
+    weight = total[:, :1]
+    result = sums[...] / jnp.where(weight == 0, 1.0, weight)
     output[0, 0] = (result * scores[0, 0]).astype(output.dtype)

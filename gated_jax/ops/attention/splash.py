@@ -87,9 +87,11 @@ class Splash:
     self, query: Array, key: Array, value: Array, masking: Masking
   ) -> tuple[Array, Array]:
     """See vjp.Kernel."""
-    kernel = self._make()
     q, k, v = self._prepare(query, key, value)
-    output, (lse,) = jax.vmap(kernel)(q, k, v, self._segments(q, masking))
+    segments = self._segments(q, masking)
+    with jax.enable_x64(False):  # a kernel's integers have 32 bits
+      kernel = self._make()
+      output, (lse,) = jax.vmap(kernel)(q, k, v, segments)
     # Splash gives a row that sees nothing the mean of all values, or 0 / 0.
     lse = lse[:, :, : self.queries]
     empty = ~(lse > kernel.kwargs['mask_value'] / 2)
@@ -105,7 +107,6 @@ class Splash:
     delta: Array,
   ) -> tuple[Array, Array, Array]:
     """See vjp.Kernel."""
-    kernel = self._make()
     q, k, v = self._prepare(*inputs)
     dy = _heads_first(d_output.astype(q.dtype), q.shape[2])
     # Makes exp(attention_logits - lse) zero in rows that see nothing, and in
@@ -114,9 +115,10 @@ class Splash:
     extra = ((0, 0), (0, 0), (0, q.shape[2] - self.queries))
     lse = jnp.pad(lse, extra, constant_values=1e30)
     delta = jnp.pad(delta, extra)
-    dq, dk, dv = jax.vmap(functools.partial(self._one_row, kernel))(
-      (q, k, v), self._segments(q, masking), (lse, dy, delta)
-    )
+    segments = self._segments(q, masking)
+    with jax.enable_x64(False):
+      one_row = functools.partial(self._one_row, self._make())
+      dq, dk, dv = jax.vmap(one_row)((q, k, v), segments, (lse, dy, delta))
     dq, dk, dv = (
       jnp.swapaxes(d[:, :, : x.shape[1]], 1, 2)
       for d, x in zip((dq, dk, dv), inputs, strict=True)

@@ -185,9 +185,9 @@ class PlainKernel:
     return vjp.attention_backward(inputs, seen, d_output, lse, delta, scale)
 
 
-def backend(name, case):
+def backend(name, case, masking=None):
   """A function of `Inputs` alone: a backend with the rest of a case."""
-  masking = case.masking()
+  masking = masking or case.masking()
   if name == 'plain':
     return lambda inputs: vjp.attend(
       PlainKernel(case), inputs, masking, case.spec
@@ -342,6 +342,20 @@ def test_the_same_call_twice_gives_the_same_bits(name):
   once = evaluate(name, case, *arguments)
   again = evaluate(name, case, *arguments)
   jax.tree.map(np.testing.assert_array_equal, once, again)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_64_bits_by_default_change_nothing(name):
+  case = narrowed(name, dataclasses.replace(SMALL['packed_window'], B=1, T=64))
+  masking = case.masking()
+  with jax.enable_x64(True):
+    assert jnp.arange(1).dtype == jnp.int64
+    check(name, case)
+    wide = [x.astype(jnp.int64) for x in (masking[0], masking[1])]
+    attend = backend(name, case, Masking(*wide))
+    assert (
+      jax.eval_shape(attend, Inputs(**case.arrays())).output.dtype == case.dtype
+    )
 
 
 @pytest.mark.parametrize(

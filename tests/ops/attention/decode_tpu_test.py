@@ -10,18 +10,18 @@ from gated_jax.ops.attention.decode_tpu import DecodeSpec
 B, S, N, K, PAGE = 3, 64, 4, 2, 16
 
 
-def plain(query, key, value, scores, lengths, quiet, window):
+def plain(query, key, value, scores, lengths, skipped, window):
   """Loops in float64."""
   query, key, value, scores = (
     np.asarray(x, np.float64) for x in (query, key, value, scores)
   )
   width = query.shape[-1]
-  output = np.zeros((B, N, width))
+  output = np.zeros((B, N, value.shape[-1]))
   for b in range(B):
     low = max(0, lengths[b] - window) if window else 0
     for n in range(N):
       k = n // (N // K)
-      if quiet[b, k]:
+      if skipped[b, k]:
         continue
       seen = slice(low, lengths[b])
       logits = key[b, k, seen] @ query[b, n] / np.sqrt(width)
@@ -31,10 +31,11 @@ def plain(query, key, value, scores, lengths, quiet, window):
 
 
 @pytest.mark.parametrize(
-  ('width', 'window', 'channels'), [(128, 0, 128), (64, 20, 1)]
+  ('width', 'values', 'window', 'channels'),
+  [(128, 128, 0, 128), (64, 64, 20, 1), (64, 32, 0, 32)],
 )
-def test_the_kernel_is_attention_without_the_quiet_heads(
-  width, window, channels
+def test_the_kernel_is_attention_without_the_skipped_heads(
+  width, values, window, channels
 ):
   rng = np.random.default_rng(0)
   query, key, value, scores = (
@@ -42,18 +43,18 @@ def test_the_kernel_is_attention_without_the_quiet_heads(
     for shape in (
       (B, N, width),
       (B, K, S, width),
-      (B, K, S, width),
+      (B, K, S, values),
       (B, N, channels),
     )
   )
   lengths = np.array([1, 33, 64], np.int32)
-  quiet = np.array([[0, 1], [0, 0], [1, 0]], bool)
+  skipped = np.array([[0, 1], [0, 0], [1, 0]], bool)
   # Pages that nobody needs would show: they hold no numbers.
   first = np.arange(S) // PAGE * PAGE
   read = first < lengths[:, None]
   if window:
     read &= first + PAGE > lengths[:, None] - window
-  read = (read[:, None] & ~quiet[..., None])[..., None]
+  read = (read[:, None] & ~skipped[..., None])[..., None]
   key, value = (jnp.where(read, x, jnp.nan) for x in (key, value))
   found = decode_tpu.attend(
     query,
@@ -61,24 +62,29 @@ def test_the_kernel_is_attention_without_the_quiet_heads(
     value,
     scores,
     jnp.asarray(lengths),
-    jnp.asarray(quiet),
+    jnp.asarray(skipped),
     DecodeSpec(PAGE, window, interpret=True),
   )
-  expected = plain(query, key, value, scores, lengths, quiet, window)
+  expected = plain(query, key, value, scores, lengths, skipped, window)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_page_is_copied_once_and_only_if_it_is_needed():
-  lengths, quiet = jnp.array([33, 5]), jnp.array([[False, True], [True, False]])
-  wanted, held = decode_tpu.page_table(lengths, quiet, 4, DecodeSpec(PAGE))
+  lengths, skipped = (
+    jnp.array([33, 5]),
+    jnp.array([[False, True], [True, False]]),
+  )
+  wanted, held = decode_tpu.page_table(lengths, skipped, 4, DecodeSpec(PAGE))
   needed = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]
   np.testing.assert_array_equal(wanted, needed)
   np.testing.assert_array_equal(held[jnp.flatnonzero(wanted)], [0, 1, 2, 12])
   assert 1 + np.count_nonzero(np.diff(held)) == sum(needed)
-  wanted, _ = decode_tpu.page_table(lengths, ~quiet | True, 4, DecodeSpec(PAGE))
+  wanted, _ = decode_tpu.page_table(
+    lengths, ~skipped | True, 4, DecodeSpec(PAGE)
+  )
   assert not wanted.any()
   wanted, _ = decode_tpu.page_table(
-    lengths, quiet & False, 4, DecodeSpec(PAGE, 10)
+    lengths, skipped & False, 4, DecodeSpec(PAGE, 10)
   )
   # Tokens 23 to 32 and 0 to 4.
   np.testing.assert_array_equal(

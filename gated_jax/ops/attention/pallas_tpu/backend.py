@@ -155,7 +155,8 @@ def _forward(
   }
   if gate_logits is not None and inside:
     arrays['gate_logits'] = pack_gate(gate_logits, spec)
-  packed, lse = forward(spec, arrays, segments)
+  with jax.enable_x64(False):  # a kernel's integers have 32 bits
+    packed, lse = forward(spec, arrays, segments)
   saved = unpack_heads(
     checkpoint_name(packed, OUTPUT_NAME), (*query.shape[:3], value.shape[3])
   )
@@ -186,7 +187,8 @@ def _backward(
   pad = ((0, 0), (0, 0), (0, spec.queries - lse.shape[2]))
   arrays['lse'] = jnp.pad(lse, pad)[:, :, None]
   arrays['d_lse'] = jnp.pad(d_lse, pad)[:, :, None]
-  d = backward(spec, arrays, segments)
+  with jax.enable_x64(False):
+    d = backward(spec, arrays, segments)
   d_gate_logits = None
   if gate_logits is not None:
     d_gate_logits = unpack_gate(d['d_gate_logits'], gate_logits)
