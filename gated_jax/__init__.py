@@ -8,8 +8,8 @@ Three ways in: `gated_dot_product_attention` on arrays, the linen module
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
+from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
-from gated_jax.model.decoder import init_cache
 from gated_jax.model.multi_head import GatedAttention
 from gated_jax.ops.attention.api import gated_dot_product_attention
 from gated_jax.ops.attention.spec import AttentionSpec

@@ -23,8 +23,8 @@ from gated_jax.config import MoEConfig
 from gated_jax.config import OptimizerConfig
 from gated_jax.config import RunConfig
 from gated_jax.model import one_pass
+from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
-from gated_jax.model.decoder import init_cache
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention import context
 from gated_jax.training.build import make_functions

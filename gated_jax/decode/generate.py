@@ -27,9 +27,9 @@ from gated_jax.config import ModelConfig
 from gated_jax.decode.sampling import Sampling
 from gated_jax.decode.sampling import choose
 from gated_jax.decode.weights import Params
-from gated_jax.model.decoder import Cache
+from gated_jax.model.cache import Cache
+from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
-from gated_jax.model.decoder import init_cache
 
 CHUNK = 256  # the most tokens of each row that one call of prefill takes
 SMALLEST = 32  # the shortest chunk and cache

@@ -142,3 +142,14 @@ def collect(extras: list[Extras]) -> Extras:
       for name, x in numbers.items():
         by_name.setdefault(group, {}).setdefault(name, []).append(x)
   return jax.tree.map(jnp.stack, by_name, is_leaf=lambda x: isinstance(x, list))
+
+
+def join(lead: Extras, repeated: Extras) -> Extras:
+  """The numbers of the lead's layers, then those of the scanned ones."""
+  joined = {group: dict(numbers) for group, numbers in repeated.items()}
+  for group, numbers in lead.items():
+    for name, x in numbers.items():
+      scanned = joined.setdefault(group, {})
+      rest = [scanned[name].ravel()] if name in scanned else []
+      scanned[name] = jnp.concatenate([x, *rest])
+  return joined

@@ -24,13 +24,14 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from gated_jax import sharding
-from gated_jax.config import LayerSpec
 from gated_jax.config import ModelConfig
 from gated_jax.model.block import Extras
 from gated_jax.model.block import Output
 from gated_jax.model.block import Period
 from gated_jax.model.block import collect
+from gated_jax.model.block import join
 from gated_jax.model.block import with_remat
+from gated_jax.model.cache import Cache
 from gated_jax.model.layers import Embed
 from gated_jax.model.layers import Scale
 from gated_jax.model.layers import Unembed
@@ -49,15 +50,6 @@ class Loss(NamedTuple):
   nll: Float[Array, '']  # nats
   weight: Float[Array, '']  # sum of the weights
   metrics: dict[str, Array]
-
-
-class Cache(NamedTuple):
-  """The states of all layers, and how many tokens of each row they hold."""
-
-  lead: tuple[Any, ...]  # one for each layer of the config's lead
-  # One for each layer, or for each word of the pattern a stack of its layers.
-  layers: tuple[Any, ...]
-  length: Int[Array, ' B']
 
 
 class Decoder(nn.Module):
@@ -265,7 +257,7 @@ class Decoder(nn.Module):
     if cache is not None:
       stacked = (repeated.state,) if single else repeated.state
       cache = cache._replace(lead=new, layers=stacked)
-    return x, cache, _join(collect(extras), repeated.extras)
+    return x, cache, join(collect(extras), repeated.extras)
 
   def _cross_entropy(
     self, x: Array, targets: Array, weights: Array
@@ -283,17 +275,6 @@ class Decoder(nn.Module):
     return losses.cross_entropy(
       x, self._matrix(), targets, weights, spec, place
     )
-
-
-def _join(lead: Extras, repeated: Extras) -> Extras:
-  """The numbers of the lead's layers, then those of the scanned ones."""
-  joined = {group: dict(numbers) for group, numbers in repeated.items()}
-  for group, numbers in lead.items():
-    for name, x in numbers.items():
-      scanned = joined.setdefault(group, {})
-      rest = [scanned[name].ravel()] if name in scanned else []
-      scanned[name] = jnp.concatenate([x, *rest])
-  return joined
 
 
 def _on_each_device(
@@ -331,29 +312,3 @@ def _permute(inputs: dict[str, Any], order: Array | None) -> dict[str, Any]:
     else sharding.constrain(x[:, order], 'batch', 'length')
     for name, x in (inputs | {'positions': positions}).items()
   }
-
-
-def init_cache(
-  config: ModelConfig, batch: int, length: int, dtype: Any = ''
-) -> Cache:
-  """An empty cache with room for `length` tokens in each of `batch` rows."""
-  kind = jnp.dtype(dtype or config.dtype)
-
-  def state(layer: LayerSpec, *stacked: int) -> Any:
-    init = mixer_named(layer.mixer).init_state
-    return init(config, layer, batch, length, kind, stacked)
-
-  lead, rest = (
-    config.layers[: len(config.lead)],
-    config.layers[len(config.lead) :],
-  )
-  empty = jnp.zeros(batch, jnp.int32)
-  if not config.scan:
-    return Cache((), tuple(state(layer) for layer in config.layers), empty)
-  repeats = len(rest) // len(config.pattern)
-  stacks = rest[: len(config.pattern)]
-  return Cache(
-    tuple(state(layer) for layer in lead),
-    tuple(state(layer, repeats) for layer in stacks),
-    empty,
-  )

@@ -20,10 +20,10 @@ def norm_and_rotate(
   x: Float[Array, 'B T N H'],
   scale: Float[Array, ' H'] | None,
   rotation: rope.Rotation | None,
+  implementation: str,
   *,
   eps: float,
   axis: str,
-  implementation: str,
 ) -> Float[Array, 'B T N H']:
   """Queries or keys, normalised and rotated as far as there is such a thing.
 
@@ -31,9 +31,9 @@ def norm_and_rotate(
     x: projected heads.
     scale: of their RMSNorm; None: they are not normalised.
     rotation: of every token; None: they are not rotated.
+    implementation: of attention.
     eps: of the norm.
     axis: logical name of the head axis, heads or kv_heads.
-    implementation: of attention.
   """
   if rotation is not None and _fits_kernel(x, rotation, implementation):
     return _fused(x, scale, rotation, eps, axis)

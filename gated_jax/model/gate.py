@@ -17,13 +17,15 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from gated_jax.config import GateConfig
-from gated_jax.model.layers import Matrix
-from gated_jax.model.layers import project
+from gated_jax.model.fused_norm_rope import on_tpu
+from gated_jax.model.linear import Matrix
+from gated_jax.model.linear import project
 from gated_jax.model.parameters import Kind
 from gated_jax.model.parameters import normal
 from gated_jax.model.parameters import parameter
 from gated_jax.ops import gate as ops
 from gated_jax.sharding import Axes
+from gated_jax.sharding import axis_size
 
 # The backward pass needs the gate logits; remat policies know this name.
 LOGITS_NAME = 'gate_logits'
@@ -96,6 +98,25 @@ def gate_logits(
   else:
     logits = matrix.value.astype(jnp.dtype(dtype))[None, None]
   return logits[..., None] if config.granularity == 'headwise' else logits
+
+
+def key_and_gate_share_product(gate: GateConfig, implementation: str) -> bool:
+  """Whether the key projection and a headwise gate share one matmul.
+
+  One backward matmul then yields both input gradients. TPU only (slower
+  elsewhere), and only with heads that are not split over devices.
+
+  Args:
+    gate: its config.
+    implementation: of attention.
+  """
+  return (
+    gate.fused
+    and gate.granularity == 'headwise'
+    and not gate.channels
+    and axis_size('heads') == 1
+    and on_tpu(implementation)
+  )
 
 
 def gate_scores(

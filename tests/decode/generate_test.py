@@ -23,8 +23,8 @@ from gated_jax.decode.generate import _extend
 from gated_jax.decode.generate import _step
 from gated_jax.decode.generate import buckets
 from gated_jax.decode.generate import prefill
+from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
-from gated_jax.model.decoder import init_cache
 from gated_jax.ops.attention import decode as attention
 from gated_jax.ops.attention.api import gated_dot_product_attention
 

@@ -20,8 +20,8 @@ from gated_jax.config import MeshConfig
 from gated_jax.config import ModelConfig
 from gated_jax.decode import for_decoding
 from gated_jax.decode import generate
+from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
-from gated_jax.model.decoder import init_cache
 from gated_jax.ops.attention import decode
 
 BASE = ModelConfig(

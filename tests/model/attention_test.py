@@ -12,8 +12,10 @@ from flax.core import meta
 from gated_jax import GateConfig
 from gated_jax import GatedAttention
 from gated_jax import ModelConfig
+from gated_jax.model import gate as gate_module
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixers import attention
+from gated_jax.model.mixers.self_attention import SelfAttention
 
 B, T, S, D, E = 2, 5, 7, 12, 10
 N, K, H = 4, 2, 6
@@ -136,7 +138,7 @@ def test_the_same_where_keys_and_a_narrow_gate_share_a_product(
     shared.append(arrays)
     return project_both(*arrays)
 
-  monkeypatch.setattr(attention, 'on_tpu', lambda implementation: True)
+  monkeypatch.setattr(gate_module, 'on_tpu', lambda implementation: True)
   monkeypatch.setattr(attention, 'project_both', counted)
   check_against_loops(GateConfig(granularity='headwise', activation=activation))
   assert shared
@@ -308,7 +310,7 @@ def test_queries_of_one_document_do_not_see_another():
     width=16, heads=4, kv_heads=4, head_dim=4, dtype='float32',
     pattern=('attention:nope',),
   )  # fmt: skip
-  layer = attention.Attention(config, config.layers[0])
+  layer = SelfAttention(config, config.layers[0])
   ctx = Context(segments=segments, valid=segments != 0)
   params = layer.init(jax.random.key(1), x, ctx, None)
 

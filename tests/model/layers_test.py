@@ -8,6 +8,7 @@ from flax.core import meta
 
 from gated_jax.config import ModelConfig
 from gated_jax.model import layers
+from gated_jax.model import linear
 
 CONFIG = ModelConfig(
   vocab=11,
@@ -81,7 +82,7 @@ def test_no_layer_has_a_bias():
 
 @pytest.mark.parametrize('std', [0.0, 0.5])
 def test_linear_maps_start_with_the_deviation_asked_for(std):
-  module = layers.Kernel(
+  module = linear.Kernel(
     (6, 40, 50), ('embed', 'heads', 'head_dim'), init_std=std
   )
   kernel = module.init_with_output(jax.random.key(0))[0].value
@@ -92,10 +93,10 @@ def test_linear_maps_start_with_the_deviation_asked_for(std):
 
 def test_linear_maps_contract_as_many_axes_as_told():
   x = jax.random.normal(jax.random.key(2), (2, 3, 4, 5))
-  module = layers.Kernel((4, 5, 7), ('heads', 'head_dim', 'embed'), inputs=2)
+  module = linear.Kernel((4, 5, 7), ('heads', 'head_dim', 'embed'), inputs=2)
   matrix = module.init_with_output(jax.random.key(0))[0]
   expected = x.reshape(6, 20) @ matrix.value.reshape(20, 7)
-  found = layers.project(x, matrix, 'float32')
+  found = linear.project(x, matrix, 'float32')
   assert found.shape == (2, 3, 7)
   np.testing.assert_allclose(
     found.reshape(6, 7), expected, rtol=1e-4, atol=1e-5
@@ -104,7 +105,7 @@ def test_linear_maps_contract_as_many_axes_as_told():
 
 def test_row_by_row_is_the_same_array_with_the_same_gradient():
   def scaled(x):
-    return 3 * layers.row_major(x, ('batch', 'length', 'mlp'))
+    return 3 * linear.row_major(x, ('batch', 'length', 'mlp'))
 
   found, pull = jax.vjp(jax.jit(scaled), X)
   np.testing.assert_array_equal(found, 3 * X)
@@ -119,8 +120,8 @@ def test_a_product_for_two_matrices_has_the_gradients_of_both():
 
   def both(x, wide, narrow):
     axes = ('embed', None)
-    matrices = layers.Matrix(wide, axes), layers.Matrix(narrow, axes)
-    return layers.project_both(x, *matrices, 'float64')
+    matrices = linear.Matrix(wide, axes), linear.Matrix(narrow, axes)
+    return linear.project_both(x, *matrices, 'float64')
 
   with jax.enable_x64(True):
     found, pull = jax.vjp(both, x, wide, narrow)

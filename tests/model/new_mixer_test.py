@@ -25,8 +25,8 @@ from gated_jax.decode.generate import generate
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.accounting import flops_per_token
 from gated_jax.model.accounting import parameters
-from gated_jax.model.layers import Kernel
-from gated_jax.model.layers import project
+from gated_jax.model.linear import Kernel
+from gated_jax.model.linear import project
 from gated_jax.model.mixers import MIXERS
 from gated_jax.training.optimizer import make_optimizer
 from tests.model import mixer_contract_test as contract

@@ -3,10 +3,10 @@
 import difflib
 
 from gated_jax.model.mixer import Mixer
-from gated_jax.model.mixers.attention import Attention
+from gated_jax.model.mixers.self_attention import SelfAttention
 
 MIXERS: dict[str, type[Mixer]] = {
-  'attention': Attention,
+  'attention': SelfAttention,
 }
 
 

@@ -13,7 +13,6 @@ and `../gate.py` (the gate's parameters). The mathematics is in
 
 import dataclasses
 from typing import Any
-from typing import ClassVar
 
 import jax
 from flax import linen as nn
@@ -23,24 +22,25 @@ from jaxtyping import Float
 
 from gated_jax import sharding
 from gated_jax.config import GateConfig
-from gated_jax.config import LayerSpec
-from gated_jax.config import ModelConfig
 from gated_jax.model.fused_norm_rope import norm_and_rotate
-from gated_jax.model.fused_norm_rope import on_tpu
 from gated_jax.model.gate import LOGITS_NAME
 from gated_jax.model.gate import Gate
 from gated_jax.model.gate import apply_gate
 from gated_jax.model.gate import gate_logits
-from gated_jax.model.layers import Kernel
-from gated_jax.model.layers import Matrix
+from gated_jax.model.gate import key_and_gate_share_product
 from gated_jax.model.layers import Scale
-from gated_jax.model.layers import project
-from gated_jax.model.layers import project_both
 from gated_jax.model.layers import rms_norm
-from gated_jax.model.mixer import Context
+from gated_jax.model.linear import Kernel
+from gated_jax.model.linear import Matrix
+from gated_jax.model.linear import project
+from gated_jax.model.linear import project_both
 from gated_jax.model.mixers import attend as attention
 from gated_jax.model.mixers import probes
 from gated_jax.ops import rope
+
+# Logical axes of the heads of queries, and of keys and values.
+QUERY = ('heads', 'head_dim')
+KEY = ('kv_heads', 'head_dim')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +82,14 @@ def gate_matrix(
   axes: sharding.Axes,
 ) -> Matrix:
   """The gate's matrix, owned by the calling module as `gate`."""
-  gate = Gate(
-    layer.gate, x.shape[-1], shape, axes, layer.param_dtype, name='gate'
-  )
-  return gate()
+  kinds = (layer.gate, x.shape[-1], shape, axes, layer.param_dtype)
+  return Gate(*kinds, name='gate')()
+
+
+def head_scale(layer: AttentionLayer, name: str) -> Float[Array, ' H']:
+  """The scale of a norm over each head, owned by the calling module."""
+  kinds = (layer.norm_zero_centered, layer.param_dtype)
+  return Scale(layer.head_dim, *kinds, name=name)()
 
 
 def gated_attention(
@@ -101,16 +105,15 @@ def gated_attention(
     module: its owner; the parameters are {query, key, value, out}/kernel,
       gate/kernel or gate/scores, and {query, key}_norm/scale.
     layer: sizes and kinds.
-    inputs: what queries and the gate, keys, and values are computed from; one
-      array three times is self-attention.
+    inputs: the arrays that queries and the gate, keys, and values are computed
+      from; one array three times is self-attention.
     call: documents, padding, cache and dropout.
     rotation: of queries and keys.
 
   Returns:
     The output, as wide as the first input, and the cache with these tokens.
   """
-  x, heads, width = inputs[0], layer.heads, layer.head_dim
-  of_query, of_key = ('heads', 'head_dim'), ('kv_heads', 'head_dim')
+  x = inputs[0]
 
   def gated_at(position: str, y: Array, x: Array, axes: sharding.Axes) -> Array:
     """y, gated where the config's gate stands at this position."""
@@ -121,136 +124,69 @@ def gated_attention(
     probes.sow_gate(module, layer.gate, logits, call.valid)
     return apply_gate(layer.gate, y, logits)
 
-  def project_heads(
-    name: str, x: Array, heads: int, axes: sharding.Axes
-  ) -> Array:
-    matrix = kernel(layer, name, (x.shape[-1], heads, width), ('embed', *axes))
-    y = project(x, matrix, layer.dtype, f'{name}_projection')
-    y = sharding.constrain(y, 'batch', 'length', axes[0], None)
-    return gated_at(name, y, x, axes)
-
-  query = project_heads('query', x, heads, of_query)
-  logits = None
-  if _key_and_gate_share_product(layer) and inputs[1] is x:
-    narrow = gate_matrix(layer, x, (heads, width), of_query)
-    shape = (x.shape[-1], layer.kv_heads, width)
-    wide = kernel(layer, 'key', shape, ('embed', *of_key))
-    key, logits = project_both(x, wide, narrow, layer.dtype, 'key_projection')
-    logits = checkpoint_name(logits, LOGITS_NAME)[..., None]
-  else:
-    # The backward pass adds up the gradients of x in the reverse of this order.
-    # The sum is free as the epilogue of a matmul as wide as the gate's.
-    if layer.gate.scores_output:
-      matrix = gate_matrix(layer, x, (heads, width), of_query)
-      logits = gate_logits(layer.gate, matrix, x, layer.dtype)
-    key = project_heads('key', inputs[1], layer.kv_heads, of_key)
-  value = project_heads('value', inputs[2], layer.kv_heads, of_key)
+  query = gated_at('query', heads_of(layer, 'query', x, QUERY), x, QUERY)
+  key, logits = _key_and_gate(layer, x, inputs[1])
+  key = gated_at('key', key, inputs[1], KEY)
+  value = heads_of(layer, 'value', inputs[2], KEY)
+  value = gated_at('value', value, inputs[2], KEY)
   if logits is not None:
     probes.sow_gate(module, layer.gate, logits, call.valid)
-
-  def norm_rope(y: Array, norm: str, axis: str) -> Array:
-    scale = head_scale(layer, norm) if layer.qk_norm else None
-    return norm_and_rotate(
-      y,
-      scale,
-      rotation,
-      eps=layer.norm_eps,
-      axis=axis,
-      implementation=layer.implementation,
-    )
-
-  query = norm_rope(query, 'query_norm', 'heads')
-  key = norm_rope(key, 'key_norm', 'kv_heads')
-  output, cache = attention.attend(
-    module, layer, (query, key, value, logits), call
-  )
+  query = _norm_and_rotate(layer, query, rotation, 'query_norm', 'heads')
+  key = _norm_and_rotate(layer, key, rotation, 'key_norm', 'kv_heads')
+  # The gate at sdpa_output is applied inside.
+  arrays = (query, key, value, logits)
+  output, cache = attention.attend(module, layer, arrays, call)
   if layer.gate.kind == 'rms_norm':
     scale = head_scale(layer, 'output_norm')
     output = rms_norm(output, scale, layer.norm_eps)
   elif layer.gate.kind == 'silu':
     output = jax.nn.silu(output)
-  shape = (heads, width, call.out_features or x.shape[-1])
-  out = kernel(layer, 'out', shape, (*of_query, 'embed'), inputs=2)
+  shape = (*output.shape[2:], call.out_features or x.shape[-1])
+  out = kernel(layer, 'out', shape, (*QUERY, 'embed'), inputs=2)
   result = project(output, out, layer.dtype)
   result = sharding.constrain(result, *sharding.RESIDUAL)
   return gated_at('dense_output', result, x, (None,)), cache
 
 
-def head_scale(layer: AttentionLayer, name: str) -> Float[Array, ' H']:
-  """The scale of a norm over each head, owned by the calling module."""
-  kinds = (layer.norm_zero_centered, layer.param_dtype)
-  return Scale(layer.head_dim, *kinds, name=name)()
+def heads_of(
+  layer: AttentionLayer, name: str, x: Array, axes: sharding.Axes
+) -> Float[Array, 'B T N H']:
+  """x projected to the heads of queries, keys or values."""
+  heads = layer.heads if axes == QUERY else layer.kv_heads
+  shape = (x.shape[-1], heads, layer.head_dim)
+  matrix = kernel(layer, name, shape, ('embed', *axes))
+  y = project(x, matrix, layer.dtype, f'{name}_projection')
+  return sharding.constrain(y, 'batch', 'length', axes[0], None)
 
 
-def _key_and_gate_share_product(layer: AttentionLayer) -> bool:
-  """Whether the key projection and a headwise gate share one matmul.
+def _key_and_gate(
+  layer: AttentionLayer, x: Array, source: Array
+) -> tuple[Float[Array, 'B T K H'], Array | None]:
+  """Keys of `source`, and the logits that x has for a gate at sdpa_output."""
+  if not layer.gate.scores_output:
+    return heads_of(layer, 'key', source, KEY), None
+  matrix = gate_matrix(layer, x, (layer.heads, layer.head_dim), QUERY)
+  shared = key_and_gate_share_product(layer.gate, layer.implementation)
+  if shared and source is x:
+    shape = (x.shape[-1], layer.kv_heads, layer.head_dim)
+    wide = kernel(layer, 'key', shape, ('embed', *KEY))
+    key, logits = project_both(x, wide, matrix, layer.dtype, 'key_projection')
+    return key, checkpoint_name(logits, LOGITS_NAME)[..., None]
+  # Gate before key: the backward pass adds up the gradients of x in the reverse
+  # order, and the sum is free as the epilogue of a matmul as wide as the gate's.
+  logits = gate_logits(layer.gate, matrix, x, layer.dtype)
+  return heads_of(layer, 'key', source, KEY), logits
 
-  One backward matmul then yields both input gradients. TPU only (slower
-  elsewhere), and only with heads that are not split over devices.
-  """
-  gate = layer.gate
-  return (
-    gate.fused
-    and gate.granularity == 'headwise'
-    and not gate.channels
-    and sharding.axis_size('heads') == 1
-    and on_tpu(layer.implementation)
+
+def _norm_and_rotate(
+  layer: AttentionLayer,
+  y: Float[Array, 'B T N H'],
+  rotation: rope.Rotation | None,
+  norm: str,
+  axis: str,
+) -> Float[Array, 'B T N H']:
+  scale = head_scale(layer, norm) if layer.qk_norm else None
+  kind = layer.implementation
+  return norm_and_rotate(
+    y, scale, rotation, kind, eps=layer.norm_eps, axis=axis
   )
-
-
-class Attention(nn.Module):
-  """Causal self-attention as a layer of a decoder; a `Mixer`."""
-
-  config: ModelConfig
-  layer: LayerSpec
-  splits_sequence: ClassVar[bool] = True
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, 'B T D'], ctx: Context, state: attention.KV | None
-  ) -> tuple[Float[Array, 'B T D'], attention.KV | None]:
-    c, spec = self.config, self.layer
-    layer = AttentionLayer(
-      heads=spec.heads,
-      kv_heads=spec.kv_heads,
-      head_dim=spec.head_dim,
-      gate=c.gate,
-      window=spec.window,
-      dropout=0.0 if ctx.deterministic else c.dropout,
-      qk_norm=c.qk_norm,
-      norm_eps=c.norm_eps,
-      norm_zero_centered=c.norm_zero_centered,
-      init_std=c.init_std,
-      dtype=c.dtype,
-      param_dtype=c.param_dtype,
-      implementation=c.attention,
-    )
-    call = attention.Call(
-      segments=ctx.segments,
-      valid=ctx.valid,
-      cache=state,
-      cache_length=ctx.cache_length,
-      skip_below=ctx.skip_below,
-    )
-    rotation = ctx.rotation(c, spec)
-    return gated_attention(self, layer, (x, x, x), call, rotation)
-
-  @staticmethod
-  def init_state(
-    config: ModelConfig,
-    layer: LayerSpec,
-    batch: int,
-    length: int,
-    dtype: Any,
-    stack: tuple[int, ...],
-  ) -> attention.KV:
-    """Zero keys and values with room for `length` tokens in each row."""
-    shape = (*stack, batch, layer.kv_heads, length, layer.head_dim)
-    return attention.empty_cache(shape, dtype)
-
-  @staticmethod
-  def flops(config: ModelConfig, layer: LayerSpec, length: int) -> float:
-    """q k^T and the sum over v, for the keys that causality leaves visible."""
-    window = min(layer.window or length, length)
-    seen = window - window * (window - 1) / (2 * length)
-    return 2 * 2 * layer.heads * layer.head_dim * seen
