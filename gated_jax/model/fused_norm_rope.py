@@ -21,7 +21,6 @@ def norm_and_rotate(
   scale: Float[Array, ' H'] | None,
   rotation: rope.Rotation | None,
   implementation: str,
-  *,
   eps: float,
   axis: str,
 ) -> Float[Array, 'B T N H']:

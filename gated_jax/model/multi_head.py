@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from gated_jax.config import GateConfig
 from gated_jax.model.mixers import attend
-from gated_jax.model.mixers.attention import AttentionLayer
+from gated_jax.model.mixers.attend import AttentionLayer
 from gated_jax.model.mixers.attention import gated_attention
 
 

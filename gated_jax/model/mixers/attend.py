@@ -4,10 +4,10 @@
 leaves out the heads that a gate silences, and applies the gate at sdpa_output.
 """
 
+import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,26 @@ from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionLayer:
+  """Sizes and kinds of one attention layer."""
+
+  heads: int
+  kv_heads: int
+  head_dim: int
+  gate: GateConfig = GateConfig()
+  causal: bool = True
+  window: int = 0  # keys a query sees, itself included; 0: all
+  dropout: float = 0.0  # of attention weights
+  qk_norm: bool = False  # RMSNorm of each query's and key's head
+  norm_eps: float = 1e-6
+  norm_zero_centered: bool = False
+  init_std: float = 0.02
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+  implementation: str = 'auto'
+
+
 class KV(NamedTuple):
   """Keys and values of one layer that later tokens attend to.
 
@@ -54,21 +74,6 @@ class Call(NamedTuple):
   cache_length: Int[Array, ' B'] | None = None  # tokens in it already
   skip_below: Float[Array, ''] | None = None  # see ops/attention/decode.py
   out_features: int = 0  # width of the layer's output; 0: as its input
-
-
-class Layer(Protocol):
-  """What of an attention layer this file reads."""
-
-  @property
-  def gate(self) -> GateConfig: ...
-  @property
-  def causal(self) -> bool: ...
-  @property
-  def window(self) -> int: ...
-  @property
-  def dropout(self) -> float: ...
-  @property
-  def implementation(self) -> str: ...
 
 
 def empty_cache(shape: tuple[int, ...], dtype: Any) -> KV:
@@ -97,7 +102,7 @@ def extend(cache: KV, key: Array, value: Array, index: Array) -> KV:
 
 def attend(
   module: nn.Module,
-  layer: Layer,
+  layer: AttentionLayer,
   arrays: tuple[Array, Array, Array, Array | None],
   call: Call,
 ) -> tuple[Float[Array, 'B T N H'], KV | None]:
@@ -199,7 +204,7 @@ def _read_pages(
 
 def _on_mesh(
   module: nn.Module,
-  layer: Layer,
+  layer: AttentionLayer,
   arrays: tuple[Array, Array, Array, Array | None],
   call: Call,
 ) -> Result:

@@ -11,9 +11,6 @@ and `../gate.py` (the gate's parameters). The mathematics is in
 `gated_jax/ops/gate.py` and `gated_jax/ops/attention/xla.py`.
 """
 
-import dataclasses
-from typing import Any
-
 import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -21,7 +18,6 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from gated_jax import sharding
-from gated_jax.config import GateConfig
 from gated_jax.model.fused_norm_rope import norm_and_rotate
 from gated_jax.model.gate import LOGITS_NAME
 from gated_jax.model.gate import Gate
@@ -36,31 +32,12 @@ from gated_jax.model.linear import project
 from gated_jax.model.linear import project_both
 from gated_jax.model.mixers import attend as attention
 from gated_jax.model.mixers import probes
+from gated_jax.model.mixers.attend import AttentionLayer
 from gated_jax.ops import rope
 
 # Logical axes of the heads of queries, and of keys and values.
 QUERY = ('heads', 'head_dim')
 KEY = ('kv_heads', 'head_dim')
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionLayer:
-  """Sizes and kinds of one attention layer."""
-
-  heads: int
-  kv_heads: int
-  head_dim: int
-  gate: GateConfig = GateConfig()
-  causal: bool = True
-  window: int = 0  # keys a query sees, itself included; 0: all
-  dropout: float = 0.0  # of attention weights
-  qk_norm: bool = False  # RMSNorm of each query's and key's head
-  norm_eps: float = 1e-6
-  norm_zero_centered: bool = False
-  init_std: float = 0.02
-  dtype: Any = 'float32'
-  param_dtype: Any = 'float32'
-  implementation: str = 'auto'
 
 
 def kernel(
@@ -172,8 +149,8 @@ def _key_and_gate(
     wide = kernel(layer, 'key', shape, ('embed', *KEY))
     key, logits = project_both(x, wide, matrix, layer.dtype, 'key_projection')
     return key, checkpoint_name(logits, LOGITS_NAME)[..., None]
-  # Gate before key: the backward pass adds up the gradients of x in the reverse
-  # order, and the sum is free as the epilogue of a matmul as wide as the gate's.
+  # Gate before key: the backward pass adds up the gradients of x in reverse,
+  # and the sum is free as the epilogue of a matmul as wide as the gate's.
   logits = gate_logits(layer.gate, matrix, x, layer.dtype)
   return heads_of(layer, 'key', source, KEY), logits
 

@@ -11,7 +11,7 @@ from gated_jax.config import LayerSpec
 from gated_jax.config import ModelConfig
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixers import attend as attention
-from gated_jax.model.mixers.attention import AttentionLayer
+from gated_jax.model.mixers.attend import AttentionLayer
 from gated_jax.model.mixers.attention import gated_attention
 
 
