@@ -87,8 +87,7 @@ def layer(config: ModelConfig) -> tuple[Callable, tuple[Any, Any]]:
 
   def call(x):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    spec = rope.RopeSpec(**vars(config.rope))
-    rotation = rope.rotation(positions, config.head_dim, spec)
+    rotation = rope.rotation(positions, config.head_dim, config.rope)
     return Context(rotations=(rotation,))
 
   def start(x):

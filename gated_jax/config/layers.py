@@ -21,6 +21,8 @@ class RopeConfig:
   scaling: str = 'none'  # or 'linear', 'yarn'
   factor: float = 1.0  # new length over original_length
   original_length: int = 0  # the length the weights were trained with (yarn)
+  # Channels that turn more often than beta_fast in original_length stay as they
+  # are; those that turn less often than beta_slow are interpolated (yarn).
   beta_fast: float = 32.0
   beta_slow: float = 1.0
   attention_factor: float = 0.0  # 0: from factor, as the YaRN paper does
@@ -40,11 +42,22 @@ class RopeConfig:
       raise ValueError(
         f"rope.factor={self.factor} does nothing with rope.scaling='none'"
       )
-    if self.scaling == 'yarn' and self.original_length <= 0:
+    if self.scaling == 'yarn':
+      self._check_yarn()
+
+  def _check_yarn(self):
+    """Refuses what YaRN would take the logarithm of in vain."""
+    if self.original_length <= 0:
       raise ValueError(
         "rope.scaling='yarn' needs rope.original_length, the length the "
         f'weights were trained with, not {self.original_length}'
       )
+    for name, least in (('base', 1), ('beta_fast', 0), ('beta_slow', 0)):
+      if getattr(self, name) <= least:
+        raise ValueError(
+          f'rope.{name}={getattr(self, name)} must be above {least} for '
+          "rope.scaling='yarn'"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ from gated_jax.ops.attention.spec import OUTPUT_NAME
 Extras = dict[str, dict[str, Array]]
 
 _GATED = (LOGITS_NAME, OUTPUT_NAME, LSE_NAME)
-# What each policy saves; 'none' is no policy at all.
+# The names that each policy saves; 'none' is no policy at all.
 SAVED: dict[str, tuple[str, ...]] = {
   'full': (),
   'attention': ('query', 'key', 'value', *_GATED, MEAN_NAME),
@@ -58,7 +58,7 @@ SAVED: dict[str, tuple[str, ...]] = {
 
 
 class Output(NamedTuple):
-  """What a layer gives beside the residual stream."""
+  """A layer's results beside the residual stream."""
 
   state: State | None
   extras: Extras

@@ -1,4 +1,4 @@
-"""What a decoder has seen of each row: the states of its layers."""
+"""The states of a decoder's layers: all that it has seen of each row."""
 
 from typing import Any
 from typing import NamedTuple

@@ -10,7 +10,6 @@ layer lies, `block.py` what a layer does and what its backward pass recomputes.
 Read `mixers/attention.py` and `gate.py` for what this project is about.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +45,7 @@ from gated_jax.ops.attention import context
 class Loss(NamedTuple):
   """Loss of a batch; means go over tokens by their weight."""
 
-  total: Float[Array, '']  # what is minimised
+  total: Float[Array, '']  # minimised
   nll: Float[Array, '']  # nats
   weight: Float[Array, '']  # sum of the weights
   metrics: dict[str, Array]
@@ -213,7 +212,7 @@ class Decoder(nn.Module):
   def _rotations(
     self, tokens: Array, positions: Array | None, cache_length: Array | None
   ) -> tuple[rope.Rotation, ...]:
-    """What layers rotate these tokens' queries and keys by."""
+    """The rotations of these tokens' queries and keys."""
     b, t = tokens.shape
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(t), (b, t))
@@ -221,8 +220,7 @@ class Decoder(nn.Module):
         positions += cache_length[:, None]
     rotations = []
     for config, head_dim in self.config.rotations:
-      spec = rope.RopeSpec(**dataclasses.asdict(config))
-      rotation = rope.rotation(positions, head_dim, spec)
+      rotation = rope.rotation(positions, head_dim, config)
       if self.config.scan:  # else TPU compilers compute it again in every layer
         rotation = rope.Rotation(*jax.lax.optimization_barrier(rotation))
       rotations.append(rotation)

@@ -12,7 +12,7 @@ from gated_jax.ops.attention import api
 
 
 def on_tpu(implementation: str) -> bool:
-  """Whether attention runs on a TPU, or was told to use a kernel for TPUs."""
+  """True where attention runs on a TPU or is told to use a TPU's kernel."""
   return api.first_choice(implementation).on_tpu
 
 

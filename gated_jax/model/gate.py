@@ -101,7 +101,7 @@ def gate_logits(
 
 
 def key_and_gate_share_product(gate: GateConfig, implementation: str) -> bool:
-  """Whether the key projection and a headwise gate share one matmul.
+  """True where the key projection and a headwise gate share one matmul.
 
   One backward matmul then yields both input gradients. TPU only (slower
   elsewhere), and only with heads that are not split over devices.

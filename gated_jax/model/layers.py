@@ -29,7 +29,7 @@ from gated_jax.sharding import constrain
 from gated_jax.sharding import mesh_axes
 from gated_jax.sharding import per_device
 
-# What remat policies call the mean square of a norm's input.
+# Remat policies know the mean square of a norm's input by this name.
 MEAN_NAME = 'norm_mean'
 
 

@@ -1,4 +1,4 @@
-"""What a layer that mixes tokens is told, and what it must provide.
+"""The protocol of layers that mix tokens, and the context they are given.
 
 `gated_jax/model/mixers/__init__.py` is the table of mixers, and
 `tests/model/mixer_contract_test.py` says what all of them must hold.
@@ -24,7 +24,7 @@ State = Any
 
 @struct.dataclass
 class Context:
-  """What all layers of one call of a decoder share."""
+  """Facts that all layers of one call of a decoder share."""
 
   # Document of each token; tokens see their own alone. None: a row is one
   # document.
@@ -33,7 +33,7 @@ class Context:
   valid: Bool[Array, 'B T'] | None = None
   # Rotations of these tokens, in the order of ModelConfig.rotations.
   rotations: tuple[rope.Rotation, ...] = ()
-  # With states only: how many tokens of each row they hold already.
+  # How many tokens of each row the states hold already; None without states.
   cache_length: Int[Array, ' B'] | None = None
   # Heads whose gate scores are all below this are left out of attention to a
   # cache; see gated_jax/ops/attention/decode.py.
@@ -56,7 +56,7 @@ class Mixer(Protocol):
   It is constructed as `Mixer(config, layer, name=...)`.
   """
 
-  # Whether a row may be split over devices: its parts then come in the order
+  # True where a row may be split over devices. Its parts then come in the order
   # of `gated_jax/ops/attention/context.py`.
   splits_sequence: ClassVar[bool]
 

@@ -1,4 +1,4 @@
-"""What a parameter is, said where it is made.
+"""Parameters that say what they are where they are made.
 
 The box around a parameter carries its logical axes (`gated_jax/sharding.py`
 places it by them) and its kind. The optimizer, the count of FLOPs and the
@@ -21,7 +21,7 @@ from gated_jax.sharding import Axes
 
 
 class Kind(enum.Enum):
-  """What a parameter does: decides how it is updated, cast and counted."""
+  """The purpose of a parameter; it decides updates, casts and counts."""
 
   MATRIX = 'matrix'  # multiplies activations
   EMBEDDING = 'embedding'  # one row for each token of the vocabulary
@@ -111,7 +111,7 @@ def normal(std: float) -> Any:
 
 
 def is_box(x: Any) -> bool:
-  """Whether a tree ends here, at a parameter in its box."""
+  """True at a parameter in its box, where a tree of boxes ends."""
   return isinstance(x, meta.AxisMetadata)
 
 

@@ -1,4 +1,4 @@
-"""Where each layer lies in the tree of parameters, states and probes.
+"""The place of each layer in the tree of parameters, states and probes.
 
 unscanned            layers_0, layers_1, ...
 scanned, one word    layers: every array stacked along its first axis
@@ -27,7 +27,7 @@ class Address(NamedTuple):
 
 
 def address(config: ModelConfig, layer: int) -> Address:
-  """Where a layer lies."""
+  """The place of a layer."""
   if not config.scan:
     return Address((f'layers_{layer}',))
   repeated = layer - len(config.lead)
@@ -49,7 +49,7 @@ def layer_of(config: ModelConfig, path: tuple[str, ...]) -> int | None:
 
 
 def subtree(tree: Mapping[str, Any], config: ModelConfig, layer: int) -> Any:
-  """What a tree holds of one layer, out of its stack; {} where nothing."""
+  """One layer's part of a tree, taken out of its stack; {} if there is none."""
   at = address(config, layer)
   for name in at.path:
     if name not in tree:

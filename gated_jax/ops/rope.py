@@ -8,9 +8,9 @@ interpolation and YaRN (arXiv 2309.00071) are used here. `rotation` is made
 once per batch, `rotate` applies it to queries and keys of every layer.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,41 +19,34 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeSpec:
-  """Which frequencies, and how they stretch. Static and hashable."""
+class RopeSpec(Protocol):
+  """Which frequencies, and how they stretch; hashable.
 
-  base: float = 10_000.0
-  fraction: float = 1.0
-  scaling: str = 'none'  # or 'linear', 'yarn'
-  factor: float = 1.0
-  original_length: int = 0
-  beta_fast: float = 32.0  # turns in original_length: more are left as they are
-  beta_slow: float = 1.0  # turns in original_length: fewer are interpolated
-  attention_factor: float = 0.0  # 0: from factor and the mscales
-  mscale: float = 0.0
-  mscale_all_dim: float = 0.0
-  truncate: bool = True
+  `gated_jax.config.RopeConfig` is one, and has the defaults and the checks.
+  """
 
-  def __post_init__(self):
-    if self.scaling not in ('none', 'linear', 'yarn'):
-      raise ValueError(
-        f'scaling={self.scaling!r} must be one of none, linear, yarn'
-      )
-    if self.scaling != 'yarn':
-      return
-    # Logarithms are taken of these.
-    for name, least in (
-      ('base', 1),
-      ('original_length', 0),
-      ('beta_fast', 0),
-      ('beta_slow', 0),
-    ):
-      if getattr(self, name) <= least:
-        raise ValueError(
-          f'{name}={getattr(self, name)} must be above {least} for '
-          "scaling='yarn'"
-        )
+  @property
+  def base(self) -> float: ...
+  @property
+  def fraction(self) -> float: ...
+  @property
+  def scaling(self) -> str: ...
+  @property
+  def factor(self) -> float: ...
+  @property
+  def original_length(self) -> int: ...
+  @property
+  def beta_fast(self) -> float: ...
+  @property
+  def beta_slow(self) -> float: ...
+  @property
+  def attention_factor(self) -> float: ...
+  @property
+  def mscale(self) -> float: ...
+  @property
+  def mscale_all_dim(self) -> float: ...
+  @property
+  def truncate(self) -> bool: ...
 
 
 class Rotation(NamedTuple):
@@ -107,7 +100,7 @@ def _attention_factor(spec: RopeSpec) -> float:
 
 
 def rotation(
-  positions: Int[Array, 'B T'], head_dim: int, spec: RopeSpec = RopeSpec()
+  positions: Int[Array, 'B T'], head_dim: int, spec: RopeSpec
 ) -> Rotation:
   """The rotation of each position, in float32 and accurate to float32.
 

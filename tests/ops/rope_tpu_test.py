@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gated_jax.config import RopeConfig
 from gated_jax.ops import rope
 from gated_jax.ops import rope_tpu
 
@@ -51,7 +52,7 @@ def expected(x, dy, scale, positions, norm):
 @pytest.mark.parametrize('norm', (True, False))
 def test_values_and_gradients_are_those_of_matrices(dtype, norm):
   x, dy, scale, positions = arrays(dtype)
-  rotation = rope.rotation(jnp.asarray(positions), H)
+  rotation = rope.rotation(jnp.asarray(positions), H, RopeConfig())
 
   def run(x, scale):
     return rope_tpu.normalize_and_rotate(

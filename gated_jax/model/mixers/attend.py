@@ -43,7 +43,7 @@ class AttentionLayer:
   gate: GateConfig = GateConfig()
   causal: bool = True
   window: int = 0  # keys a query sees, itself included; 0: all
-  dropout: float = 0.0  # of attention weights
+  dropout: float = 0.0  # rate on attention weights
   qk_norm: bool = False  # RMSNorm of each query's and key's head
   norm_eps: float = 1e-6
   norm_zero_centered: bool = False

@@ -1,4 +1,4 @@
-"""What attention layers sow for a curious reader: sinks, gates, maps.
+"""Probes of attention layers for a curious reader: sinks, gates, maps.
 
 Nothing here runs unless the collection `probes` or `attention_maps` is
 mutable. `gated_jax/ops/probes.py` has the formulas, and
@@ -21,7 +21,7 @@ from gated_jax.ops.attention import context
 
 
 def is_watched(module: nn.Module) -> bool:
-  """Whether somebody looks at the probes of this call."""
+  """True where somebody looks at the probes of this call."""
   return not module.is_initializing() and (
     module.is_mutable_collection('probes')
     or module.is_mutable_collection('attention_maps')
