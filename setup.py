@@ -16,6 +16,7 @@ REQUIRED = [
   'ml-collections>=1.1,<2',  # configs that flags override
   'absl-py>=2.1',  # flags and logging of train.py
   'numpy>=2',  # host arrays
+  'scipy>=1.13',  # rank correlations; JAX brings it
   'jaxtyping>=0.3.11',  # shapes in signatures, checked in tests
   'tqdm>=4.66',  # progress bar on a terminal
 ]

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from configs import dense_1b7
+from configs import evidence
 from configs import gate_sweep
 from gated_jax.config import ModelConfig
 from gated_jax.config import from_dict
@@ -27,6 +28,11 @@ WORDS = {
   'smoke': [''],
   'dense_1b7': ['', *dense_1b7.BLOCKS],
   'moe_15b_a2b': [''],
+  'evidence': [
+    'sinks,headwise,0',
+    'variants,value_shared,0,small',
+    'stability,sandwich,3e-3,0',
+  ],
   'evidence_gpu': ['', 'baseline', 'headwise,high', 'elementwise,low'],
   'gate_sweep': [
     *ROWS,
@@ -50,6 +56,8 @@ COUNTS = {
   'dense_1b7:28': 1_728_177_152,
   'dense_1b7:48': 1_715_369_472,
   'moe_15b_a2b': 15_779_078_144,
+  'evidence:sinks,baseline,0': 48_509_440,
+  'evidence:sinks,headwise,0': 48_546_304,
   'evidence_gpu:baseline': 100_888_064,
   'evidence_gpu:headwise': 101_035_520,
   'evidence_gpu:elementwise': 100_888_064,
@@ -119,6 +127,11 @@ def test_configs_build_models_whose_parameters_say_what_they_are(file):
     'stability:sandwich,fast',
     'stability:gated,1e-3,1e-3',
     'long_context:1m',
+    'evidence:sinks',
+    'evidence:sinks,sandwiched,0',
+    'evidence:sinks,baseline,1e-3,0',
+    'evidence:stability,baseline,fast,0',
+    'evidence:stability,baseline,1e-3,-1',
   ],
 )
 def test_words_that_mean_nothing_are_refused(name):
@@ -179,6 +192,31 @@ def test_gates_of_the_dense_models(block, change, expected):
   config = dense_1b7.get_config(block)
   config.model.gate.update(change)
   assert gate_count(from_dict(config.to_dict()).model) == expected
+
+
+def test_arms_of_the_evidence_are_of_one_size():
+  for claim in ('sinks', 'variants'):
+    base = parameters(load(f'evidence:{claim},baseline,0').model)['total']
+    for words in evidence.runs(claim):
+      total = parameters(load(f'evidence:{words}').model)['total']
+      assert total == pytest.approx(base, rel=0.0011), words
+
+
+def test_runs_of_the_evidence_can_be_named_by_their_first_words():
+  every = evidence.runs()
+  assert len(set(every)) == len(every)
+  assert evidence.runs('stability,baseline,3e-3') == [
+    'stability,baseline,3e-3,0'
+  ]
+  small = evidence.runs('sinks,headwise,small')
+  assert small == [f'sinks,headwise,{seed},small' for seed in range(3)]
+  for words in [*every, *small]:
+    about = evidence.about(words)
+    config = load(f'evidence:{words}')
+    assert about['rate'] == config.optimizer.learning_rate
+    assert about['seed'] == config.seed == config.data.seed
+  with pytest.raises(ValueError, match='CLAIM one of: sinks'):
+    evidence.runs('sinks,none')
 
 
 def test_paired_rows_have_as_many_parameters():

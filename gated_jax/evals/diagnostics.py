@@ -28,22 +28,36 @@ from gated_jax.config import ModelConfig
 from gated_jax.model import tree
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops.probes import BINS
+from gated_jax.ops.probes import NEAR
 
-# Names in the collection, and how many axes each has in one layer.
+# Names in the collection `probes`.
 FIRST_TOKEN = 'first_token'
+NEAR_FIRST_TOKEN = 'first_token_near'
+LOGIT = 'attention_logit_max'
 SCORES = 'gate_scores'
 NORM = 'gate_logit_norm'
 RESIDUAL = 'residual_max'
 WEIGHTS = 'attention_weights'
 # Attention maps show this many positions of one row.
 MAP_LENGTH = 96
+# A head that gives its first token more than this is a sink head, after Gu et
+# al. (arXiv 2410.10781), who count them in texts of 64 tokens.
+SINK = 0.3
+
+
+def _none() -> np.ndarray:
+  """Stands where no layer has anything of the kind."""
+  return np.zeros((0, 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Figures by layer, first layer first; arrays have no rows where a model
-  has nothing of the kind (no gate, say). Heads may differ in number from one
-  array to the next: a gate on the values has one score per kv head."""
+  """Figures by layer, first layer first.
+
+  Arrays have no rows where a model has nothing of the kind (no gate, say).
+  Heads may differ in number from one array to the next: a gate on the values
+  has one score per kv head.
+  """
 
   first_token: np.ndarray  # [L, N] mean probability on the first token
   activation: np.ndarray  # [L] largest |activation| of the residual stream
@@ -52,39 +66,96 @@ class Report:
   gate_histogram: np.ndarray  # [L, bins] shares, see ops/probes.py EDGES
   gate_norm: np.ndarray  # [L, N] mean length of a head's logits
   maps: Mapping[int, np.ndarray]  # layer -> attention weights [N, T, T]
+  # [L, N] first_token over the first probes.NEAR tokens of each document
+  near_first_token: np.ndarray = dataclasses.field(default_factory=_none)
+  attention_logit: np.ndarray = dataclasses.field(
+    default_factory=_none
+  )  # [L] largest one
+
+  @property
+  def sink_heads(self) -> np.ndarray:
+    """Share of each layer's heads that are sinks, [L]."""
+    return np.mean(self.first_token > SINK, axis=1)
+
+  @property
+  def near_sink_heads(self) -> np.ndarray:
+    """The same over the first probes.NEAR tokens of each document, [L]."""
+    return np.mean(self.near_first_token > SINK, axis=1)
+
+  def from_layer(self, layer: int) -> 'Report':
+    """The same without the layers before this one.
+
+    Layers 0 and 1 never become sink layers (arXiv 2606.02378), so that
+    leaving them out of a mean makes models of different depth comparable.
+    """
+    rest = {
+      field.name: getattr(self, field.name)[layer:]
+      for field in dataclasses.fields(self)
+      if field.name != 'maps'
+    }
+    maps = {i - layer: x for i, x in self.maps.items() if i >= layer}
+    return Report(**rest, maps=maps)
 
   def scalars(self) -> dict[str, float]:
     """Flat names and numbers, for logs."""
-    found: dict[str, float] = {}
-    for name, table, by_layer in (
-      ('sink', self.first_token, True),
-      ('activation', self.activation, True),
-      ('gate', self.gate_mean, True),
-      ('gate/below_0.1', self.gate_below, False),
-      ('gate/logit_norm', self.gate_norm, False),
+    scalars: dict[str, float] = {}
+    for name, table, parts in (
+      ('sink', self.first_token, 'mean max layers'),
+      (f'sink/heads_above_{SINK}', self.sink_heads, 'only layers'),
+      (f'sink_{NEAR}', self.near_first_token, 'mean'),
+      (f'sink_{NEAR}/heads_above_{SINK}', self.near_sink_heads, 'only'),
+      ('activation', self.activation, 'mean max layers'),
+      ('attention_logit', self.attention_logit, 'max layers'),
+      # A largest layer of the mean gate would hide that larger scores exist.
+      ('gate', self.gate_mean, 'mean layers'),
+      ('gate/below_0.1', self.gate_below, 'only'),
+      ('gate/logit_norm', self.gate_norm, 'only'),
     ):
       if not len(table):
         continue
       layers = table.reshape(len(table), -1).mean(axis=1)
-      found[f'{name}/mean' if by_layer else name] = float(layers.mean())
-      if by_layer:
-        if table is not self.gate_mean:  # scores larger than it exist
-          found[f'{name}/max'] = float(layers.max())
+      if 'only' in parts:
+        scalars[name] = float(layers.mean())
+      if 'mean' in parts:
+        scalars[f'{name}/mean'] = float(layers.mean())
+      if 'max' in parts:
+        scalars[f'{name}/max'] = float(layers.max())
+      if 'layers' in parts:
         for layer, value in enumerate(layers):
-          found[f'{name}/layer_{layer:02d}'] = float(value)
-    return found
+          scalars[f'{name}/layer_{layer:02d}'] = float(value)
+    if len(self.first_token):
+      scalars['sink/max_head'] = float(self.first_token.max())
+    return scalars
 
   def summary(self) -> list[tuple[str, float, str]]:
     """(name, value, format) of what Table 4 prints."""
     scalars = self.scalars()
     rows = [
       ('first-token attention', 'sink/mean', '{:.4f}'),
+      (f'heads above {SINK}', f'sink/heads_above_{SINK}', '{:.1%}'),
       ('largest activation', 'activation/max', '{:.2f}'),
       ('mean of layers', 'activation/mean', '{:.2f}'),
+      ('largest attention logit', 'attention_logit/max', '{:.2f}'),
       ('mean gate', 'gate/mean', '{:.4f}'),
       ('gates below 0.1', 'gate/below_0.1', '{:.1%}'),
     ]
     return [(n, scalars.get(k, math.nan), f) for n, k, f in rows]
+
+  def arrays(self) -> dict[str, list[Any]]:
+    """All but the maps as nested lists, four digits each, for JSON."""
+    return {
+      field.name: _rounded(getattr(self, field.name)).tolist()
+      for field in dataclasses.fields(self)
+      if field.name != 'maps'
+    }
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+  """Values with four significant digits; None for what is no number."""
+  flat = [
+    float(f'{x:.4g}') if math.isfinite(x) else None for x in values.ravel()
+  ]
+  return np.array(flat, object).reshape(values.shape)
 
 
 def probe(
@@ -106,7 +177,7 @@ def probe(
       by_layer(model.config, _run(model, params, batch, 'probes')),
     )
     for name, value in found.items():
-      join = np.maximum if name == RESIDUAL else np.add
+      join = np.maximum if name in (RESIDUAL, LOGIT) else np.add
       old = sums.get(name)
       sums[name] = value if old is None else jax.tree.map(join, old, value)
   if first is None:
@@ -134,7 +205,15 @@ def by_layer(config: ModelConfig, probes: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-_PROBES = (FIRST_TOKEN, SCORES, NORM, RESIDUAL, WEIGHTS)
+_PROBES = (
+  FIRST_TOKEN,
+  NEAR_FIRST_TOKEN,
+  LOGIT,
+  SCORES,
+  NORM,
+  RESIDUAL,
+  WEIGHTS,
+)
 
 
 def _sown(subtree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -164,15 +243,13 @@ def _run(
 
 
 def _divide(sums: dict[str, Any], maps: Mapping[int, np.ndarray]) -> Report:
-  empty = np.zeros((0, 0))
-
   def mean(name: str) -> np.ndarray:
     if name not in sums:
-      return empty
+      return _none()
     total, number = sums[name].total, sums[name].number
     return total / np.maximum(number, 1)[:, None]
 
-  below, histogram = empty, np.zeros((0, BINS))
+  below, histogram = _none(), np.zeros((0, BINS))
   if SCORES in sums:
     scores = sums[SCORES]
     number = np.maximum(scores.number, 1)[:, None]
@@ -187,6 +264,8 @@ def _divide(sums: dict[str, Any], maps: Mapping[int, np.ndarray]) -> Report:
     gate_histogram=histogram,
     gate_norm=mean(NORM),
     maps=maps,
+    near_first_token=mean(NEAR_FIRST_TOKEN),
+    attention_logit=sums.get(LOGIT, np.zeros(0)),
   )
 
 

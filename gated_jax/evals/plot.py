@@ -4,7 +4,6 @@ matplotlib is imported inside the functions, so that the package imports
 without it; it draws to files only and needs no display.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gated_jax.evals.diagnostics import Report
+from gated_jax.evals.records import read_metrics
 from gated_jax.ops.probes import EDGES
 
 if TYPE_CHECKING:
@@ -59,29 +59,13 @@ def figures(
   return paths
 
 
-def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Records of a metrics.jsonl; a line cut off by a kill is left out."""
-  path = pathlib.Path(path)
-  if not path.exists():
-    return []
-  records = []
-  for line in path.read_text(encoding='utf-8').splitlines():
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if isinstance(record, dict) and 'step' in record:
-      records.append(record)
-  return records
-
-
 def loss_curve(records: list[dict[str, Any]]) -> 'Figure | None':
   """Training and held-out loss over steps."""
   train = _series(records, 'loss')
   held_out = _series(records, 'validation/loss')
   if not train[0] and not held_out[0]:
     return None
-  figure, axes = _blank('Loss', 'step', 'nats per token')
+  figure, axes = blank('Loss', 'step', 'nats per token')
   if train[0]:
     many = len(train[0]) > 200
     axes.plot(*train, color=BLUE, lw=0.8 if many else 1.5, label='training')
@@ -97,7 +81,7 @@ def sink_per_layer(report: Report) -> 'Figure | None':
     return None
   layers = report.first_token.mean(axis=1)
   title = f'Attention on the first token (mean {layers.mean():.3f})'
-  figure, axes = _blank(title, 'layer', 'probability')
+  figure, axes = blank(title, 'layer', 'probability')
   index = np.arange(len(layers))
   axes.bar(index, layers, color=BLUE, alpha=0.6, label='mean of heads')
   heads = report.first_token.shape[1]
@@ -127,7 +111,7 @@ def gate_histograms(report: Report) -> 'Figure | None':
   layers, _ = report.gate_histogram.shape
   mean = report.gate_mean.mean(axis=1)
   title = f'Gate scores by layer (mean {mean.mean():.3f})'
-  figure, axes = _blank(title, 'score', 'layer', grid=False)
+  figure, axes = blank(title, 'score', 'layer', grid=False)
   # The outer bins, below 0 and above 1, are drawn as wide as the rest, and
   # only where an activation reaches them.
   width = EDGES[1] - EDGES[0]
@@ -165,7 +149,7 @@ def activation_per_layer(report: Report) -> 'Figure | None':
   mean = np.format_float_positional(
     report.activation.mean(), precision=3, fractional=False, trim='-'
   )
-  figure, axes = _blank(
+  figure, axes = blank(
     f'Largest activation (mean of layers {mean})',
     'layer',
     'largest |activation|',
@@ -237,7 +221,7 @@ def _series(
   return [step for step, _ in found], [value for _, value in found]
 
 
-def _blank(
+def blank(
   title: str, x: str, y: str, grid: bool = True
 ) -> 'tuple[Figure, Axes]':
   """One pair of axes on a figure that no window will show."""

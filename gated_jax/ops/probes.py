@@ -27,6 +27,11 @@ EDGES = np.linspace(0.0, 1.0, 21)
 BINS = len(EDGES) + 1
 # Entries of attention's output smaller than these count as nothing (Fig. 5).
 SMALL = (1e-2, 1e-3)
+# Tokens of a document within which sinks are looked for a second time: the
+# share of sink heads in the literature is stated for texts this short.
+NEAR = 64
+# Queries whose attention logits are held at once.
+LOGIT_BLOCK = 128
 
 
 class HeadTotals(NamedTuple):
@@ -68,6 +73,7 @@ def first_token_attention(
   segments: Int[Array, 'B T'] | None,
   scale: float,
   window: int = 0,
+  within: int = 0,
 ) -> HeadTotals:
   """Attention that queries pay to their document's first token, exactly.
 
@@ -84,6 +90,9 @@ def first_token_attention(
     scale: what attention multiplies logits with (AttentionSpec.logit_scale).
     window: attention's window: farther queries do not see the first token
       and count with zero.
+    within: only queries among this many first tokens of their document count;
+      0: all. Attention is causal, so this is what the probe would give on
+      documents cut to that length.
 
   Returns:
     Sum over the counted queries for each query head, and their number.
@@ -100,6 +109,8 @@ def first_token_attention(
     distance = position - starts
     first = jnp.take_along_axis(key, starts[:, :, None, None], axis=1)
     counted = (distance > 0) & (segments != 0)
+  if within:
+    counted &= distance < within
   logits = scale * jnp.einsum(
     'BTKGH,BTKH->BKGT',
     query.reshape(b, t, k, n // k, h),
@@ -113,6 +124,52 @@ def first_token_attention(
   return HeadTotals(
     jnp.sum(share, axis=(0, 2)), jnp.sum(counted, dtype=jnp.float32)
   )
+
+
+def largest_logit(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B T K H'],
+  segments: Int[Array, 'B T'] | None,
+  scale: float,
+  window: int = 0,
+) -> Float[Array, '']:
+  """Largest attention logit between any query and a key that it sees.
+
+  Its growth precedes divergence at large learning rates (arXiv 2309.14322).
+  Queries are worked through in blocks, so that no T x T matrix is held.
+  Arguments are those of `first_token_attention`; padding does not count.
+  """
+  b, t, n, h = query.shape
+  k = key.shape[2]
+  blocks = -(-t // LOGIT_BLOCK)
+  if segments is None:
+    segments = jnp.ones((b, t), jnp.int32)
+  padding = blocks * LOGIT_BLOCK - t
+
+  def in_blocks(x: Array) -> Array:
+    x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
+    return jnp.moveaxis(x.reshape(b, blocks, LOGIT_BLOCK, *x.shape[2:]), 1, 0)
+
+  keys = jnp.arange(t)
+
+  def largest(block: tuple[Array, Array, Array]) -> Array:
+    queries, numbers, positions = block
+    logits = scale * jnp.einsum(
+      'BTKGH,BSKH->BKGTS',
+      queries.reshape(b, LOGIT_BLOCK, k, n // k, h),
+      key,
+      preferred_element_type=jnp.float32,
+    )
+    back = positions[:, None] - keys
+    seen = (numbers[:, :, None] == segments[:, None]) & (back >= 0)
+    seen &= (numbers != 0)[:, :, None]
+    if window:
+      seen &= back < window
+    return jnp.max(jnp.where(seen[:, None, None], logits, -jnp.inf))
+
+  positions = jnp.arange(blocks * LOGIT_BLOCK).reshape(blocks, LOGIT_BLOCK)
+  parts = (in_blocks(query), in_blocks(segments), positions)
+  return jnp.max(jax.lax.map(largest, parts))
 
 
 def attention_weights(

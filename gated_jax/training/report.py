@@ -1,6 +1,7 @@
 """The first and the last words of a run."""
 
 import dataclasses
+import json
 import math
 import pathlib
 import shlex
@@ -82,6 +83,14 @@ def _figures(run: RunState, report: Any) -> str:
   return f'{folder} ({", ".join(path.name for path in paths)})'
 
 
+def _keep_probe(run: RunState, report: Any) -> None:
+  """Writes the last look inside, by layer and head, for later comparisons."""
+  if report is None or jax.process_index():
+    return
+  path = run.workdir / 'probe.json'
+  path.write_text(json.dumps(report.arrays()) + '\n', encoding='utf-8')
+
+
 def _skipped(files: dict[str, str]) -> str:
   """How many, and which; of very many only the first."""
   shown = [f'{name} ({reason})' for name, reason in files.items()][:NAMED]
@@ -99,6 +108,7 @@ def _longer(command: str, steps: int) -> str:
 
 def closing(run: RunState, result: RunResult, command: str) -> None:
   """Prints what came out, where it lies and what to type next."""
+  _keep_probe(run, result.report)
   checkpoint = run.checkpoints.path(result.step)
   python = shlex.split(command)[0] if command else 'python'
   sample = shlex.join(

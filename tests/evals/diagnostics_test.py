@@ -1,5 +1,7 @@
 """Probes gathered from models of several layouts, and averaged right."""
 
+import dataclasses
+import json
 from typing import NamedTuple
 
 import jax
@@ -25,6 +27,9 @@ class Layer(nn.Module):
     count = jnp.sum(valid, dtype=jnp.float32)
     share = probes.HeadTotals(count * (index + heads / 10), count)
     self.sow('probes', 'first_token', share)
+    near = probes.HeadTotals(count * (0.045 * index + heads / 10), count)
+    self.sow('probes', 'first_token_near', near)
+    self.sow('probes', 'attention_logit_max', jnp.max(x) + index)
     x = x + index
     self.sow('probes', 'residual_max', jnp.max(jnp.abs(x)))
     if self.gated:
@@ -174,6 +179,46 @@ def test_scalars_are_flat_and_a_model_without_gate_has_none_of_its():
   summary = {name: value for name, value, _ in report.summary()}
   assert summary['largest activation'] == 66
   assert np.isnan(summary['mean gate'])
+
+
+def look(gated=True):
+  return diagnostics.probe(
+    Model('loop', gated), parameters('loop'), [batch(np.zeros((1, 4), int))]
+  )
+
+
+def test_sink_heads_are_those_above_the_threshold():
+  report = look()
+  # Layer i gives i + 0.1 and i + 0.2, and 0.045 i in short texts, plus the same.
+  np.testing.assert_array_equal(report.sink_heads, [0.0, *[1.0] * 11])
+  np.testing.assert_array_equal(report.near_sink_heads[:4], [0, 0, 0, 0.5])
+  scalars = report.scalars()
+  assert scalars['sink/heads_above_0.3'] == pytest.approx(11 / 12)
+  assert scalars['sink/heads_above_0.3/layer_00'] == 0
+  assert scalars['sink/max_head'] == pytest.approx(11.2)
+  assert scalars['sink_64/mean'] == pytest.approx(0.045 * 5.5 + 0.15)
+  assert scalars['sink_64/heads_above_0.3'] == pytest.approx((2 * 0.5 + 7) / 12)
+  # The stream holds the sum of the indices before, and each adds its own.
+  assert scalars['attention_logit/layer_03'] == 6
+  assert scalars['attention_logit/max'] == 66
+
+
+def test_layers_can_be_left_out_of_means():
+  report = look().from_layer(2)
+  scalars = report.scalars()
+  assert scalars['sink/mean'] == pytest.approx(np.mean(range(2, 12)) + 0.15)
+  assert scalars['sink/heads_above_0.3'] == 1
+  assert scalars['sink/layer_00'] == pytest.approx(2.15)
+  assert sorted(report.maps) == [2, 5, 9]
+
+
+def test_arrays_are_json_with_null_for_what_is_no_number():
+  report = dataclasses.replace(look(gated=False), activation=np.array([np.inf]))
+  arrays = json.loads(json.dumps(report.arrays(), allow_nan=False))
+  assert arrays['activation'] == [None]
+  assert arrays['first_token'][3] == [3.1, 3.2]
+  assert arrays['gate_mean'] == []
+  assert 'maps' not in arrays
 
 
 def test_no_batches_are_an_error():

@@ -93,6 +93,68 @@ def test_first_token_attention_is_read_off_the_full_matrix(
   assert 0.05 < total.mean() / count < 0.95
 
 
+@pytest.mark.parametrize('packed', [True, False])
+def test_first_token_attention_within_is_that_of_documents_cut_short(packed):
+  segments = SEGMENTS if packed else np.ones_like(SEGMENTS)
+  b, t = segments.shape
+  query = jnp.asarray(2 * random(0, b, t, 4, 8))
+  key = jnp.asarray(random(1, b, t, 2, 8))
+  given = jnp.asarray(segments) if packed else None
+  weights = probabilities(
+    np.asarray(query), np.asarray(key), segments, 0.7, window=0
+  )
+  logits = np.einsum('btnh,bsnh->bnts', query, np.repeat(key, 2, 2)) * 0.7
+  # Whatever a query sees, its log-sum-exp is a logit less its log-probability.
+  own = np.arange(t)
+  lse = logits[:, :, own, own] - np.log(weights[:, :, own, own])
+  found = probes.first_token_attention(
+    query, key, jnp.asarray(lse), given, 0.7, within=4
+  )
+  total, count = np.zeros(4), 0
+  for row in range(b):
+    first = 0
+    for i in range(t):
+      if i and segments[row, i] != segments[row, i - 1]:
+        first = i
+      if 0 < i - first < 4 and segments[row, i] != 0:
+        total += weights[row, :, i, first]
+        count += 1
+  assert found.number == count
+  np.testing.assert_allclose(found.total, total, rtol=1e-4)
+
+
+@pytest.mark.parametrize('window', [0, 3])
+@pytest.mark.parametrize('packed', [True, False])
+@pytest.mark.parametrize('block', [4, 5, 128])
+def test_the_largest_logit_is_that_of_the_full_matrix(
+  block, packed, window, monkeypatch
+):
+  monkeypatch.setattr(probes, 'LOGIT_BLOCK', block)
+  segments = SEGMENTS if packed else np.ones_like(SEGMENTS)
+  b, t = segments.shape
+  query, key = random(0, b, t, 4, 8), random(1, b, t, 2, 8)
+  # Larger ones lie where no query looks: the future, and other documents.
+  query[0, 0, 0], key[0, 11, 0] = 9, 9
+  largest = -np.inf
+  for row in range(b):
+    for i in range(t):
+      for j in range(i + 1):
+        seen = segments[row, i] == segments[row, j] != 0
+        if seen and not (window and i - j >= window):
+          logits = [
+            0.7 * query[row, i, n] @ key[row, j, n // 2] for n in range(4)
+          ]
+          largest = max(largest, *logits)
+  found = probes.largest_logit(
+    jnp.asarray(query),
+    jnp.asarray(key),
+    jnp.asarray(segments) if packed else None,
+    0.7,
+    window,
+  )
+  np.testing.assert_allclose(found, largest, rtol=1e-5)
+
+
 def test_without_queries_to_count_the_first_token_probe_is_zero_of_zero():
   query = jnp.asarray(random(0, 1, 4, 2, 8))
   lse = jnp.full((1, 2, 4), -jnp.inf)

@@ -54,7 +54,7 @@ def sow_attention(
   segments: Int[Array, 'B T'] | None,
   window: int,
 ) -> None:
-  """First-token attention, and all of it where someone asks for maps."""
+  """First-token attention, the largest logit, and maps where asked for."""
   parts = sharding.axis_size('length')
   if parts > 1:  # back to the order of the text
     order = np.argsort(context.zigzag(query.shape[1], parts))
@@ -63,6 +63,10 @@ def sow_attention(
   scale = query.shape[-1] ** -0.5
   arrays = (query, key, lse, segments, scale, window)
   module.sow('probes', 'first_token', probes.first_token_attention(*arrays))
+  near = probes.first_token_attention(*arrays, within=probes.NEAR)
+  module.sow('probes', 'first_token_near', near)
+  largest = probes.largest_logit(query, key, segments, scale, window)
+  module.sow('probes', 'attention_logit_max', largest)
   if module.is_mutable_collection('attention_maps'):
     maps = probes.attention_weights(*arrays)
     module.sow('attention_maps', 'attention_weights', maps)

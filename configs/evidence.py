@@ -1,0 +1,279 @@
+"""The paper's claims, each at a size that one GPU trains in minutes.
+
+    python -m gated_jax.data tokenize --out=runs/text \
+      --paths='SOURCES/**/*.py,SOURCES/**/*.h' --train-tokenizer=16383
+    python -m gated_jax.evals.sweep configs/evidence.py:sinks --devices=4
+    python -m gated_jax.evals.report runs/evidence --out=runs/report
+
+Words after the colon: a claim, an arm, then what the claim varies. `sinks` and
+`variants` take ARM,SEED and `stability` takes ARM,RATE,SEED; the sweep fills in
+what is left out, so that `sinks` is all of that claim's runs and
+`sinks,headwise` are its three seeds. `small` at the end is the same in a size
+for a CPU.
+
+    sinks       12 layers: attention on the first token, activations, loss
+    variants    the same for the rest of the paper's Tables 1 and 3
+    stability   16 layers, no clipping: the loss against the learning rate
+
+Under these settings a small model without a gate grows sinks
+(docs/experiments.md says what was tried): documents are joined, every row
+begins with one token that text never has, there is no QK-norm, batches are
+small and the learning rate is constant to near the end. A gate that is a whole
+matrix is paid for by a narrower MLP: parameters are 48,509,440 without a gate
+and with every such one, 48,546,304 headwise, 0.1% more at most.
+
+One H200 trains 0.9M tokens/s of `sinks` (190 to 220 s a run) and 0.5M of
+`stability` (60 s a run); compiling takes up to a minute. Expected (690M
+characters of Python and C++, seeds 0 to 2, means over layers 2 to 11):
+
+                     held-out loss    first token    largest activation
+    baseline         1.420 to 1.443   0.047 to 0.065   338 to 484
+    headwise         1.394 to 1.409   0.017 to 0.021    85 to 107
+    elementwise      1.370 to 1.387   0.012 to 0.014    82 to 114
+    baseline_qk      1.399            0.093            862
+    elementwise_qk   1.366            0.012            140
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+from configs import base
+from configs import gate_sweep
+
+
+class Arm(NamedTuple):
+  """One model of a comparison.
+
+  Attributes:
+    row: Its row in `gate_sweep.py`, which says how it is gated and what the
+      paper measured.
+    channels: What its gate costs, in channels of the MLP.
+    change: Further settings.
+  """
+
+  row: str
+  channels: int = 0
+  change: dict[str, Any] = {}  # noqa: RUF012 (never written to)
+
+
+class Claim(NamedTuple):
+  """One comparison.
+
+  Attributes:
+    arms: Name of each arm to the number of its seeds.
+    rates: Learning rates of each arm; one alone is not part of the words.
+  """
+
+  arms: dict[str, int]
+  rates: tuple[str, ...]
+
+
+_QK_NORM = {'model.qk_norm': True}
+
+# A gate with a score for each of 6 heads of 128 channels has width * 768
+# parameters in a layer, as many as 256 channels of the MLP; one on the 3 heads
+# of the values has half of that.
+ARMS = {
+  'baseline': Arm('baseline'),
+  'elementwise': Arm('sdpa_elementwise', 256),
+  'headwise': Arm('sdpa_headwise'),
+  'value': Arm('value_elementwise', 128),
+  'shared': Arm('sdpa_shared', 256),
+  'parameter': Arm('sdpa_parameter'),
+  'ns_sigmoid': Arm('sdpa_ns_sigmoid', 256),
+  'key': Arm('key_elementwise', 128),
+  'query': Arm('query_elementwise', 256),
+  # 170.7 channels: 0.1% more parameters than without a gate.
+  'dense_output': Arm('dense_output', 168),
+  'value_headwise': Arm('value_headwise'),
+  'value_shared': Arm('value_shared', 128),
+  'additive_silu': Arm('sdpa_additive_silu', 256),
+  'silu': Arm('sdpa_silu', 256),
+  'rms_norm': Arm('sdpa_rms_norm'),
+  'silu_no_scores': Arm('sdpa_silu_no_scores'),
+  'additive_identity': Arm('sdpa_additive_identity', 256),
+  'baseline_qk': Arm('baseline', 0, _QK_NORM),
+  'elementwise_qk': Arm('sdpa_elementwise', 256, _QK_NORM),
+  'headwise_qk': Arm('sdpa_headwise', 0, _QK_NORM),
+  'sandwich': Arm('baseline', 0, {'model.norm': 'sandwich'}),
+}
+
+_RATES = ('1e-3', '1.5e-3', '2e-3', '3e-3', '6e-3', '1.2e-2')
+
+CLAIMS = {
+  'sinks': Claim(
+    {
+      'baseline': 3,
+      'elementwise': 3,
+      'headwise': 3,
+      'value': 1,
+      'shared': 1,
+      'parameter': 1,
+      'ns_sigmoid': 1,
+      'baseline_qk': 1,
+      'elementwise_qk': 1,
+    },
+    ('1e-3',),
+  ),
+  'variants': Claim(
+    dict.fromkeys(
+      (
+        'key',
+        'query',
+        'dense_output',
+        'value_headwise',
+        'value_shared',
+        'additive_silu',
+        'silu',
+        'rms_norm',
+        'silu_no_scores',
+        'additive_identity',
+      ),
+      2,
+    ),
+    ('1e-3',),
+  ),
+  'stability': Claim(
+    dict.fromkeys(
+      (
+        'baseline',
+        'elementwise',
+        'headwise',
+        'sandwich',
+        'baseline_qk',
+        'elementwise_qk',
+      ),
+      1,
+    ),
+    _RATES,
+  ),
+}
+
+
+def runs(words: str = '') -> list[str]:
+  """The words of every run that the given words stand for."""
+  given, small = _split(words)
+  found = []
+  for claim, (arms, rates) in CLAIMS.items():
+    for rate in rates:
+      for seed in range(max(arms.values())):
+        for arm, seeds in arms.items():
+          run = [claim, arm, *([rate] if len(rates) > 1 else []), str(seed)]
+          if seed < seeds and run[: len(given)] == given:
+            found.append(','.join([*run, *small]))
+  if not found:
+    raise ValueError(f'{words!r} {_usage()}')
+  return found
+
+
+def about(words: str) -> dict[str, Any]:
+  """What a report wants to know of one run."""
+  claim, arm, rate, seed, _ = _parse(words)
+  row = ARMS[arm].row
+  return {
+    'claim': claim,
+    'arm': arm,
+    'rate': float(rate),
+    'seed': seed,
+    'paper': gate_sweep.ROWS[row].paper if not ARMS[arm].change else {},
+  }
+
+
+def get_config(words: str = 'sinks,elementwise,0'):
+  claim, arm, rate, seed, small = _parse(words)
+  row, channels, change = ARMS[arm]
+  config = base.get_config()
+  _model(config.model, claim, small)
+  config.model.mlp_width -= channels // (8 if small else 1)
+  config.update_from_flattened_dict(gate_sweep.ROWS[row].change)
+  config.update_from_flattened_dict(change)
+  _data(config, small)
+
+  optimizer = config.optimizer
+  optimizer.learning_rate = float(rate)
+  optimizer.final_learning_rate = 0.15 * float(rate)
+  optimizer.schedule = 'wsd'
+  optimizer.decay_share = 0.15
+  optimizer.warmup_steps = 200
+  if claim == 'stability':
+    optimizer.clip_norm = 0.0
+  else:
+    # Sinks form earlier at a larger decay (arXiv 2410.10781).
+    optimizer.weight_decay = 0.3
+
+  config.seed = config.data.seed = seed
+  config.steps = 1500 if claim == 'stability' else 11_000
+  # A spike may last for one step.
+  config.log_every = 1 if claim == 'stability' else 10
+  config.eval_every = config.probe_every = 500 if claim == 'stability' else 1000
+  config.eval_batches = 64
+  config.figures = False
+  config.checkpoint.every = 2000
+  config.checkpoint.keep_last = 1
+  config.checkpoint.keep_best = 0
+  if small:
+    config.steps, optimizer.warmup_steps = 60, 10
+    config.eval_every = config.probe_every = 20
+    config.eval_batches = 4
+    config.checkpoint.every = 20
+  return config
+
+
+def _model(model: Any, claim: str, small: bool) -> None:
+  """The sizes that all arms of a claim share; without a gate, so far."""
+  model.length = 128 if small else 1024
+  model.vocab = 512 if small else 16_384
+  model.depth = 4 if small else 16 if claim == 'stability' else 12
+  model.width = 64 if small else 512
+  model.heads, model.kv_heads = 6, 3
+  model.head_dim = 16 if small else 128  # sinks grow with it
+  model.mlp_width = 176 if small else 1408
+  model.qk_norm = False
+  # Unrolled layers take two thirds of the time, and half a minute more to
+  # compile, which every rate of `stability` would do anew.
+  model.scan = claim == 'stability'
+  if small:
+    model.dtype = 'float32'
+
+
+def _data(config: Any, small: bool) -> None:
+  data = config.data
+  data.source = 'tokens'
+  data.paths = 'runs/text/*.npy'
+  data.tokenizer = 'runs/text/tokenizer.json'
+  data.rows = 'joined'
+  # One more than the tokenizer's last: no text has it.
+  data.first_token = config.model.vocab - 1
+  data.length = config.model.length
+  data.batch = 16
+  data.validation = 0.02
+
+
+def _split(words: str) -> tuple[list[str], list[str]]:
+  """The words, and `small` apart."""
+  given = words.split(',') if words else []
+  return [w for w in given if w != 'small'], [w for w in given if w == 'small']
+
+
+def _parse(words: str) -> tuple[str, str, str, int, bool]:
+  """Claim, arm, rate, seed, and whether the run is a small one."""
+  given, small = _split(words)
+  claim = CLAIMS.get(given[0] if given else '')
+  if claim is None or len(given) != (4 if len(claim.rates) > 1 else 3):
+    raise ValueError(f'{words!r} {_usage()}')
+  arm, seed = given[1], given[-1]
+  rate = given[2] if len(claim.rates) > 1 else claim.rates[0]
+  try:
+    float(rate)
+  except ValueError:
+    raise ValueError(f'{rate!r} is no learning rate') from None
+  if arm not in ARMS or not seed.isdecimal():
+    raise ValueError(f'{words!r} {_usage()}')
+  return given[0], arm, rate, int(seed), bool(small)
+
+
+def _usage() -> str:
+  return (
+    f'must be CLAIM,ARM,SEED or stability,ARM,RATE,SEED; CLAIM one of: '
+    f'{" ".join(CLAIMS)}; ARM one of: {" ".join(ARMS)}'
+  )

@@ -1,0 +1,313 @@
+"""Figures of many runs beside each other, as PNG files.
+
+Read `report.py` for the tables of the same runs. One colour is one arm in every
+figure; its seeds share it, and so, dashed, does the arm with QK-norm.
+"""
+
+import math
+import pathlib
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+
+from gated_jax.evals.diagnostics import SINK
+from gated_jax.evals.plot import BLUE
+from gated_jax.evals.plot import GREY
+from gated_jax.evals.plot import ORANGE
+from gated_jax.evals.plot import blank
+from gated_jax.evals.records import Record
+from gated_jax.ops.probes import EDGES
+from gated_jax.ops.probes import NEAR
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
+# Colours that stay apart in grey and for colour-blind eyes, and what an arm of
+# each name always has; the others take what is left.
+COLOURS = (
+  '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#7a5195', '#999933', '#444444',
+)  # fmt: skip
+OWN = {'baseline': ORANGE, 'elementwise': BLUE, 'headwise': '#009e73'}
+DASHED = '_qk'  # how the name of an arm with QK-norm ends
+
+
+def figures(
+  runs: Sequence[Record], folder: pathlib.Path, from_layer: int
+) -> list[pathlib.Path]:
+  """Draws all there is something to draw for; the files written.
+
+  Args:
+    runs: of any claims; each claim has its own figures.
+    folder: is there; old figures are replaced.
+    from_layer: means over layers leave out those before it.
+  """
+  paths = []
+  for claim in sorted({str(r.about.get('claim', 'runs')) for r in runs}):
+    some = [r for r in runs if str(r.about.get('claim', 'runs')) == claim]
+    several = len({r.about.get('rate') for r in some}) > 1
+    drawn: dict[str, Figure | None] = (
+      {'rates': loss_by_rate(some), 'loss': loss_curves(some, by_rate=True)}
+      if several
+      else {
+        'loss': loss_curves(some),
+        'sinks': over_training(some, from_layer),
+        'layers': by_layer(some),
+        'gates': gate_histograms(some),
+      }
+    )
+    for name, figure in drawn.items():
+      if figure is None:
+        continue
+      path = folder / f'{claim}_{name}.png'
+      figure.savefig(path, dpi=110)
+      paths.append(path)
+  return paths
+
+
+def styles(runs: Sequence[Record]) -> dict[str, dict[str, Any]]:
+  """How the lines of each arm are drawn."""
+  names = list(dict.fromkeys(r.arm for r in runs))
+  bases = list(dict.fromkeys(n.removesuffix(DASHED) for n in names))
+  left = [c for c in COLOURS if c not in [OWN.get(n) for n in bases]]
+  others = [name for name in bases if name not in OWN]
+  palette = {n: left[i % len(left)] for i, n in enumerate(others)} | OWN
+  return {
+    name: {
+      'color': palette[name.removesuffix(DASHED)],
+      'ls': '--' if name.endswith(DASHED) else '-',
+    }
+    for name in names
+  }
+
+
+def loss_curves(
+  runs: Sequence[Record], by_rate: bool = False
+) -> 'Figure | None':
+  """Training loss over tokens, each run less the first baseline's, or a panel
+  for each learning rate with the losses themselves."""
+  runs = [r for r in runs if r.curve]
+  if not runs:
+    return None
+  if by_rate:
+    return _loss_by_panel(runs)
+  style = styles(runs)
+  figure, (left, right) = panels(2)
+  dress(left, 'Training loss', 'million tokens', 'nats per token')
+  dress(right, 'Held-out loss below the baseline', 'million tokens', '')
+  named: set[str] = set()
+  for record in runs:
+    scale = record.tokens_per_step / 1e6
+    steps, losses = np.array(record.curve).T
+    label = '' if record.arm in named else record.arm
+    named.add(record.arm)
+    left.plot(steps * scale, losses, **style[record.arm], lw=1, label=label)
+    steps, gains = gain(record, runs)
+    right.plot(steps * scale, gains, **style[record.arm], lw=1.2, marker='.')
+  left.set_ylim(*_middle([y for r in runs for _, y in r.curve[3:]]))
+  right.axhline(0, color=GREY, lw=0.8)
+  left.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def gain(
+  record: Record, runs: Sequence[Record]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Steps, and held-out loss of the baseline with its seed less the run's."""
+  base = [r for r in runs if r.arm == 'baseline' and r.seed == record.seed]
+  if not base or record.arm == 'baseline':
+    return np.zeros(0), np.zeros(0)
+  first = dict(zip(*series(base[0], 'validation/loss'), strict=True))
+  steps, losses = series(record, 'validation/loss')
+  shared = [(s, first[s] - x) for s, x in zip(steps, losses, strict=True)
+            if s in first]  # fmt: skip
+  both = np.array(shared or np.zeros((0, 2)))
+  return both[:, 0], both[:, 1]
+
+
+def _loss_by_panel(runs: Sequence[Record]) -> 'Figure':
+  rates = sorted({float(r.about['rate']) for r in runs})
+  style = styles(runs)
+  figure, axes = panels(len(rates), columns=3, height=2.6)
+  limits = _middle([y for r in runs for _, y in r.curve[5:]])
+  named: set[str] = set()
+  for place, rate in zip(axes, rates, strict=True):
+    dress(place, f'learning rate {rate:g}', 'step', 'nats per token')
+    for record in runs:
+      if float(record.about['rate']) != rate:
+        continue
+      steps, losses = np.array(record.curve).T
+      label = '' if record.arm in named else record.arm
+      named.add(record.arm)
+      place.plot(steps, losses, **style[record.arm], lw=1.1, label=label)
+    place.set_ylim(*limits)
+  figure.legend(frameon=False, fontsize=8, loc='outside upper right', ncols=6)
+  return figure
+
+
+def over_training(runs: Sequence[Record], from_layer: int) -> 'Figure | None':
+  """First-token attention and activations over training."""
+  style = styles(runs)
+  figure, axes = panels(2)
+  shown = False
+  for place, name, title in zip(
+    axes,
+    ('sink', 'activation'),
+    ('Attention on the first token', 'Largest activation of a layer'),
+    strict=True,
+  ):
+    dress(place, f'{title}, mean of layers', 'million tokens', '')
+    named: set[str] = set()
+    for record in runs:
+      steps, values = layer_means(record, name, from_layer)
+      if not len(steps):
+        continue
+      shown = True
+      label = '' if record.arm in named else record.arm
+      named.add(record.arm)
+      place.plot(
+        steps * record.tokens_per_step / 1e6,
+        values,
+        **style[record.arm],
+        lw=1.2,
+        label=label,
+      )
+    place.set_ylim(bottom=0)
+  axes[0].legend(frameon=False, fontsize=8)
+  return figure if shown else None
+
+
+def layer_means(
+  record: Record, name: str, from_layer: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Steps, and the mean over layers of a probe written layer by layer."""
+  steps, means = [], []
+  for probe in record.probes:
+    layers = [x for x in probe.get(name, [])[from_layer:] if x is not None]
+    if layers:
+      steps.append(probe['step'])
+      means.append(np.mean(layers))
+  return np.array(steps), np.array(means)
+
+
+def by_layer(runs: Sequence[Record]) -> 'Figure | None':
+  """First-token attention, sink heads and activations by layer, at the end."""
+  runs = [r for r in runs if len(r.array('first_token'))]
+  if not runs:
+    return None
+  style = styles(runs)
+  figure, axes = panels(3)
+  shown: list[tuple[str, Callable[[Record], Any]]] = [
+    ('Attention on the first token', lambda r: r.array('first_token').mean(1)),
+    (f'Share of heads above {SINK}, T = {NEAR}',
+     lambda r: (r.array('near_first_token') > SINK).mean(1)),
+    ('Largest activation', lambda r: r.array('activation')),
+  ]  # fmt: skip
+  for place, (title, values) in zip(axes, shown, strict=True):
+    dress(place, title, 'layer', '')
+    for arm in dict.fromkeys(r.arm for r in runs):
+      seeds = np.array([values(r) for r in runs if r.arm == arm])
+      index = np.arange(seeds.shape[1])
+      mean = seeds.mean(0)
+      place.plot(index, mean, marker='o', ms=3, lw=1.2, label=arm, **style[arm])
+      if len(seeds) > 1 and place is not axes[1]:  # heads are too few to shade
+        place.fill_between(
+          index,
+          seeds.min(0),
+          seeds.max(0),
+          color=style[arm]['color'],
+          alpha=0.2,
+          lw=0,
+        )
+  for place in axes[:2]:
+    place.set_ylim(bottom=0)
+  axes[2].set_yscale('log')
+  axes[0].legend(frameon=False, fontsize=8)
+  return figure
+
+
+def gate_histograms(runs: Sequence[Record]) -> 'Figure | None':
+  """How the scores of all layers are distributed, a line for each arm."""
+  gated = [r for r in runs if len(r.array('gate_histogram'))]
+  if not gated:
+    return None
+  style = styles(runs)
+  figure, axes = blank('Gate scores, all layers', 'score', 'share of scores')
+  middle = (EDGES[1:] + EDGES[:-1]) / 2
+  for arm in dict.fromkeys(r.arm for r in gated):
+    seeds = [r.array('gate_histogram') for r in gated if r.arm == arm]
+    share = np.mean([x.mean(0) for x in seeds], axis=0)[1:-1]
+    axes.plot(middle, share, marker='.', lw=1.2, label=arm, **style[arm])
+  axes.set_ylim(bottom=0)
+  axes.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def loss_by_rate(runs: Sequence[Record]) -> 'Figure | None':
+  """Final held-out loss, activations and logits over learning rates."""
+  style = styles(runs)
+  figure, axes = panels(3)
+  shown: list[tuple[str, Callable[[Record], float]]] = [
+    ('Held-out loss', lambda r: r.value('validation/loss')),
+    ('Largest activation', lambda r: r.value('activation/max')),
+    ('Largest attention logit', lambda r: r.value('attention_logit/max')),
+  ]
+  for place, (title, value) in zip(axes, shown, strict=True):
+    dress(place, title, 'learning rate', '')
+    for arm in dict.fromkeys(r.arm for r in runs):
+      points = sorted(
+        (float(r.about['rate']), value(r)) for r in runs if r.arm == arm
+      )
+      x, y = np.array(points).T
+      place.plot(x, y, marker='o', ms=4, lw=1.2, label=arm, **style[arm])
+    place.set_xscale('log')
+    rates = sorted({float(r.about['rate']) for r in runs})
+    place.set_xticks(rates, [f'{1e3 * r:g}e-3' for r in rates], fontsize=7)
+    place.minorticks_off()
+  for place in axes[1:]:
+    place.set_yscale('log')
+  axes[0].legend(frameon=False, fontsize=8)
+  return figure
+
+
+def series(record: Record, name: str) -> tuple[list[float], list[float]]:
+  """Steps and values at which a probe was written."""
+  points = [(p['step'], p[name]) for p in record.probes if name in p]
+  return [s for s, _ in points], [x for _, x in points]
+
+
+def panels(
+  number: int, columns: int = 3, height: float = 3.4
+) -> 'tuple[Figure, list[Axes]]':
+  """A row or more of axes on a figure that no window will show."""
+  import matplotlib.figure
+
+  columns = min(columns, number)
+  rows = -(-number // columns)
+  figure = matplotlib.figure.Figure(
+    figsize=(4.2 * columns, height * rows), layout='constrained'
+  )
+  grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+  for axes in grid[number:]:
+    axes.set_axis_off()
+  return figure, grid[:number]
+
+
+def dress(axes: 'Axes', title: str, x: str, y: str) -> None:
+  """Title, labels and a light grid."""
+  axes.set_title(title, fontsize=10)
+  axes.set_xlabel(x)
+  axes.set_ylabel(y)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.grid(axis='y', color=GREY, alpha=0.2)
+  axes.set_axisbelow(True)
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+  """Limits that a few very large values do not decide."""
+  finite = [x for x in values if math.isfinite(x)] or [0.0, 1.0]
+  low, high = float(np.min(finite)), float(np.quantile(finite, 0.97))
+  return low - 0.05 * (high - low), high + 0.1 * (high - low)

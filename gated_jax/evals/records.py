@@ -1,0 +1,222 @@
+"""Runs as they lie on disk, and as a few numbers of each in one small file.
+
+A run's folder holds `metrics.jsonl` (a record a line), `run.json` (what the
+sweep knew of it) and `probe.json` (the last look inside, by layer and head).
+`pack` keeps what tables and figures need of many runs, small enough to stand
+in a repository.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# Points that are kept of a curve logged more often.
+POINTS = 100
+# Metrics kept over training: numbers, and lists by layer under a shorter name.
+_OVER_TRAINING = ('step', 'validation/loss', 'attention_logit/max', 'gate/mean')
+_BY_LAYER = {'sink/layer_': 'sink', 'activation/layer_': 'activation'}
+# A loss is a spike where it lies so many nats above the running median, and so
+# many times as far as losses around it usually do (small batches vary).
+SPIKE = 0.3
+DEVIATIONS = 4.0
+MEDIAN_OF = 101  # losses
+# train.py says this of a run whose loss is no number any more.
+DIVERGED = 'was not finite'
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """One run in brief."""
+
+  name: str
+  about: dict[str, Any]  # claim, arm, seed, rate, the paper's figures
+  curve: list[list[float]]  # [step, loss], each point a mean over its steps
+  # Over training: step, numbers, and lists by layer (`sink`, `activation`).
+  probes: list[dict[str, Any]]
+  last: dict[str, float]  # newest value of every metric that no layer has
+  probe: dict[str, Any]  # evals.diagnostics.Report.arrays at the end
+  spikes: int
+  outcome: str = 'done'  # 'cut' and 'diverged' are the others
+
+  @property
+  def arm(self) -> str:
+    return str(self.about.get('arm', self.name))
+
+  @property
+  def seed(self) -> int:
+    return int(self.about.get('seed', 0))
+
+  @property
+  def tokens_per_step(self) -> int:
+    return int(self.about.get('tokens_per_step', 1))
+
+  def value(self, name: str) -> float:
+    """A metric's newest value; NaN where there is none."""
+    return self.last.get(name, math.nan)
+
+  def array(self, name: str) -> np.ndarray:
+    """One of the probe's arrays; what was no number is NaN."""
+    return np.array(self.probe.get(name, []), float)
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+  """Records of a metrics.jsonl; a line cut off by a kill is left out."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  records = []
+  for line in path.read_text(encoding='utf-8').splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      continue
+    if isinstance(record, dict) and 'step' in record:
+      records.append(record)
+  return records
+
+
+def read(paths: Iterable[str | pathlib.Path]) -> list[Record]:
+  """The runs of folders, of folders of folders, and of packed files.
+
+  Raises:
+    ValueError: there is no run in one of them.
+  """
+  records = []
+  for path in map(pathlib.Path, paths):
+    if path.is_file():
+      records += _unpack(path)
+      continue
+    folders = sorted(p.parent for p in path.glob('**/metrics.jsonl'))
+    if not folders:
+      raise ValueError(f'{path} holds no metrics.jsonl of a run')
+    records += [_read_folder(folder) for folder in folders]
+  return records
+
+
+def pack(records: Sequence[Record], path: pathlib.Path) -> None:
+  """Writes the runs to one JSON file, a line each."""
+  lines = [
+    json.dumps(dataclasses.asdict(record), separators=(',', ':'))
+    for record in records
+  ]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  text = '[\n' + ',\n'.join(lines) + '\n]\n'
+  path.write_text(text, encoding='utf-8')
+
+
+def _unpack(path: pathlib.Path) -> list[Record]:
+  try:
+    return [Record(**fields) for fields in json.loads(path.read_text('utf-8'))]
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{path} is no file of packed runs: {error}') from error
+
+
+def _read_folder(folder: pathlib.Path) -> Record:
+  metrics = read_metrics(folder / 'metrics.jsonl')
+  about = _json(folder / 'run.json')
+  last: dict[str, float] = {}
+  for record in metrics:
+    last.update({name: x for name, x in record.items() if _number(x)})
+  steps = [r['step'] for r in metrics if 'loss' in r]
+  # A loss that is no number is written as null.
+  losses = [
+    r['loss'] if _number(r['loss']) else math.inf
+    for r in metrics
+    if 'loss' in r
+  ]
+  whole = last.get('step') == about.get('steps', last.get('step'))
+  diverged = DIVERGED in last_line(folder / 'log.txt')
+  return Record(
+    name=folder.name,
+    about=about,
+    curve=thin(steps, losses),
+    probes=over_training(metrics),
+    last={
+      n: _digits(x)
+      for n, x in last.items()
+      if '/layer_' not in n and not n.startswith(('time/', 'sink/heads'))
+    },
+    probe=_json(folder / 'probe.json'),
+    spikes=spikes(losses),
+    outcome='diverged' if diverged else 'done' if whole else 'cut',
+  )
+
+
+def last_line(path: pathlib.Path) -> str:
+  """The last line of a log that says something; '' where there is no log."""
+  if not path.is_file():
+    return ''
+  with path.open('rb') as file:
+    file.seek(max(0, path.stat().st_size - 4096))
+    lines = file.read().decode('utf-8', 'replace').splitlines()
+  return next((line for line in reversed(lines) if line.strip()), '')
+
+
+def over_training(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """A record for each step with a held-out loss or a probe, of what is kept."""
+  merged: dict[int, dict[str, Any]] = {}
+  for record in metrics:
+    if 'sink/mean' not in record and 'validation/loss' not in record:
+      continue
+    point = merged.setdefault(record['step'], {})
+    for name in _OVER_TRAINING:
+      if _number(record.get(name)):
+        point[name] = _digits(record[name])
+    for prefix, short in _BY_LAYER.items():
+      names = sorted(name for name in record if name.startswith(prefix))
+      if names:
+        point[short] = [
+          _digits(record[n], 3) if _number(record[n]) else None for n in names
+        ]
+  return [merged[step] for step in sorted(merged)]
+
+
+def thin(steps: Sequence[int], losses: Sequence[float]) -> list[list[float]]:
+  """At most POINTS points, each the mean of its steps, at their last step."""
+  parts = np.array_split(np.arange(len(steps)), min(POINTS, len(steps)) or 1)
+  points = []
+  for part in parts:
+    values = np.array([losses[i] for i in part])
+    values = values[np.isfinite(values)]
+    if len(values):
+      points.append([float(steps[part[-1]]), _digits(values.mean())])
+  return points
+
+
+def spikes(losses: Sequence[float]) -> int:
+  """How many losses lie far above the running median around them."""
+  values = np.array(losses, float)
+  if len(values) < MEDIAN_OF:
+    return 0
+  windows = np.lib.stride_tricks.sliding_window_view(values, MEDIAN_OF)
+  medians = np.median(windows, axis=1, keepdims=True)
+  # The median distance from the median, which in a normal distribution is
+  # 0.6745 standard deviations.
+  usual = np.median(np.abs(windows - medians), axis=1) / 0.6745
+  middle = windows[:, MEDIAN_OF // 2] - medians[:, 0]
+  return int(np.sum(middle > np.maximum(SPIKE, DEVIATIONS * usual)))
+
+
+def _number(value: Any) -> bool:
+  return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _digits(value: float, digits: int = 5) -> float:
+  """So many significant digits; whole numbers as they are."""
+  return value if isinstance(value, int) else float(f'{value:.{digits}g}')
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a file; {} where there is no file."""
+  if not path.is_file():
+    return {}
+  found = json.loads(path.read_text(encoding='utf-8'))
+  if not isinstance(found, dict):
+    raise ValueError(f'{path} holds no JSON object')
+  return found
