@@ -14,6 +14,7 @@ from scipy import stats
 from gated_jax.evals.diagnostics import SINK
 from gated_jax.evals.records import Record
 
+BASELINE = 'baseline'  # the arm that the others are compared with
 # A run is stable where its loss lies less than this above the best rate's.
 STABLE = 0.3
 
@@ -114,6 +115,25 @@ def mean_of(group: Sequence[Record], column: Measure) -> float:
   return float(np.mean(values)) if values else math.nan
 
 
+def baseline_of(
+  runs: Sequence[Record], group: Sequence[Record], column: Measure
+) -> float:
+  """The baseline's mean over the seeds that a group has; NaN without it.
+
+  A seed draws the order of the text and what is held out, so that runs of
+  different seeds are measured on different text.
+  """
+  seeds = {record.seed for record in group}
+  base = [r for r in runs if r.arm == BASELINE and r.seed in seeds]
+  return mean_of(base, column) if len(base) == len(seeds) else math.nan
+
+
+def gains(runs: Sequence[Record], group: Sequence[Record]) -> list[float]:
+  """Held-out loss of the baseline of the same seed less that of each run."""
+  base = {r.seed: final_loss(r) for r in runs if r.arm == BASELINE}
+  return [base[r.seed] - final_loss(r) for r in group if r.seed in base]
+
+
 def paper_of(group: Sequence[Record], column: Measure) -> float:
   """What the paper measured of that arm; NaN where it did not."""
   figures = group[0].about.get('paper') or {}
@@ -128,11 +148,16 @@ def rate_of(record: Record) -> float:
 def rank_correlation(
   runs: Sequence[Record], column: Measure
 ) -> tuple[float, float, int]:
-  """Spearman's, of the arms' figures with the paper's; its p; how many arms."""
-  pairs = [
-    (mean_of(group, column), paper_of(group, column))
-    for group in arms(runs).values()
-  ]
+  """Spearman's, of the arms' figures with the paper's; its p; how many arms.
+
+  Figures are distances from the baseline of the same seeds, or themselves
+  where a baseline has none.
+  """
+  pairs = []
+  for group in arms(runs).values():
+    base = baseline_of(runs, group, column)
+    value = mean_of(group, column) - (base if math.isfinite(base) else 0.0)
+    pairs.append((value, paper_of(group, column)))
   pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
   if len(pairs) < 3:
     return math.nan, math.nan, len(pairs)

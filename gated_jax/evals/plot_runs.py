@@ -63,7 +63,7 @@ def figures(
       if figure is None:
         continue
       path = folder / f'{claim}_{name}.png'
-      figure.savefig(path, dpi=110)
+      figure.savefig(path, dpi=90)
       paths.append(path)
   return paths
 

@@ -24,17 +24,19 @@ from gated_jax.evals import records
 from gated_jax.evals.records import Record
 
 FROM_LAYER = 2  # the first layer of means, unless asked otherwise
-BASELINE = 'baseline'
 
 
 def arm_table(runs: Sequence[Record], from_layer: int) -> str:
   """A row for each arm: every measure over its seeds."""
   columns = measures.columns(from_layer)
-  head = ['arm', 'seeds', *(c.title for c in columns)]
+  head = ['arm', 'seeds', 'below baseline', *(c.title for c in columns)]
   rows = [
     [
       arm,
       str(len(group)),
+      ''
+      if arm == measures.BASELINE
+      else measures.spread(measures.gains(runs, group), '{:.4f}'),
       *(measures.spread([c.value(r) for r in group], c.form) for c in columns),
     ]
     for arm, group in measures.arms(runs).items()
@@ -45,17 +47,17 @@ def arm_table(runs: Sequence[Record], from_layer: int) -> str:
 def paper_table(runs: Sequence[Record], from_layer: int) -> str:
   """Each arm against the baseline, in the paper and here; '' without one."""
   groups = measures.arms(runs)
-  if BASELINE not in groups:
+  if measures.BASELINE not in groups:
     return ''
   head = ['arm', 'measure', 'paper', 'here', 'ratio there; here', 'direction']
   rows = []
   for arm, group in groups.items():
     for column in measures.columns(from_layer):
-      base = measures.mean_of(groups[BASELINE], column)
+      base = measures.baseline_of(runs, group, column)
       value = measures.mean_of(group, column)
-      paper_base = measures.paper_of(groups[BASELINE], column)
+      paper_base = measures.paper_of(groups[measures.BASELINE], column)
       paper_value = measures.paper_of(group, column)
-      if arm == BASELINE or not all(
+      if arm == measures.BASELINE or not all(
         map(math.isfinite, (base, value, paper_base, paper_value))
       ):
         continue
@@ -120,7 +122,7 @@ def report(runs: Sequence[Record], from_layer: int) -> str:
       continue
     sections.append(
       f'Means over layers from {from_layer} on; of several seeds the mean and '
-      'the range.'
+      'the range. Other arms are compared with the baseline of the same seeds.'
     )
     sections += [
       part

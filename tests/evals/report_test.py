@@ -84,12 +84,13 @@ def cells(table):
 def test_an_arm_has_the_mean_and_the_range_of_its_seeds():
   rows = cells(report.arm_table(RUNS, 2))
   assert rows['baseline'][0] == '2'
-  assert rows['baseline'][1] == '1.5100 (1.5000 to 1.5200)'
-  assert rows['headwise'][:3] == ['1', '1.4000', '0.100']
+  assert rows['baseline'][2] == '1.5100 (1.5000 to 1.5200)'
+  # Compared with the baseline of its own seed.
+  assert rows['headwise'][:4] == ['1', '0.1000', '1.4000', '0.100']
   # Layers 0 and 1 give all their attention to the first token.
-  assert cells(report.arm_table(RUNS, 0))['headwise'][2] == '0.500'
-  assert rows['baseline'][3:5] == ['100% (100% to 100%)'] * 2
-  assert rows['headwise'][3] == '0%'
+  assert cells(report.arm_table(RUNS, 0))['headwise'][3] == '0.500'
+  assert rows['baseline'][4:6] == ['100% (100% to 100%)'] * 2
+  assert rows['headwise'][4] == '0%'
 
 
 def test_the_paper_is_compared_by_direction():
