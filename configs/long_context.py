@@ -47,6 +47,7 @@ def get_config(words: str = 'base32k'):
   # As many tokens in a batch as before, in longer rows.
   continuation, factor = (4, 2) if scale else (8, 4)
   model.rope.base = 1e6
+  config.init_changes = ('model.rope',)
   model.length = data.length = continuation * data.length
   data.batch //= continuation
   if stage == 'yarn128k':

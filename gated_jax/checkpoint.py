@@ -8,6 +8,7 @@ for a run that goes on. A training run keeps its optimizer and its place in the
 data beside them: see gated_jax/training/checkpoints.py.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from gated_jax.config import upgrade
 from gated_jax.paths import expand
 
 Tree = Any
+TOKENIZER = 'tokenizer'  # the folder of one that travels with a checkpoint
 # By array: dtype, shape, sum.
 Records = Mapping[str, list[Any]]
 RUN = 'run/metadata'  # Orbax's JSON handler chose the name
@@ -197,6 +199,9 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
 def load_config(path: str | pathlib.Path) -> RunConfig:
   """The config of the run that wrote a checkpoint.
 
+  A tokenizer in the checkpoint's folder is its tokenizer, wherever the folder
+  was when the config was written.
+
   Raises:
     ValueError: there is no checkpoint, or it has settings of another version.
     CheckpointError: it is damaged.
@@ -204,9 +209,14 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
   folder = find(path)
   values = read_run(folder)['config']
   try:
-    return from_dict(upgrade(values))
+    config = from_dict(upgrade(values))
   except ValueError as error:
     raise ValueError(f'{folder}: {error}') from error
+  if not (folder / TOKENIZER).is_dir():
+    return config
+  name = str((folder / TOKENIZER).absolute())
+  data = dataclasses.replace(config.data, tokenizer=name)
+  return dataclasses.replace(config, data=data)
 
 
 def save_parameters(

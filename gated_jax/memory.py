@@ -57,12 +57,11 @@ def of_devices(devices: Sequence[jax.Device]) -> int:
   if devices[0].platform == 'cpu':
     return of_host() * len({device.process_index for device in devices})
   local = [device for device in devices if device in jax.local_devices()]
-  limits = [
-    (device.memory_stats() or {}).get('bytes_limit') for device in local
-  ]
-  if not limits or None in limits:
+  stats = [device.memory_stats() or {} for device in local]
+  limits = [int(each.get('bytes_limit', 0)) for each in stats]
+  if not limits or 0 in limits:
     return 0
-  return sum(limits) * len(devices) // len(local)
+  return sum(limits) * len(devices) // len(limits)
 
 
 def check(what: str, needed: int, devices: Sequence[jax.Device]) -> None:

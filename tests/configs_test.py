@@ -9,11 +9,13 @@ import importlib
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from configs import dense_1b7
 from configs import evidence
 from configs import gate_sweep
+from gated_jax import checkpoint
 from gated_jax.config import ModelConfig
 from gated_jax.config import from_dict
 from gated_jax.model.abstract import boxed_parameters
@@ -46,6 +48,7 @@ WORDS = {
     'base32k,smoke',
     'yarn128k,smoke',
   ],
+  'start_from': [],  # takes the folder of a checkpoint
 }
 
 # By hand from the shapes. The authors' released 28-layer checkpoints have
@@ -132,13 +135,16 @@ def test_configs_build_models_whose_parameters_say_what_they_are(file):
     'evidence:sinks,baseline,1e-3,0',
     'evidence:stability,baseline,fast,0',
     'evidence:stability,baseline,1e-3,-1',
+    'start_from:',
+    'start_from:no/such/folder',
   ],
 )
 def test_words_that_mean_nothing_are_refused(name):
   file, _, words = name.partition(':')
   module = importlib.import_module(f'configs.{file}')
   with pytest.raises(
-    ValueError, match=r'must be|no learning rate|has no experts'
+    ValueError,
+    match=r'must be|no learning rate|has no experts|say where|no checkpoint',
   ):
     module.get_config(words)
 
@@ -216,6 +222,25 @@ def test_runs_of_the_evidence_can_be_named_by_their_first_words():
     assert about['seed'] == config.seed == config.data.seed
   with pytest.raises(ValueError, match='CLAIM one of: sinks'):
     evidence.runs('sinks,none')
+
+
+def test_a_run_starts_from_the_model_and_the_tokenizer_of_a_checkpoint(
+  tmp_path,
+):
+  there = load('smoke:')
+  model = dataclasses.replace(there.model, norm_zero_centered=True, depth=3)
+  folder = tmp_path / 'imported'
+  checkpoint.save_parameters(
+    folder, {'a': np.zeros(2)}, dataclasses.replace(there, model=model)
+  )
+  (folder / 'tokenizer').mkdir()
+  (folder / 'tokenizer/tokenizer.json').write_text('{}')
+  config = load(f'start_from:{folder}')
+  assert config.model == model and config.init_from == str(folder)
+  assert config.data.tokenizer == str(folder / 'tokenizer')
+  folder.rename(tmp_path / 'moved')
+  config = load(f'start_from:{tmp_path / "moved"}')
+  assert config.data.tokenizer == str(tmp_path / 'moved/tokenizer')
 
 
 def test_paired_rows_have_as_many_parameters():

@@ -15,6 +15,7 @@ from gated_jax.config.convert import from_dict
 from gated_jax.config.convert import to_dict
 from gated_jax.config.convert import upgrade
 from gated_jax.config.data import DataConfig
+from gated_jax.config.function import different_function
 from gated_jax.config.gate import GateConfig
 from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
@@ -40,6 +41,7 @@ __all__ = [
   'RopeConfig',
   'RunConfig',
   'differences',
+  'different_function',
   'from_dict',
   'names_with',
   'shortest_pattern',

@@ -1,6 +1,7 @@
 """A run: its length, its updates, its devices, what it keeps."""
 
 import dataclasses
+import difflib
 from typing import ClassVar
 
 from gated_jax.config.checks import LARGEST
@@ -12,6 +13,7 @@ from gated_jax.config.checks import positive
 from gated_jax.config.checks import valid_seed
 from gated_jax.config.data import DataConfig
 from gated_jax.config.model import ModelConfig
+from gated_jax.config.roles import names_with
 from gated_jax.config.roles import setting
 
 
@@ -154,6 +156,9 @@ class RunConfig:
   figures: bool = True
   # A checkpoint folder whose parameters a new run starts from; '': random.
   init_from: str = ''
+  # Settings in which this model may compute another function than the one at
+  # init_from, as model.rope.base for longer texts. All others have to agree.
+  init_changes: tuple[str, ...] = ()
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -161,6 +166,15 @@ class RunConfig:
   checkpoint: CheckpointConfig = CheckpointConfig()
 
   def __post_init__(self):
+    known = [f'model.{name}' for name in names_with(self.model, 'model')]
+    for name in self.init_changes:
+      if not any(f'{other}.'.startswith(f'{name}.') for other in known):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f'; did you mean {near[0]}?' if near else ''
+        raise ValueError(
+          f'init_changes={list(self.init_changes)}: {name!r} is no setting of '
+          f'the model{hint}'
+        )
     finite('', self)
     positive(
       steps=self.steps,

@@ -34,7 +34,6 @@ from gated_jax.decode.generate import generate
 from gated_jax.decode.sampling import Sampling
 from gated_jax.decode.sampling import ids_without_token
 from gated_jax.decode.weights import load
-from gated_jax.hf.tokenizer import name_of
 from gated_jax.paths import expand
 from gated_jax.platform import skip_absent_tpu
 
@@ -121,9 +120,7 @@ def make_mesh(tensor: int, fsdp: int) -> jax.sharding.Mesh:
 
 def find_tokenizer(flags: argparse.Namespace, config: RunConfig) -> Tokenizer:
   """The tokenizer that a flag names, or the one of the checkpoint."""
-  name = flags.tokenizer or name_of(
-    checkpoint.find(flags.checkpoint), config.data.tokenizer
-  )
+  name = flags.tokenizer or config.data.tokenizer
   tokenizer = make_tokenizer(name, flags.special_tokens)
   for i, text in enumerate(flags.prompt):
     special = [] if flags.special_tokens else tokenizer.special_in(text)

@@ -151,7 +151,7 @@ def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
     raise ValueError(f'there is no folder {source}')
   folder = checkpoint.find(source)
   config = checkpoint.load_config(folder)
-  files = tokenizer.of_checkpoint(folder, config.data.tokenizer)
+  files = tokenizer.of_run(config.data.tokenizer)
   abstract = abstract_parameters(config.model, mesh)
   return config, checkpoint.load_parameters(folder, abstract), files
 
@@ -161,13 +161,13 @@ def write_ours(
 ) -> None:
   """A checkpoint of ours, with the files of a tokenizer beside it."""
   if set(tokenizer.MODELS) & set(files):
-    name = str((target / tokenizer.FOLDER).absolute())
+    name = str((target / checkpoint.TOKENIZER).absolute())
     data = dataclasses.replace(config.data, tokenizer=name)
     config = dataclasses.replace(config, data=data)
   with whole_folder(target) as partial:
     partial.rmdir()  # a checkpoint makes its own
     checkpoint.save_parameters(partial, params, config)
-    tokenizer.copy(files, partial / tokenizer.FOLDER)
+    tokenizer.copy(files, partial / checkpoint.TOKENIZER)
 
 
 def write_theirs(

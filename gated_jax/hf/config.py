@@ -4,7 +4,6 @@ What a family cannot say of ours needs no list: `write_config` reads back
 what it wrote, and whatever comes back different has no words there.
 """
 
-import dataclasses
 import math
 import reprlib
 from collections.abc import Collection
@@ -12,15 +11,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
-from gated_jax.config import RopeConfig
-from gated_jax.config import differences
+from gated_jax.config import different_function
 from gated_jax.config import from_dict
-from gated_jax.config import names_with
-from gated_jax.config import shortest_pattern
-from gated_jax.config import to_dict
-from gated_jax.config import word_of
 from gated_jax.hf.families import FAMILIES
 from gated_jax.hf.families import Family
 from gated_jax.hf.keys import INERT
@@ -131,17 +124,11 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
   }
   if family.fraction == 1:
     del values['partial_rotary_factor']  # a class that does not read it
-  back = read_config(values, family)
-  describes = names_with(config, 'model')
-  changed = {
-    name: old
-    for name, (old, _) in differences(
-      to_dict(_canonical(config)), to_dict(_canonical(back))
-    ).items()
-    if name in describes
-  }
+  changed = different_function(config, read_config(values, family))
   if changed:
-    shown = ', '.join(f'model.{k}={v!r}' for k, v in changed.items())
+    shown = ', '.join(
+      f'model.{name}={old!r}' for name, (old, _) in changed.items()
+    )
     raise ValueError(f'{family.name} has no words for {shown}')
   return values
 
@@ -158,23 +145,3 @@ def choose_family(config: ModelConfig) -> Family:
     return family
   shown = '\n  '.join(reasons)
   raise ValueError(f'no family describes this model:\n  {shown}')
-
-
-def _canonical(config: ModelConfig) -> ModelConfig:
-  """The same model with what does not act on it at its default."""
-  words = [word_of(layer, config) for layer in config.layers]
-  rope, gate = config.rope, config.gate
-  if rope.scaling != 'yarn':
-    rope = RopeConfig(
-      base=rope.base,
-      fraction=rope.fraction,
-      scaling=rope.scaling,
-      factor=rope.factor,
-    )
-  return dataclasses.replace(
-    config,
-    lead=(),
-    pattern=shortest_pattern(words),
-    rope=rope,
-    gate=gate if gate.position != 'none' else GateConfig(position='none'),
-  )

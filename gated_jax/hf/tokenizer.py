@@ -15,7 +15,6 @@ from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.hf.files import find_regular
 from gated_jax.hf.files import write_json
 
-FOLDER = 'tokenizer'
 MODELS = ('tokenizer.json', 'tokenizer.model')
 FILES = (
   *MODELS,
@@ -47,29 +46,12 @@ def in_folder(folder: pathlib.Path) -> Files:
   return present
 
 
-def name_of(checkpoint: pathlib.Path, name: str) -> str:
-  """The name, for `make_tokenizer`, of a checkpoint's tokenizer.
-
-  One that travels with the checkpoint comes first: folders move.
+def of_run(name: str) -> Files:
+  """The files of the tokenizer of a run of ours.
 
   Args:
-    checkpoint: A step's folder, or what was imported.
-    name: The setting `data.tokenizer` of its run.
+    name: The setting `data.tokenizer`; 'bytes' has no files.
   """
-  inside = checkpoint / FOLDER
-  there = any((inside / model).exists() for model in MODELS)
-  return str(inside) if there else name
-
-
-def of_checkpoint(checkpoint: pathlib.Path, name: str) -> Files:
-  """The files of the tokenizer that a checkpoint of ours belongs to.
-
-  Args:
-    checkpoint: A step's folder, or what was imported.
-    name: The setting `data.tokenizer` of its run: 'bytes' has no files.
-  """
-  if (checkpoint / FOLDER).is_dir():
-    return in_folder(checkpoint / FOLDER)
   if name == 'bytes':
     return {}
   path = pathlib.Path(make_tokenizer(name).name)

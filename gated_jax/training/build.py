@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 
 from gated_jax import chips
 from gated_jax import sharding
-from gated_jax.checkpoint import load_parameters
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
@@ -42,6 +41,7 @@ from gated_jax.training.step import TrainState
 from gated_jax.training.step import make_init
 from gated_jax.training.step import make_step
 from gated_jax.training.step import state_shardings
+from gated_jax.training.warm_start import load_start
 
 
 @dataclasses.dataclass
@@ -120,7 +120,7 @@ def build(
     if found is None:
       state = init(jax.random.key(config.seed))
       if config.init_from:
-        params = load_parameters(config.init_from, abstract.params)
+        params = load_start(config, abstract.params, mesh)
         state = state.replace(params=params)
     else:
       state, position, changed = found
