@@ -59,6 +59,7 @@ class DataConfig:
   shuffle_tokens: int = 1 << 20
   seed: int = 0
   prefetch: int = setting(4, 'free')  # batches made ahead of the step
+  workers: int = setting(4, 'free')  # blocks of text tokenised at once
 
   def __post_init__(self):
     finite('data.', self)
@@ -87,6 +88,8 @@ class DataConfig:
         f"data.rows={self.rows!r}: it needs data.rows='joined'"
       )
     valid_seed(**{'data.seed': self.seed})
+    if not 1 <= self.workers <= 1024:
+      raise ValueError(f'data.workers={self.workers} must lie in [1, 1024]')
     if not self.tokenizer:
       raise ValueError("data.tokenizer='' must be 'bytes' or a path")
     if self.source == 'mixture':

@@ -4,141 +4,245 @@ Which side of the held-out split a document falls on is decided by a hash of its
 content alone, so copies of a document fall on the same side whatever file they
 are in, and neither the seed nor the number of processes moves it.
 
+Documents travel in blocks, since Python spends microseconds on each thing that
+it touches. Blocks of text are tokenised in threads while the next ones are
+read, and come in the order in which they were read.
+
 Read `gated_jax/data/packing.py` next.
 """
 
+import collections
+import concurrent.futures
+import dataclasses
+import functools
 import hashlib
+import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
-import grain
 import numpy as np
+from jaxtyping import Bool
+from jaxtyping import Int32
+from jaxtyping import Int64
 
-from gated_jax.data.sources import Document
+from gated_jax.data.encode import Encoded
+from gated_jax.data.order import Order
+from gated_jax.data.sources import READ_ERRORS
+from gated_jax.data.sources import Block
+from gated_jax.data.sources import Ids
 from gated_jax.data.sources import Source
+from gated_jax.data.sources import Texts
+from gated_jax.data.sources import Unit
 
 
-def content_hash(document: Document) -> tuple[int, int]:
-  """Two independent 64-bit numbers made from what the document says."""
-  if document.ids is not None:
-    content = np.ascontiguousarray(document.ids, '<i4').tobytes()
-  else:
-    content = document.text.encode('utf-8', errors='surrogatepass')
-  digest = hashlib.blake2b(content, digest_size=16).digest()
-  return (
-    int.from_bytes(digest[:8], 'big'),
-    int.from_bytes(digest[8:], 'big'),
-  )
+class Chunk(NamedTuple):
+  """Documents of one unit as ids, and where each of them was read."""
+
+  ids: Int32[np.ndarray, ' T']
+  lengths: Int64[np.ndarray, ' N']
+  place: int  # of the unit in the order
+  before: Int64[np.ndarray, ' N']  # the cursor before each
+  after: int  # the cursor after the last
 
 
-def is_held_out(number: int, share: float) -> bool:
-  """Whether the first number of `content_hash` lies in the held-out share."""
-  return number < int(share * 2.0**64)
+class _UnitEnd(NamedTuple):
+  place: int
 
 
-class Documents(grain.IterDataset):
-  """Token arrays of the documents that `keep` says are this stream's own.
+def content_hashes(block: Block) -> Iterator[bytes]:
+  """Sixteen bytes for each document, made from what it says."""
+  blake2b = functools.partial(hashlib.blake2b, digest_size=16)
+  if isinstance(block, Texts):
+    for text in block.texts:
+      yield blake2b(text.encode('utf-8', errors='surrogatepass')).digest()
+    return
+  content = memoryview(np.ascontiguousarray(block.ids, '<i4')).cast('B')
+  begin = 0
+  for end in (4 * np.cumsum(block.lengths)).tolist():
+    yield blake2b(content[begin:end]).digest()
+    begin = end
 
-  `order` maps the place in the stream to the number of a unit; its length is
-  where the stream ends. `epoch` is how many units make one pass. Documents
-  with fewer ids than `least` are left out.
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """Which documents belong to a split, and to a process of several."""
+
+  held_out: float  # the share that is held out
+  validation: bool  # whether those that are held out are wanted
+  shard: int = 0
+  shards: int = 1  # processes that documents are dealt to; 1: all are ours
+
+  def of(self, block: Block) -> Bool[np.ndarray, ' N'] | None:
+    """Marks the documents that are wanted; None: all of them."""
+    if not self.held_out and not self.validation and self.shards == 1:
+      return None
+    numbers = np.frombuffer(b''.join(content_hashes(block)), '>u8')
+    side, dealt = numbers.reshape(-1, 2).T
+    wanted = side < np.uint64(int(self.held_out * 2.0**64))
+    if not self.validation:
+      wanted = ~wanted
+    if self.shards > 1:
+      wanted &= dealt % np.uint64(self.shards) == self.shard
+    return wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How the documents of a source become ids.
+
+  Attributes:
+    select: which documents are this stream's own.
+    encode: texts to ids.
+    vocab: ids of arrays must lie below it.
+    least: a document with fewer ids is left out.
+    nothing: the error's text where a whole pass has no document.
+    pool: threads that encode, or None.
+    ahead: blocks that are given to them before the first is taken.
   """
 
-  def __init__(
-    self,
-    source: Source,
-    order: grain.MapDataset,
-    epoch: int,
-    keep: Callable[[Document], bool],
-    encode: Callable[[Document], np.ndarray],
-    nothing: Callable[[], str],
-    least: int = 2,
-  ):
-    super().__init__()
+  select: Selection
+  encode: Callable[[Sequence[str]], Encoded]
+  vocab: int
+  least: int
+  nothing: Callable[[], str]
+  pool: concurrent.futures.Executor | None = None
+  ahead: int = 0
+
+
+class DocumentStream:
+  """Chunks of documents, from any place on that one was read at."""
+
+  def __init__(self, source: Source, order: Order, reading: Reading):
     self._source = source
     self._order = order
-    self._epoch = epoch
-    self._keep = keep
-    self._encode = encode
-    self._nothing = nothing
-    self._least = least
+    self._reading = reading
+    self.seek(0, 0)
 
-  def __iter__(self) -> grain.DatasetIterator:
-    return _DocumentsIterator(
-      self._source,
-      self._order,
-      self._epoch,
-      self._keep,
-      self._encode,
-      self._nothing,
-      self._least,
-    )
-
-
-class _DocumentsIterator(grain.DatasetIterator):
-  """The position: which unit of the order, and the cursor inside it."""
-
-  def __init__(self, source, order, epoch, keep, encode, nothing, least):
-    super().__init__()
-    self._source = source
-    self._order = order
-    self._epoch = epoch
-    self._keep = keep
-    self._encode = encode
-    self._nothing = nothing
-    self._least = least
-    self._place = 0
-    self._cursor = 0
-    self._reader: Iterator[tuple[int, Document]] | None = None
-    self._fruitful = False  # whether the unit gave a document
+  def seek(self, place: int, cursor: int) -> None:
+    """Goes on with what lies behind the cursor of the unit at `place`."""
+    self._reader = self._read(place, cursor)
+    self._waiting: collections.deque[Any] = collections.deque()
+    self._read_all = False
+    self._place = place
+    self._fruitful = cursor > 0  # whether the unit gave a document
     self._fruitless = 0  # units in a row that gave none
 
-  def __next__(self) -> np.ndarray:
+  def __iter__(self) -> Iterator[Chunk]:
+    return self
+
+  def __next__(self) -> Chunk:
     while True:
-      if self._place >= len(self._order):
+      item = self._next_item()
+      if item is None:
         if self._fruitless == self._place:
-          raise ValueError(self._nothing())
+          raise ValueError(self._reading.nothing())
         raise StopIteration
-      ids = self._next_in_unit()
-      if ids is not None:
+      if isinstance(item, _UnitEnd):
+        self._end_unit(item.place)
+      elif len(item.lengths):
         self._fruitful = True
-        return ids
-      self._fruitless = 0 if self._fruitful else self._fruitless + 1
-      self._reader, self._fruitful = None, False
-      self._place, self._cursor = self._place + 1, 0
-      # Two shuffled epochs may hold their only document first and last.
-      fresh = self._fruitless == self._place
-      if self._fruitless >= (self._epoch if fresh else 2 * self._epoch):
-        raise ValueError(self._nothing())
+        return item
 
-  def _next_in_unit(self) -> np.ndarray | None:
-    """The unit's next document of ours as ids; None at its end."""
-    unit = self._source.units[int(self._order[self._place])]
-    if self._reader is None:
-      self._reader = self._source.read(unit, self._cursor)
-    while True:
-      try:
-        cursor, document = next(self._reader)
-      except StopIteration:
-        return None
-      except UnicodeDecodeError as error:
-        self._source.skipped.add(unit.path, f'not UTF-8 at byte {error.start}')
-        return None
-      except (OSError, ValueError, RuntimeError, LookupError) as error:
-        self._source.skipped.add(unit.path, error)
-        return None
-      self._cursor = cursor
-      if not self._keep(document):
-        continue
-      ids = self._encode(document)
-      if len(ids) >= self._least:
-        return ids
+  def _next_item(self) -> Chunk | _UnitEnd | None:
+    """What was read next; None at the end of the order."""
+    while not self._read_all and len(self._waiting) <= self._reading.ahead:
+      item = next(self._reader, None)
+      if item is None:
+        self._read_all = True
+      else:
+        self._waiting.append(item)
+    if not self._waiting:
+      return None
+    item = self._waiting.popleft()
+    return item() if callable(item) else item
 
-  def get_state(self) -> dict[str, Any]:
-    return {'place': self._place, 'cursor': self._cursor}
+  def _end_unit(self, place: int) -> None:
+    self._fruitless = 0 if self._fruitful else self._fruitless + 1
+    self._fruitful = False
+    self._place = place + 1
+    # Two shuffled epochs may hold their only document first and last.
+    fresh = self._fruitless == self._place
+    epoch = self._order.epoch
+    if self._fruitless >= (epoch if fresh else 2 * epoch):
+      raise ValueError(self._reading.nothing())
 
-  def set_state(self, state: dict[str, Any]) -> None:
-    self._place, self._cursor = state['place'], state['cursor']
-    self._reader, self._fruitful = None, state['cursor'] > 0
-    self._fruitless = 0
+  def _read(
+    self, place: int, cursor: int
+  ) -> Iterator[Callable[[], Chunk] | _UnitEnd]:
+    """Yields what becomes a chunk when it is called, and ends of units."""
+    order = self._order
+    while not order.places or place < order.places:
+      unit = self._source.units[order.unit(place)]
+      for block in self._blocks(unit, cursor):
+        yield self._begin(block, place, cursor, unit.path)
+        cursor = int(block.cursors[-1])
+      yield _UnitEnd(place)
+      place, cursor = place + 1, 0
+
+  def _blocks(self, unit: Unit, cursor: int) -> Iterator[Block]:
+    """Yields a unit's blocks up to where it cannot be read."""
+    try:
+      yield from self._source.blocks(unit, cursor)
+    except UnicodeDecodeError as error:
+      self._source.skipped.add(unit.path, f'not UTF-8 at byte {error.start}')
+    except READ_ERRORS as error:
+      self._source.skipped.add(unit.path, error)
+
+  def _begin(
+    self, block: Block, place: int, cursor: int, origin: str
+  ) -> Callable[[], Chunk]:
+    """Chooses documents of a block, and begins to encode them."""
+    reading = self._reading
+    wanted = reading.select.of(block)
+    before, after = _before(block, cursor), int(block.cursors[-1])
+    if isinstance(block, Ids):
+      if wanted is None:
+        wanted = np.ones(len(block.lengths), bool)
+      wanted &= block.lengths >= reading.least
+
+      def finish() -> Chunk:
+        encoded = _checked(block, wanted, reading.vocab, origin)
+        return Chunk(*encoded, place, before[wanted], after)
+
+      return finish
+
+    texts = block.texts
+    if wanted is not None:
+      texts = list(itertools.compress(texts, wanted))
+      before = before[wanted]
+    future = reading.pool and reading.pool.submit(reading.encode, texts)
+
+    def finish_encoding() -> Chunk:
+      ids, lengths = future.result() if future else reading.encode(texts)
+      long = lengths >= reading.least
+      if not long.all():
+        ids = ids[np.repeat(long, lengths)]
+      return Chunk(ids, lengths[long], place, before[long], after)
+
+    return finish_encoding
+
+
+def _before(block: Block, cursor: int) -> Int64[np.ndarray, ' N']:
+  """The cursor before each document of a block that was read from `cursor`."""
+  before = np.empty(len(block.cursors), np.int64)
+  before[0] = cursor
+  before[1:] = block.cursors[:-1]
+  return before
+
+
+def _checked(
+  block: Ids, wanted: Bool[np.ndarray, ' N'], vocab: int, origin: str
+) -> Encoded:
+  """The ids of the documents that are wanted, all of them in the vocabulary."""
+  ids, lengths = block.ids, block.lengths
+  if not wanted.all():
+    ids, lengths = ids[np.repeat(wanted, lengths)], lengths[wanted]
+  if len(ids) and (ids.min() < 0 or ids.max() >= vocab):
+    bad = ids[(ids < 0) | (ids >= vocab)][0]
+    raise ValueError(
+      f'token id {bad} in {origin} lies outside the vocabulary of {vocab}'
+    )
+  return Encoded(ids.astype(np.int32, copy=False), lengths)

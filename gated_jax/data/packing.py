@@ -1,188 +1,270 @@
-"""Documents of any length to rows of one length, without padding.
+"""Documents of any length to rows of one length.
 
-Documents are laid end to end and cut every `length` tokens. First-fit packing
-would keep short documents whole, but pads rows and must hold open many of them,
-which all have to be rebuilt when a run resumes; here the position is one
-document and an offset into it, and every row but the last is full.
+    cut      documents end to end, cut every `length` tokens; no document sees
+             another, and every row but the last is full
+    joined   the same, but attention crosses documents, and rows may begin with
+             a fixed token
+    whole    see `gated_jax/data/whole.py`
 
-Every pair of a token and its successor in the same document appears exactly
-once: the target of a chunk's last token is the first one of the next chunk,
-even where that chunk lies in another row. A chunk that goes on in a new row is
-a new segment there with positions from 0, since the row cannot see what came
-before. Read `gated_jax/data/pipeline.py` next.
+Cut rows hold every pair of a token and its successor in the same document
+exactly once: the target of a chunk's last token is the first one of the next
+chunk, even where that chunk lies in another row. A chunk that goes on in a new
+row is a new segment there with positions from 0, since the row cannot see what
+came before. In joined rows every id of the stream is a target exactly once, its
+very first one only where rows have a first token.
+
+The position is one document and an offset into it. Read
+`gated_jax/data/windows.py` next.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
+from typing import Protocol
 
-import grain
 import numpy as np
+from jaxtyping import Bool
 from jaxtyping import Int32
+from jaxtyping import Int64
 
-from gated_jax.data.batch import SCHEMA
-from gated_jax.data.batch import arrays_of
+from gated_jax.data.documents import Chunk
+from gated_jax.data.documents import DocumentStream
 
-Row = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 
-class PackedRows(grain.IterDataset):
-  """Rows of `length` from a dataset of documents (arrays of two ids or more).
+class Position(NamedTuple):
+  """Where a stream of rows goes on, after a row and before the next."""
 
-  `gated_jax/data/batch.py` says what a row holds.
-  """
+  place: int  # of a unit in the order
+  cursor: int  # in the unit, before the document that is open
+  used: int  # of that document already
 
-  def __init__(self, parent: grain.IterDataset, length: int):
-    super().__init__(parent)
+
+class Rows(NamedTuple):
+  """Rows [N, T] by the names of `gated_jax/data/batch.py`, without weights."""
+
+  arrays: Arrays
+  filled: Int64[np.ndarray, ' N']  # places of each row that have a target
+
+
+class RowStream(Protocol):
+  """Rows made from one source's documents."""
+
+  def take(self, count: int) -> Rows:
+    """The next rows; fewer where the documents end."""
+
+  def position(self) -> Position:
+    """The place after the last row that was taken."""
+
+  def seek(self, position: Position) -> None:
+    """Goes on from there."""
+
+
+class Items(NamedTuple):
+  """What the documents of a chunk give to a row, laid end to end."""
+
+  values: tuple[Int32[np.ndarray, ' M'], ...]
+  starts: Int64[np.ndarray, ' N']  # where each document begins
+
+
+def pairs(chunk: Chunk) -> Items:
+  """Tokens and their successors; a document of n ids has n - 1."""
+  ends = np.cumsum(chunk.lengths)
+  starts = ends - chunk.lengths
+  has_next, has_last = np.ones((2, len(chunk.ids)), bool)
+  has_next[ends - 1] = False
+  has_last[starts] = False
+  values = chunk.ids[has_next], chunk.ids[has_last]
+  return Items(values, starts - np.arange(len(starts)))
+
+
+def single(chunk: Chunk) -> Items:
+  """The ids themselves."""
+  return Items((chunk.ids,), np.cumsum(chunk.lengths) - chunk.lengths)
+
+
+class Stream:
+  """Items of documents end to end, of which any number can be taken."""
+
+  def __init__(
+    self, documents: DocumentStream, items: Callable[[Chunk], Items]
+  ):
+    self._documents = documents
+    self._items = items
+    self.seek(Position(0, 0, 0))
+
+  def seek(self, position: Position) -> None:
+    """Goes on from a position that `position` gave."""
+    self._documents.seek(position.place, position.cursor)
+    self._start = position  # counts until a document is open
+    self._chunk: Chunk | None = None
+    self._open = Items((np.empty(0, np.int32),), np.empty(0, np.int64))
+    self._offset = 0
+
+  def position(self) -> Position:
+    """Where the next item comes from."""
+    chunk = self._chunk
+    if chunk is None:
+      return self._start
+    if self._offset == len(self._open.values[0]):
+      return Position(chunk.place, chunk.after, 0)
+    starts = self._open.starts
+    at = int(np.searchsorted(starts, self._offset, side='right')) - 1
+    used = self._offset - int(starts[at])
+    return Position(chunk.place, int(chunk.before[at]), used)
+
+  def has_more(self) -> bool:
+    """Opens the next chunk where the open one is used up."""
+    while self._offset == len(self._open.values[0]):
+      chunk = next(self._documents, None)
+      if chunk is None:
+        return False
+      self._offset = self._start.used if self._chunk is None else 0
+      self._chunk, self._open = chunk, self._items(chunk)
+    return True
+
+  def peek(self) -> int:
+    """The first value of the next item, where there is one."""
+    return int(self._open.values[0][self._offset])
+
+  def take(
+    self, out: tuple[Int32[np.ndarray, ' M'], ...]
+  ) -> tuple[int, Int64[np.ndarray, ' N']]:
+    """Fills arrays from their beginning on.
+
+    Returns:
+      How many items there were, and where among them documents begin.
+    """
+    filled, borders = 0, [np.empty(0, np.int64)]
+    while filled < len(out[0]) and self.has_more():
+      begin = self._offset
+      size = min(len(out[0]) - filled, len(self._open.values[0]) - begin)
+      for array, values in zip(out, self._open.values, strict=True):
+        array[filled : filled + size] = values[begin : begin + size]
+      starts = self._open.starts
+      first, last = np.searchsorted(starts, (begin, begin + size))
+      borders.append(starts[first:last] + (filled - begin))
+      self._offset += size
+      filled += size
+    return filled, np.concatenate(borders)
+
+
+class CutRows:
+  """Rows in which no document sees another. See `RowStream`."""
+
+  def __init__(self, documents: DocumentStream, length: int):
+    self._stream = Stream(documents, pairs)
     self._length = length
 
-  def __iter__(self) -> grain.DatasetIterator:
-    return _PackedRowsIterator(self._parent.__iter__(), self._length)
+  def position(self) -> Position:
+    """See `RowStream`."""
+    return self._stream.position()
+
+  def seek(self, position: Position) -> None:
+    """See `RowStream`."""
+    self._stream.seek(position)
+
+  def take(self, count: int) -> Rows:
+    """See `RowStream`."""
+    size = count * self._length
+    tokens, targets = np.empty((2, size), np.int32)
+    filled, borders = self._stream.take((tokens, targets))
+    begins = np.zeros(size, bool)
+    begins[borders] = True
+    return finish_rows(tokens, targets, begins, filled, self._length)
 
 
-class _PackedRowsIterator(grain.DatasetIterator):
-  """The position: where the open document was read, and how far it is used."""
-
-  def __init__(self, parent: grain.DatasetIterator, length: int):
-    super().__init__(parent)
-    self._length = length
-    self._open = np.empty(0, np.int32)
-    self._used = 0
-    self._before = self._parent.get_state()
-
-  def __next__(self) -> Row:
-    chunks: list[np.ndarray] = []
-    room = self._length
-    while room:
-      left = len(self._open) - 1 - self._used
-      if left <= 0:
-        before = self._parent.get_state()
-        try:
-          self._open = next(self._parent)
-        except StopIteration:
-          if not chunks:
-            raise
-          # The position after the last row is the end of the documents.
-          self._open = np.empty(0, np.int32)
-          self._before, self._used = before, 0
-          break
-        self._before, self._used = before, 0
-        continue
-      take = min(room, left)
-      chunks.append(self._open[self._used : self._used + take + 1])
-      self._used += take
-      room -= take
-    return pack_row(chunks, self._length)
-
-  def get_state(self) -> dict[str, Any]:
-    if self._used >= len(self._open) - 1:
-      return {'parent': self._parent.get_state(), 'used': 0}
-    return {'parent': self._before, 'used': self._used}
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    self._parent.set_state(state['parent'])
-    self._before = self._parent.get_state()
-    self._used = state['used']
-    self._open = next(self._parent) if self._used else np.empty(0, np.int32)
-
-
-class JoinedRows(grain.IterDataset):
-  """Rows of `length` from documents laid end to end, with no border kept.
-
-  A row is `tokens`, `targets` and `weights`: a model without document numbers
-  attends to all that came before in the row. Every id of the stream is a
-  target exactly once, its very first one only where rows have a first token.
+def finish_rows(
+  tokens: Int32[np.ndarray, ' M'],
+  targets: Int32[np.ndarray, ' M'],
+  begins: Bool[np.ndarray, ' M'],
+  filled: int,
+  length: int,
+) -> Rows:
+  """Rows with segments and positions, from items laid end to end.
 
   Args:
-    parent: documents, arrays of one id or more.
-    length: ids per row.
+    tokens: of all rows.
+    targets: of all rows.
+    begins: marks where a document begins; a row always begins a segment.
+    filled: items; what comes after them is padding.
+    length: of a row.
+  """
+  count = -(-filled // length)
+  size = count * length
+  for array in (tokens, targets):
+    array[filled:] = 0
+  begins[::length] = True
+  starts = np.flatnonzero(begins[:size])
+  lengths = np.diff(starts, append=size)
+  # The number of a segment counts from the first one of its row.
+  firsts = np.searchsorted(starts, np.arange(0, size, length))
+  per_row = np.diff(firsts, append=len(starts))
+  number = np.arange(1, len(starts) + 1) - np.repeat(firsts, per_row)
+  positions = np.arange(size, dtype=np.int32)
+  positions -= np.repeat(starts.astype(np.int32), lengths)
+  segments = np.repeat(number.astype(np.int32), lengths)
+  segments[filled:] = positions[filled:] = 0
+  arrays = {
+    'tokens': tokens[:size],
+    'targets': targets[:size],
+    'segments': segments,
+    'positions': positions,
+  }
+  rows = {name: value.reshape(-1, length) for name, value in arrays.items()}
+  return Rows(rows, filled_places(filled, count, length))
+
+
+def filled_places(
+  filled: int, count: int, length: int
+) -> Int64[np.ndarray, ' N']:
+  """Items of each row where they lie end to end."""
+  return np.clip(filled - length * np.arange(count), 0, length)
+
+
+class JoinedRows:
+  """Rows in which attention crosses documents. See `RowStream`.
+
+  Args:
+    documents: with one id or more.
+    length: of a row.
     first: the id that every row begins with; -1: none.
   """
 
-  def __init__(self, parent: grain.IterDataset, length: int, first: int):
-    super().__init__(parent)
+  def __init__(self, documents: DocumentStream, length: int, first: int):
+    self._stream = Stream(documents, single)
     self._length = length
     self._first = first
 
-  def __iter__(self) -> grain.DatasetIterator:
-    return _JoinedRowsIterator(
-      self._parent.__iter__(), self._length, self._first
-    )
+  def position(self) -> Position:
+    """See `RowStream`."""
+    return self._stream.position()
 
+  def seek(self, position: Position) -> None:
+    """See `RowStream`."""
+    self._stream.seek(position)
 
-class _JoinedRowsIterator(grain.DatasetIterator):
-  """The position: where the open document was read, and how far it is used.
-
-  The open document is never used up unless the stream has ended, since a
-  row's last target is the id with which the next row goes on.
-  """
-
-  def __init__(self, parent: grain.DatasetIterator, length: int, first: int):
-    super().__init__(parent)
-    self._length = length
-    self._first = first
-    self._open = np.empty(0, np.int32)
-    self._used = 0
-    self._before = self._parent.get_state()
-
-  def __next__(self) -> Row:
-    chunks: list[np.ndarray] = []
-    room = self._length
-    while room and self._has_ids():
-      take = min(room, len(self._open) - self._used)
-      chunks.append(self._open[self._used : self._used + take])
-      self._used += take
-      room -= take
-    if self._first >= 0 and chunks:
-      chunks.insert(0, np.array([self._first], np.int32))
-    elif self._has_ids():
-      chunks.append(self._open[self._used : self._used + 1])
-    ids = np.concatenate([*chunks, np.empty(0, np.int32)])
-    if len(ids) < 2:
-      raise StopIteration
-    return _joined_row(ids, self._length)
-
-  def _has_ids(self) -> bool:
-    """Opens the next document where the open one is used up."""
-    while self._used == len(self._open):
-      before = self._parent.get_state()
-      try:
-        self._open = next(self._parent)
-      except StopIteration:
-        return False
-      self._before, self._used = before, 0
-    return True
-
-  def get_state(self) -> dict[str, Any]:
-    if self._used == len(self._open):
-      return {'parent': self._parent.get_state(), 'used': 0}
-    return {'parent': self._before, 'used': self._used}
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    self._parent.set_state(state['parent'])
-    self._before = self._parent.get_state()
-    self._used = state['used']
-    self._open = next(self._parent) if self._used else np.empty(0, np.int32)
-
-
-def _joined_row(ids: Int32[np.ndarray, ' _'], length: int) -> Row:
-  row = {
-    name: np.zeros(length, dtype) for name, dtype in arrays_of('joined').items()
-  }
-  row['tokens'][: len(ids) - 1] = ids[:-1]
-  row['targets'][: len(ids) - 1] = ids[1:]
-  row['weights'][: len(ids) - 1] = 1
-  return row
-
-
-def pack_row(chunks: list[Int32[np.ndarray, ' _']], length: int) -> Row:
-  """One row from chunks, each one token longer than the room it takes."""
-  row = {name: np.zeros(length, dtype) for name, dtype in SCHEMA.items()}
-  begin = 0
-  for number, chunk in enumerate(chunks, 1):
-    end = begin + len(chunk) - 1
-    row['tokens'][begin:end] = chunk[:-1]
-    row['targets'][begin:end] = chunk[1:]
-    row['segments'][begin:end] = number
-    row['positions'][begin:end] = np.arange(end - begin)
-    begin = end
-  row['weights'][:begin] = 1
-  return row
+  def take(self, count: int) -> Rows:
+    """See `RowStream`."""
+    length = self._length
+    ids = np.empty(count * length + 1, np.int32)
+    filled, _ = self._stream.take((ids[:-1],))
+    if self._first < 0:
+      # A row's last target is the id that the next row goes on with.
+      if self._stream.has_more():
+        ids[filled] = self._stream.peek()
+      else:
+        filled = max(filled - 1, 0)
+    count = -(-filled // length)
+    size = count * length
+    if self._first < 0:
+      tokens, targets = ids[:size].copy(), ids[1 : size + 1].copy()
+    else:
+      targets = ids[:size]
+      tokens = np.roll(targets, 1)
+      tokens[::length] = self._first
+    for array in (tokens, targets):
+      array[filled:] = 0
+    arrays = {'tokens': tokens, 'targets': targets}
+    rows = {name: value.reshape(-1, length) for name, value in arrays.items()}
+    return Rows(rows, filled_places(filled, count, length))

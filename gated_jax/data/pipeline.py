@@ -5,20 +5,20 @@
     saved = pipeline.state()
     make_pipeline(config, 'train').restore(saved)  # goes on exactly there
 
-The stages are Grain's wherever it has them:
+The stages, each in a file of its own:
 
-    order of units (shuffled anew each epoch, dealt to the processes)
-      -> documents of the split -> ids -> packed rows   one of these per source
-      -> weighted mixture of rows
-      -> thread that reads ahead -> shuffle within a window of rows
-      -> batches -> thread that reads ahead
+    order.py      units, shuffled anew each epoch, dealt to the processes
+    documents.py  the split's documents, tokenised by threads
+    packing.py    rows                                one of these per source
+    windows.py    a mixture of rows -> shuffled within a window -> batches
 
-The window is there because a long document fills many rows in succession.
-Training repeats for ever. Validation is one pass in a fixed order, and every
-process makes the same global batches and takes its own rows of them, so all see
-the same number of batches, and the loss does not depend on how many there are.
+Grain's threads make windows and batches ahead of the caller. Training repeats
+for ever. Validation is one pass in a fixed order, and every process makes the
+same global batches and takes its own rows of them, so all see the same number
+of batches, and the loss does not depend on how many there are.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -32,13 +32,12 @@ import numpy as np
 
 from gated_jax.config import DataConfig
 from gated_jax.config import names_with
+from gated_jax.data import positions
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
 from gated_jax.data.stages import View
 from gated_jax.data.stages import batches as make_batches
-from gated_jax.data.stages import documents
 from gated_jax.data.stages import make_source
-from gated_jax.data.stages import pack
 from gated_jax.data.tokenizer import make_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -50,20 +49,16 @@ class Pipeline:
   `gated_jax/data/batch.py` says what a batch holds.
   """
 
-  def __init__(
-    self,
-    rows: grain.IterDataset,
-    view: View,
-    about: dict[str, Any],
-  ):
-    self._iterator = rows.__iter__()
+  def __init__(self, sources: list[Source], weights: list[float], view: View):
+    self._iterator, self._windows = make_batches(sources, weights, view)
     # Threads must not outlive the modules that they use.
-    weakref.finalize(self, self._iterator.close)
+    self._end = weakref.finalize(self, _stop, self._iterator, view.pool)
     self._view = view
-    self._about = about
+    self._about = _about(view.config, sources, view)
     self.tokenizer = view.tokenizer
     self.wait_seconds = 0.0  # that the caller was kept waiting, in all
     self.batches = 0  # given out since the beginning, resumed ones included
+    self.source = 0  # of a validation batch: which part of the mixture it is of
 
   def __iter__(self) -> 'Pipeline':
     return self
@@ -71,7 +66,7 @@ class Pipeline:
   def __next__(self) -> Batch:
     start = time.perf_counter()
     try:
-      batch = next(self._iterator)
+      self.source, batch = next(self._iterator)
     except ValueError as error:
       # Grain adds notes about its own frames to what is one line.
       error.__dict__.pop('__notes__', None)
@@ -80,6 +75,16 @@ class Pipeline:
       self.wait_seconds += time.perf_counter() - start
     self.batches += 1
     return batch
+
+  @property
+  def tokens_per_second(self) -> float:
+    """How fast it is alone, measured while it was not waiting for its caller.
+
+    Zero before the first window of rows.
+    """
+    speeds = [windows.speed for windows in self._windows]
+    seconds = sum(speed.seconds for speed in speeds)
+    return sum(speed.tokens for speed in speeds) / seconds if seconds else 0.0
 
   @property
   def skipped(self) -> dict[str, str]:
@@ -105,11 +110,13 @@ class Pipeline:
     try:
       saved = json.loads(state)
       about, batches = saved['about'], int(saved['batches'])
-      position = saved['position']
+      config = self._view.config
+      window = config.shuffle_tokens // config.length
+      position = positions.read(saved['position'], max(window, 1))
+      # A setting that is younger than the position stood at its default.
+      about = _settings(DataConfig()) | about
     except (ValueError, TypeError, KeyError) as error:
       raise ValueError(f'not a data position: {bytes(state)[:40]!r}') from error
-    # A setting that is younger than the position stood at its default.
-    about = _settings(DataConfig()) | about
     for key, now in self._about.items():
       if key == 'files' and about.get(key) != now:
         raise ValueError(
@@ -131,7 +138,7 @@ class Pipeline:
 
   def close(self) -> None:
     """Stops the threads."""
-    self._iterator.close()
+    self._end()
 
   def __enter__(self) -> 'Pipeline':
     return self
@@ -174,27 +181,32 @@ def make_pipeline(
     raise ValueError(
       f'data.batch={config.batch} must be a multiple of the {shards} processes'
     )
+  tokenizer = make_tokenizer(config.tokenizer, config.special_tokens)
+  parts = config.parts()
+  text = any(part.source not in ('tokens', 'synthetic') for _, part in parts)
   view = View(
     config,
     split,
     shard,
     shards,
     vocab,
-    make_tokenizer(config.tokenizer, config.special_tokens),
+    tokenizer,
     Skipped(log=split == 'train'),
+    # Bytes are ids already: a thread would cost more than it does.
+    pool=concurrent.futures.ThreadPoolExecutor(config.workers, 'tokenise')
+    if text and tokenizer.name != 'bytes'
+    else None,
   )
-  weights, parts = zip(*config.parts(), strict=True)
-  sources = [make_source(part, view) for part in parts]
-  rows = [
-    pack(part, documents(part, source, view), view)
-    for part, source in zip(parts, sources, strict=True)
-  ]
-  mixed = (
-    rows[0] if len(rows) == 1 else grain.IterDataset.mix(rows, list(weights))
-  )
-  return Pipeline(
-    make_batches(mixed, view), view, _about(config, sources, view)
-  )
+  sources = [make_source(part, view) for _, part in parts]
+  return Pipeline(sources, [weight for weight, _ in parts], view)
+
+
+def _stop(
+  iterator: grain.DatasetIterator, pool: concurrent.futures.Executor | None
+) -> None:
+  iterator.close()
+  if pool is not None:
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _about(

@@ -4,7 +4,8 @@ A source lists its units without reading them: a unit is a file, or a part of
 one that is small enough to hold in memory and can be found without reading what
 lies before. Units are what is shuffled and dealt to processes. `read(unit,
 cursor)` yields `(cursor, document)` pairs, where each cursor is the place after
-its document, so a run resumes in the middle of a unit.
+its document, so a run resumes in the middle of a unit. `blocks` yields many
+documents at once, which is what keeps up with a device.
 
 What cannot be read is told to `Skipped` and left out; it is an error only when
 nothing is left. Text is `gated_jax/data/text_sources.py`'s, arrays and
@@ -22,11 +23,17 @@ from typing import Protocol
 from typing import runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
+from jaxtyping import Int64
 
 from gated_jax.paths import expand
 
 _LOG = logging.getLogger(__name__)
 _LOGGED = 10  # files that are named in the log; all are in the report
+# Characters, or ids, that are read at once, and at most so many documents.
+_BLOCK, _BLOCK_DOCUMENTS = 1 << 19, 1024
+# What damaged or vanished files raise; a UnicodeDecodeError is a ValueError.
+READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError)
 
 
 class Unit(NamedTuple):
@@ -45,6 +52,24 @@ class Document(NamedTuple):
   origin: str
 
 
+class Texts(NamedTuple):
+  """Documents of text that follow each other in a unit."""
+
+  cursors: list[int]  # the place after each
+  texts: list[str]
+
+
+class Ids(NamedTuple):
+  """The same of ids: one array of them all, and the length of each."""
+
+  cursors: Sequence[int] | Int64[np.ndarray, ' N']
+  ids: Int[np.ndarray, ' T']
+  lengths: Int64[np.ndarray, ' N']
+
+
+Block = Texts | Ids
+
+
 @runtime_checkable
 class Source(Protocol):
   """Units, and how to read one."""
@@ -54,6 +79,44 @@ class Source(Protocol):
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """Yields the documents of `unit` from `cursor` on; 0: its beginning."""
+
+  def blocks(self, unit: Unit, cursor: int) -> Iterator[Block]:
+    """Yields the same in blocks, which do not go beyond the unit."""
+
+
+class Records:
+  """Blocks for a source that reads documents one by one."""
+
+  def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
+    """See `Source`."""
+    raise NotImplementedError
+
+  def blocks(self, unit: Unit, cursor: int) -> Iterator[Block]:
+    """See `Source`. An error comes after the documents before it."""
+    cursors: list[int] = []
+    block: list[Document] = []
+    size = 0
+    try:
+      for after, document in self.read(unit, cursor):
+        cursors.append(after)
+        block.append(document)
+        size += len(document.text if document.ids is None else document.ids)
+        if size >= _BLOCK or len(block) == _BLOCK_DOCUMENTS:
+          yield _block(cursors, block)
+          cursors, block, size = [], [], 0
+    except READ_ERRORS:
+      if block:
+        yield _block(cursors, block)
+      raise
+    if block:
+      yield _block(cursors, block)
+
+
+def _block(cursors: list[int], documents: list[Document]) -> Block:
+  ids = [d.ids for d in documents if d.ids is not None]
+  if not ids:
+    return Texts(cursors, [d.text for d in documents])
+  return Ids(cursors, np.concatenate(ids), np.array([len(x) for x in ids]))
 
 
 class Skipped:

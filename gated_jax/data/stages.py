@@ -3,20 +3,23 @@
 `gated_jax/data/pipeline.py` puts them together and says what for.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 
 import grain
-import numpy as np
-from grain import experimental
 
 from gated_jax.config import DataConfig
-from gated_jax.data.documents import Documents
-from gated_jax.data.documents import content_hash
-from gated_jax.data.documents import is_held_out
+from gated_jax.data.documents import DocumentStream
+from gated_jax.data.documents import Reading
+from gated_jax.data.documents import Selection
+from gated_jax.data.encode import encode
+from gated_jax.data.encode import ends_of
+from gated_jax.data.order import Deal
+from gated_jax.data.order import Order
+from gated_jax.data.packing import CutRows
 from gated_jax.data.packing import JoinedRows
-from gated_jax.data.packing import PackedRows
-from gated_jax.data.sources import Document
+from gated_jax.data.packing import RowStream
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
 from gated_jax.data.sources import find_files
@@ -24,9 +27,14 @@ from gated_jax.data.text_sources import make_text_source
 from gated_jax.data.token_sources import SyntheticSource
 from gated_jax.data.token_sources import TokenSource
 from gated_jax.data.tokenizer import Tokenizer
-from gated_jax.data.tokenizer import document
+from gated_jax.data.windows import Ahead
+from gated_jax.data.windows import Batches
+from gated_jax.data.windows import InTurn
+from gated_jax.data.windows import Windows
 
-Batch = dict[str, np.ndarray]
+# Where rows are not shuffled, they are made by so many tokens at a time, or by
+# so many batches where those are smaller.
+_UNSHUFFLED, _UNSHUFFLED_BATCHES = 1 << 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,64 +48,54 @@ class View:
   vocab: int
   tokenizer: Tokenizer
   skipped: Skipped
+  pool: concurrent.futures.Executor | None
+
+  @property
+  def ids_below(self) -> int:
+    """What ids must lie below; without a model's vocabulary, the tokenizer's,
+    which knows nothing of ids that were made elsewhere."""
+    return self.vocab or self.tokenizer.vocab
 
 
-def batches(rows: grain.IterDataset, view: View) -> grain.IterDataset:
-  """Shuffled within the window, stacked, and made ahead of the caller."""
+def batches(
+  sources: list[Source], weights: list[float], view: View
+) -> tuple[grain.DatasetIterator, list[Windows]]:
+  """Batches made ahead of the caller; the iterators that make their windows."""
   config = view.config
-  window = config.shuffle_tokens // config.length
-  if config.shuffle and window > 1:
-    # Read a whole window ahead: while one is used the next is made.
-    rows = _Ahead(rows, prefetch_buffer_size=window)
-    rows = experimental.WindowShuffleIterDataset(
-      rows, window_size=window, seed=config.seed
+  parts = [part for _, part in config.parts()]
+  streams = [
+    rows(part, documents(part, source, view), view)
+    for part, source in zip(parts, sources, strict=True)
+  ]
+  size = config.shuffle_tokens // config.length
+  seed = config.seed if config.shuffle and size > 1 else -1
+  if seed < 0:
+    size = min(
+      -(-_UNSHUFFLED // config.length), _UNSHUFFLED_BATCHES * config.batch
     )
+
+  def windows(streams: list[RowStream], weights: list[float]) -> Windows:
+    return Windows(streams, weights, size, seed)
+
   if view.split == 'train':
-    batches = rows.batch(config.batch // view.shards, drop_remainder=True)
+    made = [windows(streams, weights)]
+    own = config.batch // view.shards
+    found: grain.DatasetIterator = Batches(Ahead(made[0], 1), own)
   else:
-    batches = rows.batch(config.batch, drop_remainder=False)
-    batches = batches.map(functools.partial(_own_rows, view=view))
-  return _Ahead(batches, prefetch_buffer_size=config.prefetch)
-
-
-class _Ahead(experimental.ThreadPrefetchIterDataset):
-  """Grain's reading ahead by a thread, whose iterator may be closed twice."""
-
-  def __iter__(self) -> grain.DatasetIterator:
-    return _AheadIterator(self._parent.__iter__(), self._prefetch_buffer_size)
-
-
-class _AheadIterator(experimental.ThreadPrefetchDatasetIterator):
-  # It is closed again when it is collected, which at the interpreter's end is
-  # after the modules that closing needs.
-  def close(self) -> None:
-    if not self._closed:
-      super().close()
-
-
-def _own_rows(batch: Batch, view: View) -> Batch:
-  """This process's rows of a global batch, the last one padded to its size."""
-  size = view.config.batch // view.shards
-  begin = view.shard * size
-  count = len(batch['weights'])
-  rows = np.arange(begin, begin + size)
-  if count >= begin + size:
-    return {name: value[begin : begin + size] for name, value in batch.items()}
-  # Without document numbers nothing but its weight marks padding, so what is
-  # measured inside the model had better be text: earlier rows again.
-  joined = 'segments' not in batch
-  out = {}
-  for name, value in batch.items():
-    own = value[rows % count]
-    if name == 'weights' or not joined:
-      own[rows >= count] = 0
-    out[name] = own
-  return out
+    # Each source is a held-out set of its own.
+    share = (view.shard, view.shards)
+    made = [windows([stream], [1.0]) for stream in streams]
+    each = [
+      Batches(Ahead(one, 1), config.batch, share, source)
+      for source, one in enumerate(made)
+    ]
+    found = each[0] if len(each) == 1 else InTurn(each, weights)
+  return Ahead(found, config.prefetch), made
 
 
 def make_source(part: DataConfig, view: View) -> Source:
   """The source of one part of the mixture, or of the whole."""
-  vocab = view.vocab or view.tokenizer.vocab
+  vocab = view.ids_below
   if part.source == 'synthetic':
     return SyntheticSource(vocab, part.length, part.seed, view.skipped)
   if part.source == 'tokens':
@@ -117,9 +115,7 @@ def make_source(part: DataConfig, view: View) -> Source:
   )
 
 
-def documents(
-  part: DataConfig, source: Source, view: View
-) -> grain.IterDataset:
+def documents(part: DataConfig, source: Source, view: View) -> DocumentStream:
   """The documents of the view's split, this process's own ones only."""
   total = len(source.units)
   what = part.paths or part.source
@@ -127,24 +123,19 @@ def documents(
     raise ValueError(
       f'no usable data file in {what!r}: {view.skipped.summary()}'
     )
-  order = grain.MapDataset.range(total)
-  if part.shuffle:
-    order = order.shuffle(part.seed)
   train = view.split == 'train'
   # With fewer units than processes all read all of them and deal documents.
   deal_units = train and total >= view.shards
-  if deal_units:
-    order = order[view.shard :: view.shards]
-  epoch = len(order)
-  if train:
-    order = order.repeat()
-  deal = train and not deal_units
-
-  def keep(found: Document) -> bool:
-    side, dealt = content_hash(found)
-    if is_held_out(side, float(part.validation)) == train:
-      return False
-    return not deal or dealt % view.shards == view.shard
+  deal = Deal(
+    total,
+    part.seed if part.shuffle else -1,
+    *((view.shard, view.shards) if deal_units else (0, 1)),
+  )
+  select = Selection(
+    part.validation,
+    not train,
+    *((view.shard, view.shards) if train and not deal_units else (0, 1)),
+  )
 
   def nothing() -> str:
     return (
@@ -153,47 +144,29 @@ def documents(
       f'{view.skipped.summary()}'
     )
 
-  return Documents(
-    source,
-    order,
-    epoch,
-    keep,
-    functools.partial(_encode, view),
-    nothing,
+  joined = part.rows == 'joined'
+  reading = Reading(
+    select=select,
+    encode=functools.partial(
+      encode, view.tokenizer, ends=ends_of(view.tokenizer, joined)
+    ),
+    vocab=view.vocab or 2**31,
     # In rows of their own, documents of a single id predict nothing.
-    least=1 if part.rows == 'joined' else 2,
+    least=1 if joined else 2,
+    nothing=nothing,
+    pool=view.pool,
+    ahead=view.config.workers + 1 if view.pool else 0,
   )
+  return DocumentStream(source, Order(deal, 0 if train else 1), reading)
 
 
-def pack(
-  part: DataConfig, documents: grain.IterDataset, view: View
-) -> grain.IterDataset:
+def rows(part: DataConfig, documents: DocumentStream, view: View) -> RowStream:
   """The rows that `data.rows` asks for."""
   if part.rows == 'cut':
-    return PackedRows(documents, part.length)
-  vocab = view.vocab or view.tokenizer.vocab
-  if part.first_token >= vocab:
+    return CutRows(documents, part.length)
+  if part.first_token >= view.ids_below:
     raise ValueError(
       f'data.first_token={part.first_token} lies outside the vocabulary of '
-      f'{vocab}'
+      f'{view.ids_below}'
     )
   return JoinedRows(documents, part.length, part.first_token)
-
-
-def _encode(view: View, found: Document) -> np.ndarray:
-  """Ids of a document, checked against the vocabulary."""
-  if found.ids is None:
-    if not found.text:
-      return np.empty(0, np.int32)
-    ids = document(view.tokenizer, found.text)
-    # Where one token serves both ends, one of it stands between documents.
-    shared = view.tokenizer.bos == view.tokenizer.eos >= 0
-    return ids[1:] if shared and view.config.rows == 'joined' else ids
-  low, high = int(found.ids.min()), int(found.ids.max())
-  vocab = view.vocab or 2**31
-  if low < 0 or high >= vocab:
-    raise ValueError(
-      f'token id {low if low < 0 else high} in {found.origin} lies outside '
-      f'the vocabulary of {vocab}'
-    )
-  return found.ids.astype(np.int32, copy=False)

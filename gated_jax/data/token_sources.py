@@ -9,12 +9,17 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Int
+from jaxtyping import Int64
 
 from gated_jax.data.sources import Document
+from gated_jax.data.sources import Ids
+from gated_jax.data.sources import Records
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Unit
 
 _RANGE = 1 << 22  # tokens of an array that are one unit
+_BLOCK = 1 << 17  # tokens that are searched for ends at once: cache's size
 _DOCUMENTS = 1 << 16  # synthetic documents in one pass
 
 
@@ -49,22 +54,64 @@ class TokenSource:
       ]
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
+    """See `Source`."""
+    for cursors, ids, lengths in self.blocks(unit, cursor):
+      parts = np.split(ids, np.cumsum(lengths)[:-1])
+      for after, part in zip(cursors, parts, strict=True):
+        yield int(after), Document('', part, unit.path)
+
+  def blocks(self, unit: Unit, cursor: int) -> Iterator[Ids]:
+    """See `Source`."""
     array = _open(unit.path)
     eos = self._eos[unit.path]
     begin = cursor or _first_start(array, unit, eos)
     # A document belongs to the unit where it starts, so its later pieces may
     # lie beyond the unit's end.
-    inside = begin < unit.end
-    while inside or not _starts(array, begin, eos):
-      if begin >= len(array):
+    while begin < unit.end or not _starts(array, begin, eos):
+      ids, ends = self._next_block(array, begin, eos)
+      if not len(ends):
         return
-      piece = np.asarray(array[begin : begin + self._max_document])
-      ends = np.flatnonzero(piece == eos)
-      if len(ends):
-        piece = piece[: ends[0] + 1]
-      begin += len(piece)
-      inside = begin < unit.end
-      yield begin, Document('', piece, unit.path)
+      # The first one is ours, or a later piece of one that is.
+      starts = np.append(begin, begin + ends[:-1])
+      count = max(int(np.searchsorted(starts, unit.end)), 1)
+      ends = _cut(ends[:count], self._max_document)
+      yield Ids(begin + ends, ids[: ends[-1]], np.diff(ends, prepend=0))
+      begin += int(ends[-1])
+
+  def _next_block(
+    self, array: np.ndarray, begin: int, eos: int
+  ) -> tuple[Int[np.ndarray, ' T'], Int64[np.ndarray, ' N']]:
+    """Ids from `begin` on, and where documents among them end.
+
+    There is at least one end, except where the array has no more ids. A long
+    document without its own is cut, and goes on at a multiple of the length.
+    """
+    size = _BLOCK
+    while True:
+      ids = np.asarray(array[begin : begin + size])
+      ends = np.flatnonzero(ids == eos) + 1
+      whole = len(ids) < size
+      if whole and len(ids) and (not len(ends) or ends[-1] != len(ids)):
+        ends = np.append(ends, len(ids))
+      if len(ends) or whole:
+        return ids, ends
+      if size >= self._max_document:
+        return ids, np.array([size // self._max_document * self._max_document])
+      size *= 4
+
+
+def _cut(
+  ends: Int64[np.ndarray, ' N'], longest: int
+) -> Int64[np.ndarray, ' M']:
+  """Ends of documents, and of the pieces that long ones are cut into."""
+  lengths = np.diff(ends, prepend=0)
+  if lengths.max() <= longest:
+    return ends
+  pieces = -(-lengths // longest)
+  first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+  number = np.arange(len(first)) - first
+  starts = np.repeat(ends - lengths, pieces)
+  return np.minimum(starts + (number + 1) * longest, np.repeat(ends, pieces))
 
 
 def _starts(array: np.ndarray, place: int, eos: int) -> bool:
@@ -75,9 +122,11 @@ def _first_start(array: np.ndarray, unit: Unit, eos: int) -> int:
   """Where the first document that starts inside the unit starts."""
   if _starts(array, unit.begin, eos):
     return unit.begin
-  ends = np.flatnonzero(array[unit.begin : unit.end] == eos)
-  if len(ends):
-    return unit.begin + int(ends[0]) + 1
+  for begin in range(unit.begin, unit.end, _BLOCK):
+    part = array[begin : min(begin + _BLOCK, unit.end)]
+    ends = np.flatnonzero(part == eos)
+    if len(ends):
+      return begin + int(ends[0]) + 1
   return len(array)  # none does
 
 
@@ -114,7 +163,7 @@ def _open(path: str) -> np.ndarray:
   return array
 
 
-class SyntheticSource:
+class SyntheticSource(Records):
   """Random tokens that repeat, which a model can learn and a table cannot.
 
   A document draws a span of 8 to 32 tokens uniformly and repeats it: the first

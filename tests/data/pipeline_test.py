@@ -453,13 +453,13 @@ def test_synthetic_documents_repeat_after_their_span():
 
 
 def test_a_caller_slower_than_the_data_does_not_wait(tmp_path, monkeypatch):
-  real = stages.document
+  real = stages.encode
 
-  def slow(*args):
+  def slow(*args, **kwargs):
     time.sleep(0.02)
-    return real(*args)
+    return real(*args, **kwargs)
 
-  monkeypatch.setattr(stages, 'document', slow)
+  monkeypatch.setattr(stages, 'encode', slow)
   config = _config(_write_corpus(tmp_path), shuffle=False)
   with make_pipeline(config, 'train') as pipeline:
     next(pipeline)

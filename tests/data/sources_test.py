@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from gated_jax.config import DataConfig
+from gated_jax.data import record_sources
 from gated_jax.data import text_sources
 from gated_jax.data import token_sources
 from gated_jax.data.pipeline import make_pipeline
@@ -79,7 +80,7 @@ def _first(path, source, **changes):
 def unit_size(request, monkeypatch):
   """Whole files as units, and units far smaller than a file."""
   monkeypatch.setattr(text_sources, '_RANGE', request.param)
-  monkeypatch.setattr(text_sources, '_RECORDS', max(3, request.param // 20))
+  monkeypatch.setattr(record_sources, '_RECORDS', max(3, request.param // 20))
   monkeypatch.setattr(token_sources, '_RANGE', request.param)
   return request.param
 
