@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,8 @@ class Report:
 
   Arrays have no rows where a model has nothing of the kind (no gate, say).
   Heads may differ in number from one array to the next: a gate on the values
-  has one score per kv head.
+  has one score per kv head. Where they differ from layer to layer, NaN stands
+  for those that a layer lacks.
   """
 
   first_token: np.ndarray  # [L, N] mean probability on the first token
@@ -68,19 +70,26 @@ class Report:
   maps: Mapping[int, np.ndarray]  # layer -> attention weights [N, T, T]
   # [L, N] first_token over the first probes.NEAR tokens of each document
   near_first_token: np.ndarray = dataclasses.field(default_factory=_none)
-  attention_logit: np.ndarray = dataclasses.field(
-    default_factory=_none
-  )  # [L] largest one
+  # [L] largest logit
+  attention_logit: np.ndarray = dataclasses.field(default_factory=_none)
+  # Numbers of the layers that the rows above are of; (): of all, in order.
+  attention_layers: tuple[int, ...] = ()
+  gate_layers: tuple[int, ...] = ()
+  # Scalars that mixers sow under names of their own: name -> layer -> value,
+  # the largest over batches.
+  own: Mapping[str, Mapping[int, float]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def sink_heads(self) -> np.ndarray:
     """Share of each layer's heads that are sinks, [L]."""
-    return np.mean(self.first_token > SINK, axis=1)
+    return _share_above(self.first_token, SINK)
 
   @property
   def near_sink_heads(self) -> np.ndarray:
     """The same over the first probes.NEAR tokens of each document, [L]."""
-    return np.mean(self.near_first_token > SINK, axis=1)
+    return _share_above(self.near_first_token, SINK)
 
   def from_layer(self, layer: int) -> 'Report':
     """The same without the layers before this one.
@@ -88,32 +97,51 @@ class Report:
     Layers 0 and 1 never become sink layers (arXiv 2606.02378), so that
     leaving them out of a mean makes models of different depth comparable.
     """
-    rest = {
-      field.name: getattr(self, field.name)[layer:]
-      for field in dataclasses.fields(self)
-      if field.name != 'maps'
-    }
-    maps = {i - layer: x for i, x in self.maps.items() if i >= layer}
-    return Report(**rest, maps=maps)
+
+    def rest(numbers: tuple[int, ...]) -> tuple[int, ...]:
+      return tuple(number - layer for number in numbers if number >= layer)
+
+    tables = {}
+    for name, numbers in self._tables().items():
+      table = getattr(self, name)
+      rows = [n >= layer for n in numbers or range(len(table))]
+      tables[name] = table[rows] if len(table) else table
+    return Report(
+      **tables,
+      maps={i - layer: x for i, x in self.maps.items() if i >= layer},
+      attention_layers=rest(self.attention_layers),
+      gate_layers=rest(self.gate_layers),
+    )
+
+  def _tables(self) -> dict[str, tuple[int, ...]]:
+    """Names of the arrays, and the numbers of the layers of their rows."""
+    attention = ('first_token', 'near_first_token', 'attention_logit')
+    gate = ('gate_mean', 'gate_below', 'gate_histogram', 'gate_norm')
+    return (
+      {'activation': ()}
+      | dict.fromkeys(attention, self.attention_layers)
+      | dict.fromkeys(gate, self.gate_layers)
+    )
 
   def scalars(self) -> dict[str, float]:
     """Flat names and numbers, for logs."""
     scalars: dict[str, float] = {}
-    for name, table, parts in (
-      ('sink', self.first_token, 'mean max layers'),
-      (f'sink/heads_above_{SINK}', self.sink_heads, 'only layers'),
-      (f'sink_{NEAR}', self.near_first_token, 'mean'),
-      (f'sink_{NEAR}/heads_above_{SINK}', self.near_sink_heads, 'only'),
-      ('activation', self.activation, 'mean max layers'),
-      ('attention_logit', self.attention_logit, 'max layers'),
+    attention, gate = self.attention_layers, self.gate_layers
+    for name, table, parts, numbers in (
+      ('sink', self.first_token, 'mean max layers', attention),
+      (f'sink/heads_above_{SINK}', self.sink_heads, 'only layers', attention),
+      (f'sink_{NEAR}', self.near_first_token, 'mean', attention),
+      (f'sink_{NEAR}/heads_above_{SINK}', self.near_sink_heads, 'only', ()),
+      ('activation', self.activation, 'mean max layers', ()),
+      ('attention_logit', self.attention_logit, 'max layers', attention),
       # A largest layer of the mean gate would hide that larger scores exist.
-      ('gate', self.gate_mean, 'mean layers'),
-      ('gate/below_0.1', self.gate_below, 'only'),
-      ('gate/logit_norm', self.gate_norm, 'only'),
+      ('gate', self.gate_mean, 'mean layers', gate),
+      ('gate/below_0.1', self.gate_below, 'only', gate),
+      ('gate/logit_norm', self.gate_norm, 'only', gate),
     ):
       if not len(table):
         continue
-      layers = table.reshape(len(table), -1).mean(axis=1)
+      layers = np.nanmean(table.reshape(len(table), -1), axis=1)
       if 'only' in parts:
         scalars[name] = float(layers.mean())
       if 'mean' in parts:
@@ -121,10 +149,15 @@ class Report:
       if 'max' in parts:
         scalars[f'{name}/max'] = float(layers.max())
       if 'layers' in parts:
-        for layer, value in enumerate(layers):
+        for layer, value in zip(
+          numbers or range(len(layers)), layers, strict=True
+        ):
           scalars[f'{name}/layer_{layer:02d}'] = float(value)
     if len(self.first_token):
-      scalars['sink/max_head'] = float(self.first_token.max())
+      scalars['sink/max_head'] = float(np.nanmax(self.first_token))
+    for name, values in self.own.items():
+      for layer, value in values.items():
+        scalars[f'{name}/layer_{layer:02d}'] = value
     return scalars
 
   def summary(self) -> list[tuple[str, float, str]]:
@@ -144,10 +177,14 @@ class Report:
   def arrays(self) -> dict[str, list[Any]]:
     """All but the maps as nested lists, four digits each, for JSON."""
     return {
-      field.name: _rounded(getattr(self, field.name)).tolist()
-      for field in dataclasses.fields(self)
-      if field.name != 'maps'
+      name: _rounded(getattr(self, name)).tolist() for name in self._tables()
     }
+
+
+def _share_above(heads: np.ndarray, bound: float) -> np.ndarray:
+  """The share of each layer's heads above a bound; NaN is no head."""
+  above = np.where(np.isnan(heads), np.nan, heads > bound)
+  return np.nanmean(above, axis=1)
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
@@ -169,62 +206,79 @@ def probe(
     batches: tokens, targets, segments, positions and weights, [B, T] each.
   """
   sums: dict[str, Any] = {}
+  layers: dict[str, tuple[int, ...]] = {}
   first = None
   for batch in batches:
     first = batch if first is None else first
-    found = jax.tree.map(
-      lambda x: np.asarray(x, np.float64),
-      by_layer(model.config, _run(model, params, batch, 'probes')),
-    )
-    for name, value in found.items():
-      join = np.maximum if name in (RESIDUAL, LOGIT) else np.add
+    sown = by_layer(model.config, _run(model, params, batch, 'probes'))
+    for name, probe in sown.items():
+      value = jax.tree.map(lambda x: np.asarray(x, np.float64), probe.value)
+      join = np.add if name in _SUMS else np.maximum
       old = sums.get(name)
       sums[name] = value if old is None else jax.tree.map(join, old, value)
+      layers[name] = probe.layers
   if first is None:
     raise ValueError('no batches to look at')
   short = {name: x[:, :MAP_LENGTH] for name, x in first.items()}
-  return _divide(sums, attention_maps(model, params, short))
+  return _divide(sums, layers, attention_maps(model, params, short))
 
 
-def by_layer(config: ModelConfig, probes: Mapping[str, Any]) -> dict[str, Any]:
-  """Each probe with one leading axis of layers, in the order they run.
+class Sown(NamedTuple):
+  """One probe of all layers that sow it."""
 
-  A layer that does not sow a probe has no entry in it.
+  layers: tuple[int, ...]  # their numbers
+  value: Any  # its arrays, with a leading axis of these layers
+
+
+def by_layer(config: ModelConfig, probes: Mapping[str, Any]) -> dict[str, Sown]:
+  """Every probe, in the order in which layers run.
+
+  Probes of unknown names are kept if they are scalars.
 
   Args:
     config: of the model that sowed them.
     probes: the collection.
   """
-  groups: dict[str, list[Any]] = collections.defaultdict(list)
+  groups: dict[str, dict[int, Any]] = collections.defaultdict(dict)
   for layer in range(config.depth):
     for name, value in _sown(tree.subtree(probes, config, layer)):
-      groups[name].append(value)
+      groups[name][layer] = value
   return {
-    name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
+    name: Sown(tuple(values), jax.tree.map(_stack, *values.values()))
     for name, values in groups.items()
   }
 
 
-_PROBES = (
-  FIRST_TOKEN,
-  NEAR_FIRST_TOKEN,
-  LOGIT,
-  SCORES,
-  NORM,
-  RESIDUAL,
-  WEIGHTS,
-)
+def _stack(*leaves: Any) -> Any:
+  """Arrays of several layers as one; NaN where one has fewer heads."""
+  shapes = {x.shape for x in leaves}
+  if len(shapes) == 1:
+    return jnp.stack(leaves)
+  largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+
+  def padded(x: Any) -> Any:
+    missing = zip(x.shape, largest, strict=True)
+    widths = [(0, most - size) for size, most in missing]
+    return jnp.pad(x, widths, constant_values=jnp.nan)
+
+  return jnp.stack([padded(x) for x in leaves])
+
+
+# Probes that batches add to; of the others the largest is kept.
+_SUMS = (FIRST_TOKEN, NEAR_FIRST_TOKEN, SCORES, NORM)
+_KNOWN = (*_SUMS, LOGIT, RESIDUAL, WEIGHTS)
 
 
 def _sown(subtree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-  """(name, value) of every known probe in a layer."""
+  """(name, value) of every probe in a layer."""
   for key, value in subtree.items():
     if isinstance(value, Mapping):
       yield from _sown(value)
-    elif key in _PROBES:
-      # sow keeps a tuple of what it was given; a probe is a named one.
-      plain = type(value) is tuple
-      yield key, value[-1] if plain else value
+      continue
+    # sow keeps a tuple of what it was given; a probe is a named one.
+    value = value[-1] if type(value) is tuple else value
+    if key in _KNOWN or jnp.ndim(value) == 0:
+      yield key, value
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -242,7 +296,11 @@ def _run(
   return state.get(collection, {})
 
 
-def _divide(sums: dict[str, Any], maps: Mapping[int, np.ndarray]) -> Report:
+def _divide(
+  sums: dict[str, Any],
+  layers: dict[str, tuple[int, ...]],
+  maps: Mapping[int, np.ndarray],
+) -> Report:
   def mean(name: str) -> np.ndarray:
     if name not in sums:
       return _none()
@@ -254,7 +312,7 @@ def _divide(sums: dict[str, Any], maps: Mapping[int, np.ndarray]) -> Report:
     scores = sums[SCORES]
     number = np.maximum(scores.number, 1)[:, None]
     below = scores.below / number
-    histogram = scores.histogram.sum(axis=1)
+    histogram = np.nansum(scores.histogram, axis=1)
     histogram = histogram / np.maximum(histogram.sum(-1, keepdims=True), 1)
   return Report(
     first_token=mean(FIRST_TOKEN),
@@ -266,6 +324,13 @@ def _divide(sums: dict[str, Any], maps: Mapping[int, np.ndarray]) -> Report:
     maps=maps,
     near_first_token=mean(NEAR_FIRST_TOKEN),
     attention_logit=sums.get(LOGIT, np.zeros(0)),
+    attention_layers=layers.get(FIRST_TOKEN, ()),
+    gate_layers=layers.get(SCORES, ()),
+    own={
+      name: dict(zip(layers[name], map(float, value), strict=True))
+      for name, value in sums.items()
+      if name not in _KNOWN
+    },
   )
 
 
@@ -284,11 +349,17 @@ def attention_maps(
     layers: which ones, negative from the end; (): a few over the depth.
   """
   sown = _run(model, params, batch, 'attention_maps')
-  found = by_layer(model.config, sown).get(WEIGHTS)
-  if found is None:
+  found = {
+    layer: value
+    for layer in range(model.config.depth)
+    for name, value in _sown(tree.subtree(sown, model.config, layer))
+    if name == WEIGHTS
+  }
+  if not found:
     return {}
-  depth = len(found)
+  numbers = list(found)
   if not layers:
-    few = np.linspace(0, depth - 1, min(depth, 4)).round()
-    layers = [int(i) for i in few]
-  return {i % depth: np.asarray(found[i][0], np.float32) for i in layers}
+    few = np.linspace(0, len(numbers) - 1, min(len(numbers), 4)).round()
+    layers = [numbers[int(i)] for i in few]
+  chosen = [layer % model.config.depth for layer in layers]
+  return {i: np.asarray(found[i][0], np.float32) for i in chosen}

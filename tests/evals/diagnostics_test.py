@@ -118,6 +118,11 @@ def parameters(layout):
   return {'layers': {'layer': {'index': index}}}
 
 
+NOTHING = diagnostics.Report(
+  *[np.zeros((0, 0))] * 6,
+  maps={},
+)
+
 LAYOUTS = ['loop', 'scan', 'pattern']
 
 
@@ -157,7 +162,7 @@ def test_means_over_batches_are_weighted():
     sums['first_token'],
     probes.HeadTotals(np.array([[0.0]]), np.array([8.0])),
   )
-  report = diagnostics._divide({'first_token': more}, {})
+  report = diagnostics._divide({'first_token': more}, {}, {})
   np.testing.assert_allclose(report.first_token, [[0.25]])
 
 
@@ -224,3 +229,30 @@ def test_arrays_are_json_with_null_for_what_is_no_number():
 def test_no_batches_are_an_error():
   with pytest.raises(ValueError, match='no batches'):
     diagnostics.probe(Model('scan'), parameters('scan'), [])
+
+
+def test_layers_may_differ_in_heads_and_in_what_they_sow():
+  few = probes.HeadTotals(jnp.array([8.0]), jnp.float32(10))
+  many = probes.HeadTotals(jnp.array([1.0, 2.0, 6.0]), jnp.float32(10))
+  sown = {
+    'layers_0': {'attention': {'first_token': (few,)}},
+    'layers_2': {'attention': {'first_token': (many,)}},
+  }
+  config = ModelConfig(depth=3, scan=False)
+  found = diagnostics.by_layer(config, sown)['first_token']
+  assert found.layers == (0, 2)
+  nan = np.nan
+  np.testing.assert_array_equal(found.value.total, [[8, nan, nan], [1, 2, 6]])
+  report = dataclasses.replace(
+    NOTHING,
+    first_token=np.array([[0.8, nan, nan], [0.1, 0.2, 0.6]]),
+    attention_layers=(0, 2),
+  )
+  np.testing.assert_allclose(report.sink_heads, [1, 1 / 3])
+  scalars = report.scalars()
+  assert scalars['sink/layer_00'] == pytest.approx(0.8)
+  assert scalars['sink/layer_02'] == pytest.approx(0.3)
+  assert 'sink/layer_01' not in scalars
+  later = report.from_layer(1)
+  assert later.attention_layers == (1,)
+  np.testing.assert_array_equal(later.first_token, [[0.1, 0.2, 0.6]])

@@ -22,6 +22,7 @@ from gated_jax.config import MeshConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import OptimizerConfig
 from gated_jax.decode.generate import generate
+from gated_jax.evals import diagnostics
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.accounting import flops_per_token
 from gated_jax.model.accounting import parameters
@@ -158,6 +159,19 @@ def test_its_parameters_and_flops_are_counted():
   flops = flops_per_token(config, 16)
   assert flops['average_projections'] == 6 * 2 * 16 * 32
   assert flops['average'] == 3 * 2 * 2 * 16 * 3
+
+
+def test_it_shows_its_own_probe_beside_those_of_other_layers():
+  model, params = contract.made(PATTERN)
+  tokens = contract.tokens_of(1)
+  batch = {'tokens': tokens, 'targets': tokens}
+  batch['weights'] = np.ones_like(tokens, np.float32)
+  report = diagnostics.probe(model, params, [batch])
+  scalars = report.scalars()
+  assert len(report.first_token) == 1  # there is one layer of attention
+  assert 'sink/layer_01' in scalars
+  assert 'sink/layer_00' not in scalars
+  assert scalars['average_size/layer_00'] > 0
 
 
 def test_a_mesh_that_splits_rows_refuses_it_by_name():
