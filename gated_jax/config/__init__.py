@@ -20,6 +20,7 @@ from gated_jax.config.gate import GateConfig
 from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
 from gated_jax.config.model import ModelConfig
+from gated_jax.config.overrides import override
 from gated_jax.config.roles import names_with
 from gated_jax.config.run import CheckpointConfig
 from gated_jax.config.run import MeshConfig
@@ -44,6 +45,7 @@ __all__ = [
   'different_function',
   'from_dict',
   'names_with',
+  'override',
   'shortest_pattern',
   'to_dict',
   'upgrade',

@@ -1,1 +1,1 @@
-"""What a trained model does: its loss, its attention sinks, what it recalls."""
+"""Measures of trained models: loss, attention sinks, gates, recall."""

@@ -1,4 +1,4 @@
-"""What happens inside a trained model: sinks, gates, large activations.
+"""Measures inside a trained model: sinks, gates, large activations.
 
 The model sows sums of `ops/probes.py` into the collection `probes`; here they
 are added up over batches and divided once. Definitions are the paper's
@@ -285,7 +285,7 @@ def _sown(subtree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _run(
   model: Decoder, params: Any, batch: dict[str, Any], collection: str
 ) -> Mapping[str, Any]:
-  """What the model sows into a collection."""
+  """The arrays that the model sows into a collection."""
   _, state = model.apply(
     {'params': params},
     batch,

@@ -7,21 +7,24 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 
 from gated_jax import chips
+from gated_jax.config import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
   """Sums over the tokens that were predicted."""
 
-  nats: float  # of all of them
+  nats: float
   tokens: float
-  text_bytes: float = 0.0  # that they stand for; 0: not known
+  text_bytes: float = 0.0  # UTF-8 bytes that the tokens encode; 0: not known
 
   @property
   def loss(self) -> float:
@@ -44,7 +47,7 @@ class Likelihood:
     return self.nats / math.log(2) / self.text_bytes
 
   def scalars(self) -> dict[str, float]:
-    """What is known, by name."""
+    """The figures that are known, by name."""
     values = {
       'validation/loss': self.loss,
       'validation/perplexity': self.perplexity,
@@ -62,20 +65,43 @@ def evaluate(
   """Loss of all batches; each token counts the same, however they are split.
 
   Args:
-    model: has the method `loss`, which gives `nll`, the mean over the tokens
+    model: Has the method `loss`, which gives `nll`, the mean over the tokens
       with a weight, and `weight`, their sum.
-    params: its parameters.
-    batches: finite.
-    text_bytes: that the targets of all batches stand for; 0: not known.
+    params: Its parameters.
+    batches: Finitely many.
+    text_bytes: Bytes of text that all targets encode; 0: not known.
   """
   arrays = (x for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
   kinds = (d.device_kind for x in arrays for d in x.devices())
   sums = sums_on(next(kinds, ''))
-  # Read one batch behind: the next is on its way while the host adds.
-  found = [sums(model, params, batch) for batch in batches]
-  nats = sum((float(nll) for nll, _ in found), 0.0)
-  tokens = sum((float(weight) for _, weight in found), 0.0)
+  nats = tokens = 0.0
+  ahead: tuple[jax.Array, jax.Array] | None = None
+  for batch in batches:
+    behind, ahead = ahead, sums(model, params, batch)
+    if behind is not None:  # adds while the devices compute the next one
+      nats, tokens = nats + float(behind[0]), tokens + float(behind[1])
+  if ahead is not None:
+    nats, tokens = nats + float(ahead[0]), tokens + float(ahead[1])
   return Likelihood(nats, tokens, text_bytes)
+
+
+def target_bytes(
+  data: DataConfig, batch: Mapping[str, np.ndarray], lengths: np.ndarray
+) -> float:
+  """Bytes of text that the predicted tokens encode; 0: not known.
+
+  Args:
+    data: Says where the batch is from: random ids encode no text.
+    batch: Has targets and their weights.
+    lengths: Bytes of each of the tokenizer's tokens. Ids made elsewhere may
+      be of a tokenizer that has more.
+  """
+  if any(part.source == 'synthetic' for _, part in data.parts()):
+    return 0.0
+  targets = batch['targets'][batch['weights'] > 0]
+  if np.any(targets >= len(lengths)):
+    return 0.0
+  return float(np.sum(lengths[targets]))
 
 
 @functools.cache
@@ -83,16 +109,16 @@ def sums_on(kind: str) -> Any:
   """(model, params, batch) to nats of its tokens, and the tokens.
 
   Args:
-    kind: of the devices, as they name it.
+    kind: The `device_kind` of the devices.
   """
 
   def sums(
     model: nn.Module, params: Any, batch: dict[str, Any]
   ) -> tuple[jax.Array, jax.Array]:
-    found: Any = model.apply(
+    loss: Any = model.apply(
       {'params': params}, batch, method='loss', deterministic=True
     )
-    return found.nll * found.weight, found.weight
+    return loss.nll * loss.weight, loss.weight
 
   return jax.jit(
     sums, static_argnums=0, compiler_options=chips.compiler_options(kind)

@@ -132,7 +132,7 @@ def hide(
 def _read(
   model: nn.Module, last: int, params: Any, texts: Any
 ) -> tuple[Bool[Array, ' B'], Float[Array, '']]:
-  """Whether each row's answer is found, and nats per token of the answers."""
+  """Tells which rows have the right answer; nats per token of the answers."""
   # Compilers for accelerators move the cut before the product: logits of a
   # long text would not fit.
   logits: Any = model.apply({'params': params}, texts.tokens[:, :-1])
