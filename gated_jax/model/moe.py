@@ -1,4 +1,4 @@
-"""Mixture of experts as a layer: parameters for `gated_jax/ops/moe.py`.
+"""Mixture of experts as a layer: parameters for `gated_jax/ops/moe`.
 
     router/kernel [D, E]    gate_proj, up [E, D, F]    down [E, F, D]
     shared/{gate_proj, up, down}/kernel    (with config.moe.shared_width)
@@ -21,6 +21,10 @@ from gated_jax.model.parameters import Kind
 from gated_jax.model.parameters import normal
 from gated_jax.model.parameters import parameter
 from gated_jax.ops import moe
+from gated_jax.ops.route import RouteSpec
+from gated_jax.ops.route import Routing
+from gated_jax.ops.route import route
+from gated_jax.ops.route import router_statistics
 from gated_jax.sharding import Axes
 from gated_jax.sharding import mesh_axes
 from gated_jax.sharding import per_device
@@ -58,8 +62,9 @@ class MoE(nn.Module):
     # The router is small, and whole on every device: its choices are needed
     # where the tokens are.
     router = Router(c, name='router')()
-    routing = moe.route(x, router, c.moe.top_k, c.moe.normalize)
-    statistics = moe.router_statistics(routing, valid)
+    spec = RouteSpec(c.moe.top_k, normalize=c.moe.normalize)
+    routing = route(x, router, spec, valid=valid)
+    statistics = router_statistics(routing, valid)
     dtype = jnp.dtype(c.dtype)
     axes = ('experts', 'expert_embed', 'mlp')
     swapped = ('experts', 'mlp', 'expert_embed')
@@ -96,7 +101,7 @@ class MoE(nn.Module):
   def _apply(
     self,
     x: Float[Array, 'B T D'],
-    routing: moe.Routing,
+    routing: Routing,
     experts: moe.ExpertWeights,
   ) -> Float[Array, 'B T D']:
     """Sends each device's tokens to their experts, on any device, and back."""

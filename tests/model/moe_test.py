@@ -1,4 +1,4 @@
-"""model/moe.py: parameter names, losses and logs. Values: ops/moe_test.py."""
+"""model/moe.py: parameter names, losses and logs. Values: ops/moe_test.py, ops/route_test.py."""
 
 import dataclasses
 

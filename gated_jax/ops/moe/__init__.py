@@ -1,0 +1,8 @@
+"""Experts as functions on arrays; `apply.py` is where to begin."""
+
+from gated_jax.ops.moe.apply import apply_experts
+from gated_jax.ops.moe.experts import ExpertSpec
+from gated_jax.ops.moe.experts import ExpertWeights
+from gated_jax.ops.moe.grouped_matmul import check_platform
+
+__all__ = ['ExpertSpec', 'ExpertWeights', 'apply_experts', 'check_platform']

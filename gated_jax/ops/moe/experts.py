@@ -1,0 +1,80 @@
+"""SwiGLU experts on rows that are sorted by expert."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+from gated_jax.ops.moe.grouped_matmul import grouped_matmul
+
+
+class ExpertWeights(NamedTuple):
+  """SwiGLU experts, stacked. Inside shard_map: this device's part."""
+
+  gate_proj: Float[Array, 'E D F']
+  up: Float[Array, 'E D F']
+  down: Float[Array, 'E F D']
+
+
+class Matrices(NamedTuple):
+  """The same for two grouped matmuls: gate_proj and up side by side.
+
+  One pass over the rows instead of two, and in backward no sum of two
+  gradients of the rows, which is an array k times as large as the tokens.
+  """
+
+  into: Float[Array, 'E D F2']
+  down: Float[Array, 'E F D']
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertSpec:
+  """Static options of `apply_experts`.
+
+  Collectives need the names of the axes that they go over, so the caller's
+  shard_map hands them in; nothing else is known of a mesh.
+  """
+
+  implementation: str = 'auto'  # of the grouped matmul: 'ragged_dot' or 'gmm'
+  interpret: bool = False  # runs 'gmm' on a CPU, for tests
+  # Rows of an exchange buffer over the mean. A larger buffer seldom needs a
+  # second round; a smaller one sends fewer padded bytes.
+  slack: float = 1.25
+  # Axis names inside shard_map; '' and () where there are none.
+  expert_axis: str = ''  # splits the experts, and the tokens as well
+  token_axes: tuple[str, ...] = ()  # all that split tokens, expert_axis too
+  tensor_axis: str = ''  # splits F
+
+
+def swiglu(
+  rows: Float[Array, 'R D'],
+  weights: Float[Array, 'R 1'],
+  matrices: Matrices,
+  sizes: Int[Array, ' E'],
+  spec: ExpertSpec,
+) -> Float[Array, 'R D']:
+  """weight * down(silu(gate_proj x) * up x) of rows sorted by expert.
+
+  Rows past the last group come out as anything, as the kernel leaves them:
+  nobody may read them. The mask keeps them from the gradients.
+
+  Args:
+    rows: sizes[e] of them for each expert.
+    weights: one for each row.
+    matrices: the experts.
+    sizes: as above.
+    spec: static options.
+  """
+  options = (spec.implementation, spec.interpret)
+  dtype = weights.dtype
+  used = (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]
+  both = grouped_matmul(rows, matrices.into, sizes, *options)
+  # Split before widening: in the other order XLA writes a float32 copy.
+  gate, up = (h.astype(dtype) for h in jnp.split(both, 2, axis=-1))
+  hidden = jax.nn.silu(gate) * up * weights
+  hidden = jnp.where(used, hidden, 0).astype(rows.dtype)
+  return grouped_matmul(hidden, matrices.down, sizes, *options)

@@ -1,0 +1,81 @@
+"""Products of groups of rows with a matrix for each group."""
+
+import jax
+from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+NAMES = ('ragged_dot', 'gmm')
+
+
+def resolve(implementation: str) -> str:
+  """The implementation by its name; 'auto' is the best of this platform.
+
+  'gmm' is JAX's grouped-matmul kernel for TPU. It is the automatic choice
+  there: the compiler turns the weight gradient of `ragged_dot` into a dense
+  matmul of every expert with every row, E times the work.
+
+  Raises:
+    ValueError: there is no such implementation.
+  """
+  if implementation == 'auto':
+    return 'gmm' if jax.default_backend() == 'tpu' else 'ragged_dot'
+  if implementation not in NAMES:
+    raise ValueError(
+      f'implementation={implementation!r} must be auto, {" or ".join(NAMES)}'
+    )
+  return implementation
+
+
+def check_platform(implementation: str, platform: str) -> None:
+  """NotImplementedError where a grouped matmul cannot run."""
+  if implementation == 'gmm' and platform != 'tpu':
+    raise NotImplementedError(
+      f'moe.implementation={implementation!r} needs a TPU and this is a '
+      f'{platform}'
+    )
+
+
+def row_tile(implementation: str, rows: int) -> int:
+  """Rows that the kernel takes at once; every buffer is a multiple."""
+  if resolve(implementation) != 'gmm':
+    return 1
+  return 512 if rows >= 4096 else 128
+
+
+def _tiling(m: int, k: int, n: int) -> tuple[int, int, int]:
+  """Tiles of the kernel: as wide as VMEM holds beside two buffers."""
+
+  def widest(size: int, most: int) -> int:
+    parts = -(-size // most)
+    return min(size, -(-size // parts // 128) * 128)
+
+  return (512 if m % 512 == 0 else 128, widest(k, 1024), widest(n, 1024))
+
+
+def grouped_matmul(
+  rows: Float[Array, 'R D'],
+  matrices: Float[Array, 'E D F'],
+  sizes: Int[Array, ' E'],
+  implementation: str = 'auto',
+  interpret: bool = False,
+) -> Float[Array, 'R F']:
+  """The first sizes[0] rows times matrices[0], the next times matrices[1], ..
+
+  Rows past the last group come out as anything, as the kernel leaves them.
+
+  Args:
+    rows: sorted by group.
+    matrices: one for each group.
+    sizes: rows of each group.
+    implementation: 'auto', or one of NAMES.
+    interpret: runs 'gmm' on a CPU, for tests.
+  """
+  if resolve(implementation) == 'ragged_dot':
+    return jax.lax.ragged_dot(
+      rows, matrices, sizes, preferred_element_type=rows.dtype
+    )
+  return megablox.gmm(
+    rows, matrices, sizes, rows.dtype, _tiling, interpret=interpret
+  )
