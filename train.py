@@ -15,9 +15,7 @@ import os
 import pathlib
 import re
 import shlex
-import socket
 import sys
-import threading
 
 # JAX's C++ side prints warnings before Python is heard; users can raise this.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -26,9 +24,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from gated_jax import cli
+from gated_jax import processes
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.platform import skip_absent_tpu
+from gated_jax.processes import Group
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -40,7 +40,16 @@ flags.DEFINE_string('coordinator', '', 'host:port of process 0.')
 flags.DEFINE_integer('processes', 0, 'How many there are; 0: found by JAX.')
 flags.DEFINE_integer('process_id', -1, 'Which one this is; -1: found by JAX.')
 flags.DEFINE_integer(
-  'join_timeout', 300, 'Seconds to wait for the others.', lower_bound=1
+  'join_timeout',
+  Group().join_timeout,
+  'Seconds to wait for the others.',
+  lower_bound=1,
+)
+flags.DEFINE_integer(
+  'peer_timeout',
+  Group().peer_timeout,
+  'Seconds without a sign of life until another process is gone.',
+  lower_bound=2,
 )
 flags.DEFINE_bool('debug', False, 'Show where in the code an error arose.')
 
@@ -123,57 +132,8 @@ def _settings() -> list[str]:
   return list(names(to_dict(RunConfig()), ''))
 
 
-def join_processes() -> None:
-  """Connects to the other processes, when a flag says there are some."""
-  import jax
-
-  asked = FLAGS.coordinator or FLAGS.processes or FLAGS.process_id >= 0
-  if not (FLAGS.distributed or asked):
-    return
-  where = {}
-  if FLAGS.coordinator:
-    where['coordinator_address'] = FLAGS.coordinator
-  if FLAGS.processes:
-    where['num_processes'] = FLAGS.processes
-  if FLAGS.process_id >= 0:
-    where['process_id'] = FLAGS.process_id
-  # JAX ends the process with a stack trace when its own time is over.
-  patience = threading.Timer(FLAGS.join_timeout, _give_up)
-  patience.daemon = True
-  patience.start()
-  try:
-    jax.distributed.initialize(
-      **where, initialization_timeout=2 * FLAGS.join_timeout + 60
-    )
-  except (RuntimeError, ValueError) as error:
-    reason = ' '.join(str(error).split())[:200]
-    raise RuntimeError(f'{_who_joins()}: {reason}') from error
-  finally:
-    patience.cancel()
-
-
-def _who_joins() -> str:
-  here = '' if FLAGS.process_id < 0 else f' {FLAGS.process_id}'
-  all_of_them = f' of {FLAGS.processes}' if FLAGS.processes else ''
-  return (
-    f'process{here}{all_of_them}, on {socket.gethostname()}, could not join '
-    f'the others at {FLAGS.coordinator or "the address that JAX found"}'
-  )
-
-
-def _give_up() -> None:
-  """Ends the process from a thread: the main one waits inside JAX."""
-  print(
-    f'error: {_who_joins()} within {FLAGS.join_timeout} s: not all of them '
-    'are up, or the address is not that of process 0',
-    file=sys.stderr,
-    flush=True,
-  )
-  os._exit(1)
-
-
 def main(argv: list[str]) -> int:
-  """The exit code; see gated_jax/cli.py."""
+  """The exit code; see docs/tpu_vm.md."""
   logging.basicConfig(format='%(message)s')
   if not {'--help', '-help', '-h'}.isdisjoint(argv):
     print(__doc__, FLAGS.main_module_help(), sep='\n')
@@ -181,16 +141,37 @@ def main(argv: list[str]) -> int:
   return cli.run(lambda: train(argv), debug='--debug' in argv)
 
 
-def train(argv: list[str]) -> None:
-  """Trains as the command line says."""
+def train(argv: list[str]) -> int:
+  """Trains as the command line says; returns the exit code."""
   config = read_flags(argv)
   skip_absent_tpu()
-  join_processes()
+  group = Group(
+    FLAGS.coordinator,
+    FLAGS.processes,
+    FLAGS.process_id,
+    FLAGS.join_timeout,
+    FLAGS.peer_timeout,
+  )
+  several = FLAGS.distributed or group[:3] != Group()[:3]
+  if several:
+    processes.join(group)
   from gated_jax.training import loop
 
   command = shlex.join(sys.orig_argv)  # with the interpreter as typed
-  loop.run(config, pathlib.Path(FLAGS.workdir), command)
+  try:
+    result = loop.run(config, pathlib.Path(FLAGS.workdir), command)
+  except RuntimeError as error:
+    if several:
+      processes.until_explained(error, group.peer_timeout)
+    raise
+  # Of several processes, most do not know which signal another one had.
+  if result.stopped_by == 'SIGINT' and not several:
+    return cli.INTERRUPTED
+  return cli.UNFINISHED if result.stopped_by else cli.DONE
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  code = main(sys.argv)
+  if code not in (cli.DONE, cli.UNFINISHED):
+    processes.leave(code)
+  sys.exit(code)

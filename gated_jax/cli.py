@@ -21,8 +21,23 @@ import absl.logging
 DONE = 0
 FAILED = 1  # not for anything that the user typed
 REFUSED = 2  # the user has to change something first
-UNFINISHED = 75  # "try again" in sysexits.h: the same command goes on
+UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 INTERRUPTED = 130  # a person pressed Ctrl-C
+
+
+class TryLater(RuntimeError):
+  """Nothing is wrong with the command; it can succeed when it is run again."""
+
+
+# The first kind that an error is of says with which code the program ends.
+CODES: dict[type[BaseException], int] = {
+  TryLater: UNFINISHED,
+  NotImplementedError: REFUSED,
+  ValueError: REFUSED,
+  ImportError: REFUSED,
+  OSError: FAILED,
+  RuntimeError: FAILED,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,23 +57,31 @@ def run(program: Callable[[], int | None], debug: bool = False) -> int:
   absl.logging.set_verbosity(absl.logging.FATAL)
   sys.unraisablehook = _unless_late_reader
   try:
-    return program() or DONE
+    code = program() or DONE
   except BrokenPipeError:  # the reader of the output has closed the pipe
     discard(sys.stdout)
-    return FAILED
-  except (ValueError, NotImplementedError, ImportError) as error:
+    code = FAILED
+  except tuple(CODES) as error:
     if debug:
       raise
-    return _report(error, REFUSED)
-  except (OSError, RuntimeError) as error:
-    if debug:
-      raise
-    return _report(error, FAILED)
+    code = _report(error)
   except KeyboardInterrupt:
-    return INTERRUPTED
+    code = INTERRUPTED
+  _flush()
+  return code
 
 
-def _report(error: Exception, code: int) -> int:
+def _flush() -> None:
+  """Writes what is left, or drops it: Python would complain when it ends."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      if stream is not None:  # it is None where the shell closed it
+        stream.flush()
+    except OSError:
+      discard(stream)
+
+
+def _report(error: BaseException) -> int:
   # Messages of JAX itself take many lines, and are of no use without the place.
   if len(str(error).splitlines()) > 1 and not _raised_here(error):
     raise error
@@ -66,10 +89,10 @@ def _report(error: Exception, code: int) -> int:
     print(f'error: {error}', file=sys.stderr, flush=True)
   except OSError:
     discard(sys.stderr)
-  return code
+  return next(code for kind, code in CODES.items() if isinstance(error, kind))
 
 
-def _raised_here(error: Exception) -> bool:
+def _raised_here(error: BaseException) -> bool:
   """Whether a line of this package raised it, and so wrote the message."""
   *_, (frame, _) = traceback.walk_tb(error.__traceback__)
   return (
@@ -78,13 +101,12 @@ def _raised_here(error: Exception) -> bool:
   )
 
 
-def discard(stream: object) -> None:
+def discard(stream: Any) -> None:
   """Sends a stream that nobody reads any more nowhere.
 
   Python writes what is left in it when it ends, and would complain.
   """
-  descriptor = stream.fileno()  # type: ignore[attr-defined]
-  os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _unless_late_reader(unraisable: Any) -> None:

@@ -25,15 +25,18 @@ from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
+from gated_jax.processes import first_problem
+from gated_jax.processes import gather
+from gated_jax.training.checkpoints import CannotResume
 from gated_jax.training.checkpoints import Checkpoints
 from gated_jax.training.console import Console
 from gated_jax.training.evaluation import Evaluation
+from gated_jax.training.evaluation import prompt_from
 from gated_jax.training.evaluation import target_bytes
 from gated_jax.training.metrics import Clock
 from gated_jax.training.metrics import Metrics
 from gated_jax.training.optimizer import make_optimizer
 from gated_jax.training.optimizer import make_schedule
-from gated_jax.training.processes import gather
 from gated_jax.training.rows import HostRows
 from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices
@@ -98,9 +101,13 @@ def check_platform(config: ModelConfig, platform: str) -> None:
 def build(
   config: RunConfig, workdir: pathlib.Path, console: Console
 ) -> RunState:
-  """Everything a run needs, restored from its newest checkpoint if any."""
-  check_workdir(workdir)
-  check_same_config(config)
+  """Everything a run needs, restored from its newest checkpoint if any.
+
+  Raises:
+    ValueError: something that the user has to change.
+    CannotResume: the workdir holds another run.
+    CheckpointError: it holds checkpoints, and none of them can be read.
+  """
   check_platform(config.model, jax.devices()[0].platform)
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   clock = Clock()
@@ -116,15 +123,15 @@ def build(
   data.start()
   with sharding.activate(mesh):
     checkpoints = Checkpoints(workdir / 'checkpoints', config, say=console.say)
-    found = checkpoints.restore(abstract)
-    if found is None:
+    restored = checkpoints.restore(abstract)
+    if restored is None:
       state = init(jax.random.key(config.seed))
       if config.init_from:
         params = load_start(config, abstract.params, mesh)
         state = state.replace(params=params)
     else:
-      state, position, changed = found
-      data.restore(position.encode())
+      state, position, changed = restored
+      _restore_data(data, position, checkpoints.path(int(state.step)))
       console.say(f'resuming after step {int(state.step)}')
       for name, (old, new) in changed.items():
         console.say(f'changed since: {name} {old!r} -> {new!r}')
@@ -145,6 +152,18 @@ def build(
     console=console,
     clock=clock,
   )
+
+
+def _restore_data(data: Pipeline, position: str, step: pathlib.Path) -> None:
+  """Goes on reading at a position; CannotResume, in all, where one cannot."""
+  problem = ''
+  try:
+    data.restore(position.encode())
+  except ValueError as error:
+    problem = str(error)
+  problem = first_problem(problem)
+  if problem:
+    raise CannotResume(f'{step}: {problem}', step)
 
 
 def make_functions(
@@ -209,5 +228,6 @@ def _evaluation(
   if own.parts > 1:
     sums = np.asarray(multihost_utils.process_allgather(np.float64(known)))
     known = float(sums.sum()) * own.parts / jax.process_count()
+  prompt = prompt_from(batches, pipeline.tokenizer) if known else ''
   placed = [to_devices(batch, rows, own) for batch in batches]
-  return Evaluation(model, placed, known)
+  return Evaluation(model, placed, known, prompt=prompt)

@@ -36,8 +36,8 @@ from gated_jax.config import from_dict
 from gated_jax.config import names_with
 from gated_jax.config import to_dict
 from gated_jax.config import upgrade
-from gated_jax.training.processes import first_problem
-from gated_jax.training.processes import gather
+from gated_jax.processes import first_problem
+from gated_jax.processes import gather
 from gated_jax.training.step import TrainState
 
 Tree = Any

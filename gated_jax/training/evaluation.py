@@ -1,4 +1,4 @@
-"""What is measured while a model trains: held-out loss, and probes.
+"""Measures a model while it trains: held-out loss, and probes.
 
 The held-out batches are read once and kept: every evaluation of a run sees
 the same tokens. What is measured is the business of `gated_jax/evals`.
@@ -11,10 +11,13 @@ import jax
 import numpy as np
 
 from gated_jax.config import DataConfig
+from gated_jax.data.tokenizer import Tokenizer
 from gated_jax.evals import diagnostics
 from gated_jax.evals import likelihood
 
 Tree = Any
+PROMPT = 32  # tokens of a row in which words for a prompt are looked for
+WORDS = 24  # characters of a prompt at most
 
 
 def target_bytes(
@@ -22,13 +25,13 @@ def target_bytes(
   batches: Sequence[dict[str, np.ndarray]],
   lengths: np.ndarray,
 ) -> float:
-  """Bytes of text that the predicted tokens stand for; 0: not known.
+  """Bytes of text that the predicted tokens encode; 0: not known.
 
   Args:
-    data: Where the batches are from: random ids stand for no text.
-    batches: With targets and their weights.
-    lengths: Of each of the tokenizer's tokens. Ids made elsewhere may be of a
-      tokenizer that has more.
+    data: Says what the batches are from: random ids stand for no text.
+    batches: Held-out ones, with targets and their weights.
+    lengths: Bytes of each of the tokenizer's tokens. Ids made elsewhere may
+      be of a tokenizer that has more.
   """
   if any(part.source == 'synthetic' for _, part in data.parts()):
     return 0.0
@@ -41,14 +44,34 @@ def target_bytes(
   return float(total)
 
 
+def prompt_from(
+  batches: Sequence[dict[str, np.ndarray]], tokenizer: Tokenizer
+) -> str:
+  """Some words of held-out text, for a sample to go on from.
+
+  Args:
+    batches: of ids that stand for text.
+    tokenizer: that made them.
+  """
+  texts = []
+  for tokens in batches[0]['tokens']:
+    text = tokenizer.decode(tokens[:PROMPT]).split('\ufffd')[0].strip()
+    line = text.splitlines()[0] if text else ''
+    if len(line) > WORDS:
+      line = line[:WORDS].rpartition(' ')[0] or line[:WORDS]
+    texts.append(line)
+  return max(texts, key=len)
+
+
 class Evaluation:
   """Measures parameters on the same batches every time.
 
   Args:
     model: Has the method `loss`.
     batches: Global device arrays; none where no text is held out.
-    text_bytes: That the targets of all batches stand for; 0: not known.
-    probed: How many of them the probes look at.
+    text_bytes: Bytes of text that all targets encode; 0: not known.
+    probed: How many of the batches the probes look at.
+    prompt: Text of the kind that is held out; '': not known.
   """
 
   def __init__(
@@ -57,7 +80,9 @@ class Evaluation:
     batches: Sequence[dict[str, jax.Array]],
     text_bytes: float,
     probed: int = 2,
+    prompt: str = '',
   ):
+    self.prompt = prompt
     self._model = model
     self._batches = batches
     self._bytes = text_bytes
@@ -68,7 +93,7 @@ class Evaluation:
     return likelihood.evaluate(self._model, params, self._batches, self._bytes)
 
   def probe(self, params: Tree) -> Any:
-    """What `evals.diagnostics` finds; None without held-out text."""
+    """The report of `evals.diagnostics`; None without held-out text."""
     if not self._probed:
       return None
     return diagnostics.probe(self._model, params, self._probed)

@@ -10,6 +10,7 @@ what is said at the end.
 """
 
 import collections
+import dataclasses
 import pathlib
 import time
 from typing import Any
@@ -23,12 +24,17 @@ from gated_jax.config import RunConfig
 from gated_jax.data.batch import arrays_of
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.model.accounting import flops_per_token
+from gated_jax.training import commands
 from gated_jax.training import report
 from gated_jax.training.build import RunState
 from gated_jax.training.build import build
+from gated_jax.training.build import check_same_config
+from gated_jax.training.build import check_workdir
+from gated_jax.training.checkpoints import CannotResume
 from gated_jax.training.console import Console
 from gated_jax.training.console import StopRequest
 from gated_jax.training.console import stop_on_signal
+from gated_jax.training.lock import locked
 from gated_jax.training.metrics import utilisation
 from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices
@@ -269,39 +275,73 @@ class Loop:
       self.run.checkpoints.wait()
 
 
-def run(config: RunConfig, workdir: pathlib.Path, command: str = '') -> None:
+def run(
+  config: RunConfig, workdir: pathlib.Path, command: str = ''
+) -> report.RunResult:
   """Trains, or goes on training, and prints the report.
 
   Args:
     config: All settings.
-    workdir: Where checkpoints, metrics and figures go.
-    command: What the user typed, to be shown for resuming.
+    workdir: A folder for checkpoints, metrics and figures.
+    command: What the user typed, to be shown with other flags.
+
+  Returns:
+    The figures that the run ended with, and the signal that stopped it.
 
   Raises:
     ValueError: Something the user has to change.
+    WorkdirInUse: Another run has the workdir.
     RunStopped: Too many steps in a row were not finite.
-    CheckpointError: A checkpoint could not be written.
+    CheckpointError: A checkpoint could not be written, or none be read.
   """
   console = Console()
-  run_state = build(config, workdir, console)
-  console.say(report.opening(config, run_state.state.params, workdir))
+  check_workdir(workdir)
+  check_same_config(config)
+  with locked(workdir, console.say):
+    try:
+      run_state = build(config, workdir, console)
+    except CannotResume as error:
+      raise ValueError(_way_on(error, command, workdir)) from error
+    try:
+      return _train(run_state, command)
+    finally:
+      console.stop()
+      run_state.metrics.close()
+      run_state.data.close()
+      run_state.checkpoints.close()
+
+
+def _train(run_state: RunState, command: str) -> report.RunResult:
+  """Takes all steps, or those until a signal, and says what came out."""
+  config, console = run_state.config, run_state.console
+  params = run_state.state.params
+  console.say(report.opening(config, params, run_state.workdir))
   loop = Loop(run_state)
-  try:
-    with stop_on_signal() as request, sharding.activate(run_state.mesh):
-      console.start(loop.done, config.steps)
-      finished = loop.train(request)
-      if finished:
-        loop.finish()
-    console.stop()
+  with stop_on_signal() as request, sharding.activate(run_state.mesh):
+    console.start(loop.done, config.steps)
+    finished = loop.train(request)
     if finished:
-      report.closing(run_state, loop.result, command)
-    else:
-      console.say(
-        f'{request.name or "asked to stop"}: saved step {loop.done} in '
-        f'{run_state.checkpoints.path(loop.done)}; go on with: {command}'
-      )
-  finally:
-    console.stop()
-    run_state.metrics.close()
-    run_state.data.close()
-    run_state.checkpoints.close()
+      loop.finish()
+  console.stop()
+  result = loop.result
+  if finished:
+    report.closing(run_state, result, command)
+    return result
+  stopped = request.name or 'SIGTERM'  # another process had the signal
+  console.say(
+    f'{stopped}: saved step {loop.done} in '
+    f'{run_state.checkpoints.path(loop.done)}; go on with: '
+    f'{commands.again(command)}'
+  )
+  return dataclasses.replace(result, stopped_by=stopped)
+
+
+def _way_on(error: CannotResume, command: str, workdir: pathlib.Path) -> str:
+  """The message of an error with what to do instead."""
+  if error.weights is None:
+    return f'{error}. Use the same settings or another workdir'
+  anew = commands.anew(command, workdir, error.weights)
+  return (
+    f'{error}. Use the same settings, or start a new run from these weights: '
+    f'{anew}'
+  )

@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines first, then whoever else was asked for.
+"""Writes a run's numbers: JSON lines first, then whoever else was asked for.
 
 `metrics.jsonl` is the record: one object a line, with `step` and whatever was
 measured there. A run that resumes drops the lines after the step it resumes
@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
+from typing import TextIO
 
 import jax
 
@@ -35,7 +36,7 @@ def utilisation(
 
 
 class Clock:
-  """Where wall time went, by name; what no name covers is the training.
+  """Counts wall time by name; what no name covers is the training.
 
   `lap` is the time since the last one; `total` since the run began.
   """
@@ -86,11 +87,12 @@ class Metrics:
 
   def __init__(self, workdir: pathlib.Path, config: RunConfig, after: int):
     self.path = workdir / 'metrics.jsonl'
-    self._file = None
+    self._file: TextIO | None = None
     self._tensorboard = self._wandb = None
+    self._after, self._written = after, frozenset[str]()
     if jax.process_index():
       return
-    self._keep_until(after)
+    self._written = self._keep_until(after)
     self._file = self.path.open('a', encoding='utf-8')
     if config.tensorboard:
       self._tensorboard = _tensorboard(workdir / 'tensorboard', after)
@@ -98,7 +100,16 @@ class Metrics:
       self._wandb = _wandb(workdir, config)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes what was measured at a step.
+
+    What an earlier start of the run wrote at the step that this one resumed
+    from is not written again: a finished run measures it anew when started.
+    """
     if self._file is None:
+      return
+    if step == self._after:
+      values = {k: x for k, x in values.items() if k not in self._written}
+    if not values:
       return
     plain = {name: _plain(value) for name, value in values.items()}
     try:
@@ -114,38 +125,41 @@ class Metrics:
       self._wandb.log(plain, step=step)
 
   def close(self) -> None:
+    """Lets go of all files; what a full disk did not take is dropped."""
     if self._file is not None:
-      self._file.close()
+      with contextlib.suppress(OSError):
+        self._file.close()
     if self._tensorboard is not None:
       self._tensorboard.close()
     if self._wandb is not None:
       self._wandb.finish()
 
-  def _keep_until(self, step: int) -> None:
-    """Drops later lines, and one that a kill cut short."""
+  def _keep_until(self, step: int) -> frozenset[str]:
+    """Drops later lines, and one that a kill cut short.
+
+    Returns:
+      What was measured at `step` itself.
+    """
     if not self.path.exists():
-      return
-    kept = [
-      line for line in _lines(self.path) if json.loads(line)['step'] <= step
-    ]
+      return frozenset()
+    records = [record for record in read(self.path) if record['step'] <= step]
     new = self.path.with_suffix('.jsonl.new')
-    new.write_text(''.join(f'{line}\n' for line in kept), encoding='utf-8')
+    lines = [json.dumps(record) + '\n' for record in records]
+    new.write_text(''.join(lines), encoding='utf-8')
     os.replace(new, self.path)
-
-
-def _lines(path: pathlib.Path) -> Iterator[str]:
-  for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if isinstance(record, dict) and isinstance(record.get('step'), int):
-      yield line
+    last = [record for record in records if record['step'] == step]
+    return frozenset().union(*last)
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a metrics.jsonl, in order."""
-  return [json.loads(line) for line in _lines(path)]
+  """The records of a metrics.jsonl, in order, without what is no record."""
+  records = []
+  for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+    with contextlib.suppress(json.JSONDecodeError):
+      record = json.loads(line)
+      if isinstance(record, dict) and isinstance(record.get('step'), int):
+        records.append(record)
+  return records
 
 
 def _tensorboard(folder: pathlib.Path, after: int) -> Any:
@@ -165,7 +179,7 @@ def _wandb(workdir: pathlib.Path, config: RunConfig) -> Any:
     raise ValueError(
       f'wandb={config.wandb!r} needs a package: pip install wandb'
     ) from None
-  # Beside the checkpoints: a run that resumes goes on there as well.
+  # The file makes a run that resumes go on there as well.
   identity = workdir / 'wandb_id'
   if not identity.exists():
     identity.write_text(uuid.uuid4().hex, encoding='utf-8')

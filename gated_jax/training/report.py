@@ -11,6 +11,7 @@ import jax
 
 from gated_jax.config import RunConfig
 from gated_jax.evals.likelihood import Likelihood
+from gated_jax.training import commands
 from gated_jax.training.build import RunState
 
 NAMED = 10  # skipped files
@@ -24,6 +25,7 @@ class RunResult:
   validation: Likelihood
   report: Any  # made by evals.diagnostics; None: nothing was held out
   tokens_per_second: float
+  stopped_by: str = ''  # name of the signal that ended it before its last step
 
 
 def opening(config: RunConfig, params: Any, workdir: pathlib.Path) -> str:
@@ -98,29 +100,37 @@ def _skipped(files: dict[str, str]) -> str:
   return f'{len(files)}: {", ".join(shown)}{more}'
 
 
-def _longer(command: str, steps: int) -> str:
-  """The user's command, with more steps."""
-  others = [
-    x for x in command.split(' ') if not x.startswith('--config.steps=')
-  ]
-  return ' '.join([*others, f'--config.steps={steps}'])
+def _sample(run: RunState, checkpoint: pathlib.Path, command: str) -> str:
+  """The command that samples from a checkpoint, with text like the data's."""
+  prompt = run.evaluation.prompt
+  if not prompt and any(
+    part.source in ('tokens', 'synthetic')
+    for _, part in run.config.data.parts()
+  ):
+    return 'n/a: nothing says which text the ids of the data stand for'
+  python = shlex.split(command)[0] if command else 'python'
+  return shlex.join(
+    [
+      python,
+      '-m',
+      'gated_jax.decode',
+      f'--checkpoint={checkpoint}',
+      f'--prompt={prompt or "The "}',
+    ]
+  )
 
 
 def closing(run: RunState, result: RunResult, command: str) -> None:
   """Prints what came out, where it lies and what to type next."""
   _keep_probe(run, result.report)
   checkpoint = run.checkpoints.path(result.step)
-  python = shlex.split(command)[0] if command else 'python'
-  sample = shlex.join(
-    [python, '-m', 'gated_jax.decode', f'--checkpoint={checkpoint}']
-  )
   rows = [
     *_rows(run, result),
     ('checkpoint', str(checkpoint)),
     ('metrics', str(run.metrics.path)),
     ('figures', _figures(run, result.report)),
-    ('sample from it', f"{sample} --prompt='def '"),
-    ('resume it', _longer(command, 2 * run.config.steps)),
+    ('sample from it', _sample(run, checkpoint, command)),
+    ('resume it', commands.longer(command, 2 * run.config.steps)),
   ]
   if run.data.skipped:
     rows.append(('skipped files', _skipped(run.data.skipped)))

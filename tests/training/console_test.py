@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import struct
+import subprocess
 import sys
 import termios
 
@@ -71,7 +72,7 @@ def test_elsewhere_every_logged_step_is_a_line(capsys):
   assert not err
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_a_signal_asks_once_and_a_second_interrupt_insists(name):
   before = signal.getsignal(signal.SIGINT)
   with contextlib.suppress(KeyboardInterrupt), console.stop_on_signal() as stop:
@@ -81,3 +82,69 @@ def test_a_signal_asks_once_and_a_second_interrupt_insists(name):
     signal.raise_signal(signal.SIGINT)
     pytest.fail('a second one had no effect')
   assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_nohup_keeps_its_word():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with console.stop_on_signal() as stop:
+      signal.raise_signal(signal.SIGHUP)
+      assert not stop
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+LOSE = """
+import os, sys
+from gated_jax.training.console import Console
+shown = Console()
+shown.start(0, 9)
+shown.say('first')
+sys.stdin.read()  # until the reader of the output is gone
+for step in range(9):
+  shown.advance()
+  shown.say('more')
+shown.stop()
+os.write(int(sys.argv[1]), b'done')
+"""
+
+
+def lose(output, close):
+  """What a program writes elsewhere whose console goes away."""
+  reader, writer = os.pipe()
+  process = subprocess.Popen(
+    [sys.executable, '-c', LOSE, str(writer)],
+    stdin=subprocess.PIPE,
+    stdout=output,
+    stderr=output,
+    pass_fds=[writer],
+    env={**os.environ, 'PYTHONPATH': ':'.join(sys.path)},
+  )
+  os.close(writer)
+  close()
+  process.stdin.close()
+  assert process.wait() == 0
+  with os.fdopen(reader) as file:
+    return file.read()
+
+
+def test_a_run_outlives_a_pipe_that_nobody_reads():
+  reader, writer = os.pipe()
+
+  def close():
+    os.close(writer)
+    assert os.read(reader, 6) == b'first\n'
+    os.close(reader)
+
+  assert lose(writer, close) == 'done'
+
+
+def test_a_run_outlives_its_terminal():
+  terminal, inside = pty.openpty()
+
+  def close():
+    os.close(inside)
+    assert os.read(terminal, 1)
+    os.close(terminal)
+
+  assert lose(inside, close) == 'done'

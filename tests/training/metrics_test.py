@@ -32,6 +32,24 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path):
   assert [r['loss'] for r in records] == [1.0, 0.5, 1 / 3, 9.0]
 
 
+def test_a_finished_run_started_again_writes_nothing_twice(tmp_path):
+  first = open_at(tmp_path)
+  first.write(4, {'loss': 1.0})
+  first.write(4, {'validation/loss': 2.0})
+  first.close()
+  before = (tmp_path / 'metrics.jsonl').read_text()
+  again = open_at(tmp_path, after=4)
+  again.write(4, {'validation/loss': 2.0})
+  assert (tmp_path / 'metrics.jsonl').read_text() == before
+  again.write(4, {'sink/mean': 0.5})  # not measured the first time
+  again.write(5, {'validation/loss': 1.5})
+  again.close()
+  assert metrics.read(tmp_path / 'metrics.jsonl')[2:] == [
+    {'step': 4, 'sink/mean': 0.5},
+    {'step': 5, 'validation/loss': 1.5},
+  ]
+
+
 def test_numbers_that_are_none_are_null(tmp_path):
   writer = open_at(tmp_path)
   writer.write(1, {'loss': math.nan, 'grad_norm': math.inf, 'skipped': 2})

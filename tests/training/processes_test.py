@@ -196,7 +196,8 @@ def test_two_processes_train_as_one_on_what_each_reads(settings, undisturbed):
 @pytest.mark.long
 def test_a_killed_process_costs_only_a_restart(settings, undisturbed, tmp_path):
   """Both start again from the checkpoint, to the bit."""
-  processes = start(tmp_path, [settings, settings])
+  flags = ['--peer_timeout=4']
+  processes = start(tmp_path, [settings, settings], flags=flags)
   path = tmp_path / 'metrics.jsonl'
   # Several steps on, and before the evaluation that precedes the last save.
   while not (
@@ -206,9 +207,11 @@ def test_a_killed_process_costs_only_a_restart(settings, undisturbed, tmp_path):
     assert all(p.poll() is None for p in processes), finish(processes)
     time.sleep(0.001)
   processes[1].send_signal(signal.SIGKILL)
-  processes[1].wait()
-  # What started them ends the other one, which waits for answers.
-  end(processes)
+  begin = time.monotonic()
+  (code, _, err), _ = finish(processes)
+  assert code == 134, 'the other one ends by itself'
+  assert time.monotonic() - begin < 60
+  assert re.match(r'error: process 1 on \S+ is gone: ', err)
   first, second = finish(start(tmp_path, [settings, settings]))
   assert first[0] == second[0] == 0, first[2] + second[2]
   (line,) = [line for line in first[1] if 'resuming after step' in line]

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from gated_jax.config import DataConfig
 from gated_jax.config import RunConfig
 from gated_jax.evals.diagnostics import Report
 from gated_jax.evals.likelihood import Likelihood
@@ -28,7 +29,15 @@ FOUND = Report(
 )
 
 
-def said(workdir, capsys, found=FOUND, skipped=(), **settings):
+def said(
+  workdir,
+  capsys,
+  found=FOUND,
+  skipped=(),
+  prompt='import os',
+  command=COMMAND,
+  **settings,
+):
   """The closing table by name."""
   run = object.__new__(RunState)  # with what the report looks at
   vars(run).update(
@@ -40,10 +49,11 @@ def said(workdir, capsys, found=FOUND, skipped=(), **settings):
     metrics=types.SimpleNamespace(path=workdir / 'metrics.jsonl'),
     checkpoints=types.SimpleNamespace(path=lambda step: workdir / str(step)),
     data=types.SimpleNamespace(skipped=dict(skipped)),
+    evaluation=types.SimpleNamespace(prompt=prompt),
   )
   loss = Likelihood(nats=200.0, tokens=100.0, text_bytes=50.0)
   result = report.RunResult(9, loss, found, 1234.5)
-  report.closing(run, result, COMMAND)
+  report.closing(run, result, command)
   lines = capsys.readouterr().out.splitlines()[1:]
   width = len('first-token attention') + 2
   return {line[:width].strip(): line[width:].strip() for line in lines}
@@ -67,7 +77,7 @@ def test_everything_worth_knowing_is_said(tmp_path, capsys):
     'figures': 'off (figures=False)',
     'sample from it': (
       f'.venv/bin/python -m gated_jax.decode --checkpoint={tmp_path}/9 '
-      "--prompt='def '"
+      "'--prompt=import os'"
     ),
     'resume it': (
       '.venv/bin/python train.py --config=configs/smoke.py '
@@ -98,3 +108,26 @@ def test_figures_that_cannot_be_drawn_cost_only_the_figures(
   assert found['figures'].startswith('none: ')
   assert block in found['figures']
   assert found['checkpoint'] == f'{tmp_path}/9'
+
+
+@pytest.mark.parametrize(
+  ('source', 'sample'),
+  [
+    (DataConfig(), "'--prompt=The '"),
+    (DataConfig(source='synthetic'), 'n/a: nothing says which text'),
+  ],
+)
+def test_a_prompt_is_only_suggested_where_the_data_is_text(
+  tmp_path, capsys, source, sample
+):
+  found = said(tmp_path, capsys, prompt='', figures=False, data=source)
+  assert sample in found['sample from it']
+
+
+def test_a_run_from_python_is_told_how_to_go_on_there(tmp_path, capsys):
+  found = said(tmp_path, capsys, command='', figures=False)
+  assert found['resume it'] == (
+    'gated_jax.training.loop.run(config, workdir) with config.steps=2000 and '
+    'the same workdir'
+  )
+  assert found['sample from it'].startswith('python -m gated_jax.decode ')
