@@ -27,6 +27,7 @@ from gated_jax import cli
 from gated_jax import processes
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
+from gated_jax.paths import expand
 from gated_jax.platform import skip_absent_tpu
 from gated_jax.processes import Group
 
@@ -159,7 +160,7 @@ def train(argv: list[str]) -> int:
 
   command = shlex.join(sys.orig_argv)  # with the interpreter as typed
   try:
-    result = loop.run(config, pathlib.Path(FLAGS.workdir), command)
+    result = loop.run(config, expand(FLAGS.workdir), command)
   except RuntimeError as error:
     if several:
       processes.until_explained(error, group.peer_timeout)

@@ -133,8 +133,8 @@ def test_a_run_outlives_a_pipe_that_nobody_reads():
 
   def close():
     os.close(writer)
-    assert os.read(reader, 6) == b'first\n'
-    os.close(reader)
+    with os.fdopen(reader) as file:
+      assert file.readline() == 'first\n'
 
   assert lose(writer, close) == 'done'
 

@@ -66,6 +66,8 @@ def test_everything_worth_knowing_is_said(tmp_path, capsys):
     'validation loss': '2.0000 nats per token',
     'bits per byte': f'{4 / np.log(2):.4f}',
     'first-token attention': '0.2500',
+    'heads above 0.3': '0.0%',
+    'largest attention logit': 'n/a',
     'largest activation': '3.00',
     'mean of layers': '3.00',
     'mean gate': '0.5000',
