@@ -36,6 +36,7 @@ from gated_jax.data.sources import Ids
 from gated_jax.data.sources import Source
 from gated_jax.data.sources import Texts
 from gated_jax.data.sources import Unit
+from gated_jax.data.watch import FilesChangedError
 
 
 class Chunk(NamedTuple):
@@ -186,6 +187,8 @@ class DocumentStream:
     """Yields a unit's blocks up to where it cannot be read."""
     try:
       yield from self._source.blocks(unit, cursor)
+    except FilesChangedError:
+      raise
     except UnicodeDecodeError as error:
       self._source.skipped.add(unit.path, f'not UTF-8 at byte {error.start}')
     except READ_ERRORS as error:

@@ -39,6 +39,7 @@ from gated_jax.data.stages import View
 from gated_jax.data.stages import batches as make_batches
 from gated_jax.data.stages import make_source
 from gated_jax.data.tokenizer import make_tokenizer
+from gated_jax.data.watch import digest_of
 
 Batch = dict[str, np.ndarray]
 
@@ -118,6 +119,15 @@ class Pipeline:
     except (ValueError, TypeError, KeyError) as error:
       raise ValueError(f'not a data position: {bytes(state)[:40]!r}') from error
     for key, now in self._about.items():
+      # Positions from before contents were compared do not know them.
+      if key == 'contents' and about.get(key, now) != now:
+        raise ValueError(
+          f'the data files of {self._about["data.source"]!r} have other '
+          'contents than those of the saved position, in files of the same '
+          'names and sizes: it cannot be continued exactly'
+        )
+      if key == 'contents':
+        continue
       if key == 'files' and about.get(key) != now:
         raise ValueError(
           f'the data files of {self._about["data.source"]!r} are not those of '
@@ -214,8 +224,10 @@ def _about(
 ) -> dict[str, Any]:
   """Everything that a position depends on, as JSON has it."""
   digest = hashlib.blake2b(digest_size=8)
+  paths = []
   for source in sources:
     for unit in source.units:
+      paths.append(unit.path)
       name = os.path.basename(unit.path)
       digest.update(repr((name, unit.begin, unit.end)).encode())
   about = _settings(config) | {
@@ -223,6 +235,7 @@ def _about(
     'process': view.shard,
     'processes': view.shards,
     'files': digest.hexdigest(),
+    'contents': digest_of(list(dict.fromkeys(paths))),
   }
   return json.loads(json.dumps(about))
 

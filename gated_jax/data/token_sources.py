@@ -12,11 +12,14 @@ import numpy as np
 from jaxtyping import Int
 from jaxtyping import Int64
 
+from gated_jax.data.sources import READ_ERRORS
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Ids
 from gated_jax.data.sources import Records
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Unit
+from gated_jax.data.watch import FilesChangedError
+from gated_jax.data.watch import IntegerFile
 
 _RANGE = 1 << 22  # tokens of an array that are one unit
 _BLOCK = 1 << 17  # tokens that are searched for ends at once: cache's size
@@ -24,7 +27,7 @@ _DOCUMENTS = 1 << 16  # synthetic documents in one pass
 
 
 class TokenSource:
-  """One-dimensional integer arrays, `*.npy` or raw `*.bin`, mapped not read.
+  """One-dimensional integer arrays, `*.npy` or raw `*.bin`, read in blocks.
 
   Documents end with the end-of-document id, which stays part of them; one
   longer than `max_document` is cut. A file `NAME.json` beside NAME may say
@@ -37,11 +40,13 @@ class TokenSource:
     self.skipped = skipped
     self._max_document = max_document
     self._eos: dict[str, int] = {}
+    self._total: dict[str, int] = {}
     self.units = []
     for path in files:
       try:
         about = _about(path)
-        total = len(_open(path))
+        with _open(path) as array:
+          self._total[path] = total = len(array)
         self._eos[path] = int(about.get('eos', eos))
       except Exception as error:  # a damaged header raises nearly anything
         skipped.add(path, error)
@@ -62,24 +67,41 @@ class TokenSource:
 
   def blocks(self, unit: Unit, cursor: int) -> Iterator[Ids]:
     """See `Source`."""
-    array = _open(unit.path)
     eos = self._eos[unit.path]
-    begin = cursor or _first_start(array, unit, eos)
-    # A document belongs to the unit where it starts, so its later pieces may
-    # lie beyond the unit's end.
-    while begin < unit.end or not _starts(array, begin, eos):
-      ids, ends = self._next_block(array, begin, eos)
-      if not len(ends):
-        return
-      # The first one is ours, or a later piece of one that is.
-      starts = np.append(begin, begin + ends[:-1])
-      count = max(int(np.searchsorted(starts, unit.end)), 1)
-      ends = _cut(ends[:count], self._max_document)
-      yield Ids(begin + ends, ids[: ends[-1]], np.diff(ends, prepend=0))
-      begin += int(ends[-1])
+    with self._unchanged(unit.path) as array:
+      begin = cursor or _first_start(array, unit, eos)
+      # A document belongs to the unit where it starts, so its later pieces
+      # may lie beyond the unit's end.
+      while begin < unit.end or not _starts(array, begin, eos):
+        ids, ends = self._next_block(array, begin, eos)
+        if not len(ends):
+          return
+        # The first one is ours, or a later piece of one that is.
+        starts = np.append(begin, begin + ends[:-1])
+        count = max(int(np.searchsorted(starts, unit.end)), 1)
+        ends = _cut(ends[:count], self._max_document)
+        yield Ids(begin + ends, ids[: ends[-1]], np.diff(ends, prepend=0))
+        begin += int(ends[-1])
+
+  def _unchanged(self, path: str) -> IntegerFile:
+    """The array in a file; FilesChangedError where it has another length."""
+    try:
+      array = _open(path)
+      length = len(array)
+    except READ_ERRORS as error:
+      raise FilesChangedError(
+        f'{path} has changed since the run began to read it: {error}'
+      ) from error
+    if length != self._total[path]:
+      array.close()
+      raise FilesChangedError(
+        f'{path} has changed since the run began to read it: it had '
+        f'{self._total[path]} ids and has {length}'
+      )
+    return array
 
   def _next_block(
-    self, array: np.ndarray, begin: int, eos: int
+    self, array: IntegerFile, begin: int, eos: int
   ) -> tuple[Int[np.ndarray, ' T'], Int64[np.ndarray, ' N']]:
     """Ids from `begin` on, and where documents among them end.
 
@@ -88,7 +110,7 @@ class TokenSource:
     """
     size = _BLOCK
     while True:
-      ids = np.asarray(array[begin : begin + size])
+      ids = array[begin : begin + size]
       ends = np.flatnonzero(ids == eos) + 1
       whole = len(ids) < size
       if whole and len(ids) and (not len(ends) or ends[-1] != len(ids)):
@@ -114,11 +136,11 @@ def _cut(
   return np.minimum(starts + (number + 1) * longest, np.repeat(ends, pieces))
 
 
-def _starts(array: np.ndarray, place: int, eos: int) -> bool:
-  return place == 0 or place >= len(array) or int(array[place - 1]) == eos
+def _starts(array: IntegerFile, place: int, eos: int) -> bool:
+  return place == 0 or place >= len(array) or array[place - 1] == eos
 
 
-def _first_start(array: np.ndarray, unit: Unit, eos: int) -> int:
+def _first_start(array: IntegerFile, unit: Unit, eos: int) -> int:
   """Where the first document that starts inside the unit starts."""
   if _starts(array, unit.begin, eos):
     return unit.begin
@@ -140,11 +162,12 @@ def _about(path: str) -> dict:
   return about
 
 
-def _open(path: str) -> np.ndarray:
-  """The array in the file, mapped into memory."""
+def _open(path: str) -> IntegerFile:
+  """The array in a file, which is to be closed."""
   if os.path.getsize(path) == 0:
     raise ValueError('empty')
   if path.endswith('.npy'):
+    # The mapping is made for what it knows of the file, and never touched.
     array = np.load(path, mmap_mode='r', allow_pickle=False)
   else:
     about = _about(path)
@@ -160,7 +183,7 @@ def _open(path: str) -> np.ndarray:
     raise ValueError(
       f'an array {array.dtype}{list(array.shape)}, not one axis of integers'
     )
-  return array
+  return IntegerFile(path, array.dtype, array.offset, len(array))
 
 
 class SyntheticSource(Records):
