@@ -213,7 +213,7 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
       their logical axes; what has none is not split.
   """
 
-  def place(path, leaf):
+  def place(path: Any, leaf: Any) -> NamedSharding:
     if not isinstance(leaf, meta.Partitioned):
       return NamedSharding(mesh, PartitionSpec())
     name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -229,7 +229,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Where rows of tokens [B, T] lie."""
   sizes = dict(mesh.shape)
 
-  def split(name):
+  def split(name: str) -> tuple[str, ...] | None:
     return tuple(a for a in RULES[name] if sizes[a] > 1) or None
 
   return NamedSharding(mesh, PartitionSpec(split('batch'), split('length')))
@@ -249,7 +249,7 @@ def check_batch(
   """
   sizes = dict(mesh.shape)
 
-  def check(what: str, size: int, name: str, pieces: int, why: str):
+  def check(what: str, size: int, name: str, pieces: int, why: str) -> None:
     split = [axis for axis in RULES[name] if sizes[axis] > 1]
     parts = math.prod(sizes[axis] for axis in split)
     if parts > 1 and size % (parts * pieces):
@@ -308,15 +308,15 @@ def per_device(
   if not any(size > 1 for size in _sizes().values()):
     return function
 
-  def is_axes(x):
+  def is_axes(x: Any) -> bool:
     return isinstance(x, tuple) and all(
       isinstance(a, str) or a is None for a in x
     )
 
-  def whole(*arrays):
+  def whole(*arrays: Any) -> Any:
     split = _divided(arrays, inputs)
 
-    def spec(axes):
+    def spec(axes: Axes) -> PartitionSpec:
       return PartitionSpec(*(split.get(name) for name in axes))
 
     in_specs = tuple(

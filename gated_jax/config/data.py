@@ -61,7 +61,7 @@ class DataConfig:
   prefetch: int = setting(4, 'free')  # batches made ahead of the step
   workers: int = setting(4, 'free')  # blocks of text tokenised at once
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     finite('data.', self)
     choice('data.source', self.source, (*SOURCES, 'mixture'))
     positive(

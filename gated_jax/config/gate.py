@@ -50,7 +50,7 @@ class GateConfig:
   # Or 'model': scores are rounded as the rest of the layer.
   dtype: str = setting('float32', 'execution')
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     finite('gate.', self)
     choice('gate.position', self.position, POSITIONS)
     choice('gate.kind', self.kind, ('gate', 'rms_norm', 'silu'))
@@ -65,7 +65,7 @@ class GateConfig:
     )
     self._refuse_nonsense()
 
-  def _refuse_nonsense(self):
+  def _refuse_nonsense(self) -> None:
     """Refuses what has no meaning, with the reason."""
     if self.kind != 'gate':
       if self.position != 'sdpa_output':

@@ -30,7 +30,7 @@ class RopeConfig:
   mscale_all_dim: float = 0.0
   truncate: bool = True  # round the correction range to whole channels
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     finite('rope.', self)
     choice('rope.scaling', self.scaling, ('none', 'linear', 'yarn'))
     positive(**{'rope.base': self.base, 'rope.fraction': self.fraction})
@@ -45,7 +45,7 @@ class RopeConfig:
     if self.scaling == 'yarn':
       self._check_yarn()
 
-  def _check_yarn(self):
+  def _check_yarn(self) -> None:
     """Refuses what YaRN would take the logarithm of in vain."""
     if self.original_length <= 0:
       raise ValueError(
@@ -78,7 +78,7 @@ class MoEConfig:
   # Grouped matmul: 'ragged_dot', 'gmm'.
   implementation: str = setting('auto', 'free')
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     finite('moe.', self)
     not_negative(
       **{

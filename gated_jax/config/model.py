@@ -57,7 +57,7 @@ class ModelConfig:
   rope: RopeConfig = RopeConfig()
   moe: MoEConfig = MoEConfig()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     finite('model.', self)
     positive(
       **{
@@ -91,7 +91,7 @@ class ModelConfig:
       **{'model.z_loss': self.z_loss, 'model.logit_chunk': self.logit_chunk}
     )
 
-  def _check_shapes(self):
+  def _check_shapes(self) -> None:
     """Refuses sizes that do not fit each other."""
     rest = self.depth - len(self.lead)
     if rest < 0:

@@ -40,7 +40,7 @@ class OptimizerConfig:
   gate_weight_decay: float = 1.0
   muon_momentum: float = 0.95
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     finite('optimizer.', self)
     choice('optimizer.name', self.name, ('adamw', 'muon'))
     choice('optimizer.schedule', self.schedule, ('cosine', 'wsd', 'constant'))
@@ -95,7 +95,7 @@ class MeshConfig:
   slices: int = 1
   slice_axis: str = 'data'  # or 'fsdp'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     axes = self.axes
     for name, size in axes.items():
       if size != -1 and size < 1:
@@ -125,7 +125,7 @@ class CheckpointConfig:
   keep_best: int = 1  # by validation loss
   asynchronous: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     not_negative(
       **{
         'checkpoint.every': self.every,
@@ -165,7 +165,7 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     known = [f'model.{name}' for name in names_with(self.model, 'model')]
     for name in self.init_changes:
       if not any(f'{other}.'.startswith(f'{name}.') for other in known):
@@ -213,7 +213,7 @@ class RunConfig:
       )
     self._refuse_frozen_constants()
 
-  def _refuse_frozen_constants(self):
+  def _refuse_frozen_constants(self) -> None:
     """Refuses a gate that starts constant and is never updated."""
     gate = self.model.gate
     constant = gate.init == 'zeros' or not gate.init_std

@@ -71,7 +71,7 @@ def row_major(x: Float[Array, '...'], axes: Axes) -> Float[Array, '...']:
     axes: logical names of these axes.
   """
 
-  def pin(x):
+  def pin(x: Array) -> Array:
     return jax.lax.platform_dependent(
       x,
       tpu=lambda x: with_layout_constraint(x, Layout((0, 1, 2))),
