@@ -11,6 +11,7 @@ from gated_jax.config import RunConfig
 from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.multi_head import GatedAttention
+from gated_jax.model.multi_head import GatedSelfAttention
 from gated_jax.ops.attention.api import gated_dot_product_attention
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Masking
@@ -23,6 +24,7 @@ __all__ = [
   'GateConfig',
   'GateSpec',
   'GatedAttention',
+  'GatedSelfAttention',
   'Masking',
   'ModelConfig',
   'RunConfig',

@@ -46,6 +46,7 @@ class Gate(nn.Module):
   shape: tuple[int, ...]  # heads and channels of one gated token
   axes: Axes  # logical names of `shape`
   param_dtype: Any = 'float32'
+  boxed: bool = True
 
   @nn.compact
   def __call__(self) -> Matrix:
@@ -60,7 +61,7 @@ class Gate(nn.Module):
         self,
         'scores',
         shape,
-        axes,
+        axes if self.boxed else None,
         Kind.GATE_SCORES,
         init=init,
         dtype=self.param_dtype,
@@ -72,7 +73,7 @@ class Gate(nn.Module):
       self,
       'kernel',
       (c.channels or self.inputs, *shape),
-      axes,
+      axes if self.boxed else None,
       Kind.GATE,
       init=init,
       dtype=self.param_dtype,

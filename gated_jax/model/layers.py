@@ -39,6 +39,7 @@ class Scale(nn.Module):
   size: int
   zero_centered: bool = False  # stored as its distance from one
   param_dtype: Any = 'float32'
+  boxed: bool = True
 
   @nn.compact
   def __call__(self) -> Float[Array, ' D']:
@@ -47,7 +48,7 @@ class Scale(nn.Module):
       self,
       'scale',
       (self.size,),
-      (None,),
+      (None,) if self.boxed else None,
       Kind.VECTOR,
       init=nn.initializers.zeros if self.zero_centered else ones,
       dtype=self.param_dtype,

@@ -1,5 +1,6 @@
 """Linear maps: `Kernel` owns a matrix, `project` multiplies by it."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -32,30 +33,57 @@ class Matrix:
   axes: Axes = struct.field(pytree_node=False)
   # How many of its first axes are summed over.
   inputs: int = struct.field(default=1, pytree_node=False)
+  bias: Float[Array, '...'] | None = None  # added to the product
+  precision: Any = struct.field(default=None, pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Making:
+  """How a matrix is made and multiplied in other people's models."""
+
+  kernel_init: Any = None  # None: normal, with the layer's standard deviation
+  bias_init: Any = None  # None: there is no bias
+  precision: Any = None  # as jax.lax.dot_general has it
+  boxed: bool = True  # whether parameters carry their axes and their kind
 
 
 class Kernel(nn.Module):
-  """Owns the parameter `kernel`, a matrix."""
+  """Owns the parameter `kernel`, a matrix, and its `bias` where it has one."""
 
   shape: tuple[int, ...]  # inputs, then outputs
   axes: Axes
   inputs: int = 1
   init_std: float = 0.02
   param_dtype: Any = 'float32'
+  making: Making = Making()
 
   @nn.compact
   def __call__(self) -> Matrix:
+    making, n, dtype = self.making, self.inputs, self.param_dtype
+    init = making.kernel_init or normal(self.init_std)
+    sides = math.prod(self.shape[:n]), math.prod(self.shape[n:])
+
+    # Variance scaling reads a matrix's two sides off its shape.
+    def flat(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+      return jnp.reshape(init(key, sides, dtype), shape)
+
+    axes = self.axes if making.boxed else None
+    kinds: dict[str, Any] = {'dtype': dtype, 'inputs': n}
     value = parameter(
-      self,
-      'kernel',
-      self.shape,
-      self.axes,
-      Kind.MATRIX,
-      init=normal(self.init_std),
-      dtype=self.param_dtype,
-      inputs=self.inputs,
+      self, 'kernel', self.shape, axes, Kind.MATRIX, init=flat, **kinds
     )
-    return Matrix(value, self.axes, self.inputs)
+    if making.bias_init is None:
+      return Matrix(value, self.axes, n, precision=making.precision)
+    bias = parameter(
+      self,
+      'bias',
+      self.shape[n:],
+      axes and axes[n:],
+      Kind.BIAS,
+      init=making.bias_init,
+      dtype=dtype,
+    )
+    return Matrix(value, self.axes, n, bias, making.precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -125,10 +153,18 @@ def project(
   flat = x.astype(dtype).reshape(*rows, flat_kernel.shape[0])
   if n > 1:  # the input has heads; otherwise it is the residual stream
     flat = _row_major_output(flat, axes[0], kernel.shape[0])
-  y = jax.lax.dot_general(flat, flat_kernel, (((len(rows),), (0,)), ((), ())))
+  sums = (((len(rows),), (0,)), ((), ()))
+  y = jax.lax.dot_general(flat, flat_kernel, sums, precision=matrix.precision)
+  y = _with_bias(y, matrix)
   y = checkpoint_name(y, name) if name else y
   y = _row_major_output(y, axes[n], kernel.shape[n])
   return y.reshape(*rows, *outputs)
+
+
+def _with_bias(y: Float[Array, '...'], matrix: Matrix) -> Float[Array, '...']:
+  if matrix.bias is None:
+    return y
+  return y + matrix.bias.astype(y.dtype).reshape(-1)
 
 
 def project_both(
@@ -153,6 +189,7 @@ def project_both(
   dtype = jnp.dtype(dtype)
   flat = wide.value.astype(dtype).reshape(x.shape[-1], -1)
   y, other = _two_products(x.astype(dtype), flat, narrow.value.astype(dtype))
+  y = _with_bias(y, wide)
   y = checkpoint_name(y, name) if name else y
   y = _row_major_output(y, wide.axes[1], wide.value.shape[1])
   return y.reshape(*x.shape[:-1], *wide.value.shape[1:]), other

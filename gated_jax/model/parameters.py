@@ -73,7 +73,7 @@ def parameter(
   module: nn.Module,
   name: str,
   shape: tuple[int, ...],
-  axes: Axes,
+  axes: Axes | None,
   kind: Kind,
   *,
   init: Any,
@@ -86,13 +86,16 @@ def parameter(
     module: its owner.
     name: in the owner.
     shape: of the array.
-    axes: logical name of each axis.
+    axes: logical name of each axis; None: a plain array, in no box.
     kind: what it does.
     init: a Flax initialiser.
     dtype: it is stored in.
     inputs: of a matrix, how many of its last axes are summed over; the others
       after them are outputs. 0 for what is no matrix.
   """
+  if axes is None:
+    plain: Any = module.param(name, init, shape, jnp.dtype(dtype))
+    return plain
   # Experts are a stack of matrices; every other axis after the inputs remains.
   outputs = len(axes) - inputs - axes.count('experts') if inputs else 0
 

@@ -29,7 +29,11 @@ TABLE = [
 def parameters(gate):
   """Of a layer with this gate, in their boxes."""
   layer = GatedAttention(
-    num_heads=N, num_kv_heads=K, qkv_features=N * H, gate=gate
+    num_heads=N,
+    num_kv_heads=K,
+    qkv_features=N * H,
+    gate=gate,
+    logical_axes=True,
   )
   x = jax.ShapeDtypeStruct((B, T, D), np.float32)
   return jax.eval_shape(layer.init, jax.random.key(0), x)['params']

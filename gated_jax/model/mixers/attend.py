@@ -23,6 +23,7 @@ from gated_jax.config import GateConfig
 from gated_jax.model.gate import apply_gate
 from gated_jax.model.gate import gate_scores
 from gated_jax.model.gate import gate_spec
+from gated_jax.model.linear import Making
 from gated_jax.model.mixers import probes
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention import context
@@ -51,6 +52,8 @@ class AttentionLayer:
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
   implementation: str = 'auto'
+  making: Making = Making()
+  making_out: Making = Making()  # the output projection's
 
 
 class KV(NamedTuple):

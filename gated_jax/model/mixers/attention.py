@@ -7,7 +7,8 @@
 
 This is the file to read and to copy. Beside it stand `attend.py` (the product
 itself, on a mesh and with a cache), `probes.py` (numbers for a curious reader)
-and `../gate.py` (the gate's parameters). The mathematics is in
+and `../gate.py` (the gate's parameters); `../multi_head.py` is the layer for
+other people's models. The mathematics is in
 `gated_jax/ops/gate.py` and `gated_jax/ops/attention/xla.py`.
 """
 
@@ -15,6 +16,7 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 
 from gated_jax import sharding
@@ -38,6 +40,7 @@ from gated_jax.ops import rope
 # Logical axes of the heads of queries, and of keys and values.
 QUERY = ('heads', 'head_dim')
 KEY = ('kv_heads', 'head_dim')
+Valid = Bool[Array, 'B T'] | None  # tokens that are not padding
 
 
 def kernel(
@@ -48,7 +51,8 @@ def kernel(
   inputs: int = 1,
 ) -> Matrix:
   """A projection's matrix, owned by the calling module under this name."""
-  kinds = (layer.init_std, layer.param_dtype)
+  making = layer.making_out if name == 'out' else layer.making
+  kinds = (layer.init_std, layer.param_dtype, making)
   return Kernel(shape, axes, inputs, *kinds, name=name)()
 
 
@@ -59,13 +63,13 @@ def gate_matrix(
   axes: sharding.Axes,
 ) -> Matrix:
   """The gate's matrix, owned by the calling module as `gate`."""
-  kinds = (layer.gate, x.shape[-1], shape, axes, layer.param_dtype)
-  return Gate(*kinds, name='gate')()
+  kinds = (layer.param_dtype, layer.making.boxed)
+  return Gate(layer.gate, x.shape[-1], shape, axes, *kinds, name='gate')()
 
 
 def head_scale(layer: AttentionLayer, name: str) -> Float[Array, ' H']:
   """The scale of a norm over each head, owned by the calling module."""
-  kinds = (layer.norm_zero_centered, layer.param_dtype)
+  kinds = (layer.norm_zero_centered, layer.param_dtype, layer.making.boxed)
   return Scale(layer.head_dim, *kinds, name=name)()
 
 
@@ -90,29 +94,42 @@ def gated_attention(
   Returns:
     The output, as wide as the first input, and the cache with these tokens.
   """
-  x = inputs[0]
-
-  def gated_at(position: str, y: Array, x: Array, axes: sharding.Axes) -> Array:
-    """y, gated where the config's gate stands at this position."""
-    if layer.gate.position != position:
-      return y
-    matrix = gate_matrix(layer, x, y.shape[2:], axes)
-    logits = gate_logits(layer.gate, matrix, x, layer.dtype)
-    probes.sow_gate(module, layer.gate, logits, call.valid)
-    return apply_gate(layer.gate, y, logits)
-
-  query = gated_at('query', heads_of(layer, 'query', x, QUERY), x, QUERY)
-  key, logits = _key_and_gate(layer, x, inputs[1])
-  key = gated_at('key', key, inputs[1], KEY)
-  value = heads_of(layer, 'value', inputs[2], KEY)
-  value = gated_at('value', value, inputs[2], KEY)
-  if logits is not None:
-    probes.sow_gate(module, layer.gate, logits, call.valid)
+  query, key, value, logits = project_inputs(module, layer, inputs, call.valid)
   query = _norm_and_rotate(layer, query, rotation, 'query_norm', 'heads')
   key = _norm_and_rotate(layer, key, rotation, 'key_norm', 'kv_heads')
   # The gate at sdpa_output is applied inside.
   arrays = (query, key, value, logits)
   output, cache = attention.attend(module, layer, arrays, call)
+  return project_output(module, layer, (output, inputs[0]), call), cache
+
+
+def project_inputs(
+  module: nn.Module,
+  layer: AttentionLayer,
+  inputs: tuple[Array, Array, Array],
+  valid: Valid = None,
+) -> tuple[Array, Array, Array, Array | None]:
+  """Queries, keys and values, and the logits of a gate at sdpa_output."""
+  x, x_key, x_value = inputs
+  query = heads_of(layer, 'query', x, QUERY)
+  query = _gated_at('query', module, layer, (query, x), QUERY, valid)
+  key, logits = _key_and_gate(layer, x, x_key)
+  key = _gated_at('key', module, layer, (key, x_key), KEY, valid)
+  value = heads_of(layer, 'value', x_value, KEY)
+  value = _gated_at('value', module, layer, (value, x_value), KEY, valid)
+  if logits is not None:
+    probes.sow_gate(module, layer.gate, logits, valid)
+  return query, key, value, logits
+
+
+def project_output(
+  module: nn.Module,
+  layer: AttentionLayer,
+  arrays: tuple[Float[Array, 'B T N H'], Float[Array, 'B T D']],
+  call: attention.Call,
+) -> Float[Array, 'B T M']:
+  """The outputs of heads, projected back; `arrays` are they and the input."""
+  output, x = arrays
   if layer.gate.kind == 'rms_norm':
     scale = head_scale(layer, 'output_norm')
     output = rms_norm(output, scale, layer.norm_eps)
@@ -120,9 +137,27 @@ def gated_attention(
     output = jax.nn.silu(output)
   shape = (*output.shape[2:], call.out_features or x.shape[-1])
   out = kernel(layer, 'out', shape, (*QUERY, 'embed'), inputs=2)
-  result = project(output, out, layer.dtype)
-  result = sharding.constrain(result, *sharding.RESIDUAL)
-  return gated_at('dense_output', result, x, (None,)), cache
+  y = project(output, out, layer.dtype)
+  y = sharding.constrain(y, *sharding.RESIDUAL)
+  return _gated_at('dense_output', module, layer, (y, x), (None,), call.valid)
+
+
+def _gated_at(
+  position: str,
+  module: nn.Module,
+  layer: AttentionLayer,
+  arrays: tuple[Array, Array],
+  axes: sharding.Axes,
+  valid: Valid,
+) -> Array:
+  """The first array, where a gate stands here scaled by what the second says."""
+  y, x = arrays
+  if layer.gate.position != position:
+    return y
+  matrix = gate_matrix(layer, x, y.shape[2:], axes)
+  logits = gate_logits(layer.gate, matrix, x, layer.dtype)
+  probes.sow_gate(module, layer.gate, logits, valid)
+  return apply_gate(layer.gate, y, logits)
 
 
 def heads_of(

@@ -117,7 +117,7 @@ def module(kv_heads, granularity, implementation):
   return GatedAttention(
     num_heads=16, num_kv_heads=kv_heads, qkv_features=2048, causal=True,
     gate=GateConfig(granularity=granularity), dtype='bfloat16',
-    implementation=implementation,
+    implementation=implementation, use_bias=False, logical_axes=True,
   )
 
 
