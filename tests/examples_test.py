@@ -23,9 +23,15 @@ def test_a_linen_model_learns_with_gated_attention():
   assert last < 0.5
 
 
-def test_an_nnx_model_learns_through_the_bridge():
-  first, last = load('nnx_bridge').train()
-  assert last < 0.1 * first
+def test_an_nnx_model_learns_to_count_and_counts():
+  example = load('nnx_transformer')
+  model, first, last = example.train(steps=100)
+  assert first > 2
+  assert last < 0.1
+  prompt = np.array([[0, 1], [5, 8]])
+  steps = np.arange(example.LENGTH)
+  expected = (prompt[:, :1] + (prompt[:, 1:] - prompt[:, :1]) * steps) % 11
+  np.testing.assert_array_equal(example.sample(model, prompt), expected)
 
 
 def test_plain_functions_under_grad_vmap_and_shard_map():
@@ -51,5 +57,5 @@ def test_plain_functions_under_grad_vmap_and_shard_map():
 
 
 def test_every_example_is_tested():
-  tested = {'linen_model', 'nnx_bridge', 'plain_jax'}
+  tested = {'linen_model', 'nnx_transformer', 'plain_jax'}
   assert {path.stem for path in FOLDER.glob('*.py')} == tested

@@ -22,9 +22,9 @@ from gated_jax.model.layers import rms_norm
 from gated_jax.model.linear import Making
 from gated_jax.model.mixers import attend
 from gated_jax.model.mixers.attend import AttentionLayer
-from gated_jax.model.mixers.attention import head_scale
 from gated_jax.model.mixers.attention import project_inputs
 from gated_jax.model.mixers.attention import project_output
+from gated_jax.model.mixers.owned import head_scale
 from gated_jax.model.mixers.weigh import Weighing
 from gated_jax.model.mixers.weigh import weigh
 from gated_jax.model.other_inputs import GateWord

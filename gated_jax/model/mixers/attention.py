@@ -22,55 +22,24 @@ from jaxtyping import Float
 from gated_jax import sharding
 from gated_jax.model.fused_norm_rope import norm_and_rotate
 from gated_jax.model.gate import LOGITS_NAME
-from gated_jax.model.gate import Gate
 from gated_jax.model.gate import apply_gate
 from gated_jax.model.gate import gate_logits
 from gated_jax.model.gate import key_and_gate_share_product
-from gated_jax.model.layers import Scale
 from gated_jax.model.layers import rms_norm
-from gated_jax.model.linear import Kernel
-from gated_jax.model.linear import Matrix
 from gated_jax.model.linear import project
 from gated_jax.model.linear import project_both
 from gated_jax.model.mixers import attend as attention
 from gated_jax.model.mixers import probes
 from gated_jax.model.mixers.attend import AttentionLayer
+from gated_jax.model.mixers.owned import gate_matrix
+from gated_jax.model.mixers.owned import head_scale
+from gated_jax.model.mixers.owned import kernel
 from gated_jax.ops import rope
 
 # Logical axes of the heads of queries, and of keys and values.
 QUERY = ('heads', 'head_dim')
 KEY = ('kv_heads', 'head_dim')
 Valid = Bool[Array, 'B T'] | None  # tokens that are not padding
-
-
-def kernel(
-  layer: AttentionLayer,
-  name: str,
-  shape: tuple[int, ...],
-  axes: sharding.Axes,
-  inputs: int = 1,
-) -> Matrix:
-  """A projection's matrix, owned by the calling module under this name."""
-  making = layer.making_out if name == 'out' else layer.making
-  kinds = (layer.init_std, layer.param_dtype, making)
-  return Kernel(shape, axes, inputs, *kinds, name=name)()
-
-
-def gate_matrix(
-  layer: AttentionLayer,
-  x: Float[Array, 'B T D'],
-  shape: tuple[int, ...],
-  axes: sharding.Axes,
-) -> Matrix:
-  """The gate's matrix, owned by the calling module as `gate`."""
-  kinds = (layer.param_dtype, layer.making.boxed)
-  return Gate(layer.gate, x.shape[-1], shape, axes, *kinds, name='gate')()
-
-
-def head_scale(layer: AttentionLayer, name: str) -> Float[Array, ' H']:
-  """The scale of a norm over each head, owned by the calling module."""
-  kinds = (layer.norm_zero_centered, layer.param_dtype, layer.making.boxed)
-  return Scale(layer.head_dim, *kinds, name=name)()
 
 
 def gated_attention(
@@ -150,7 +119,7 @@ def _gated_at(
   axes: sharding.Axes,
   valid: Valid,
 ) -> Array:
-  """The first array, where a gate stands here scaled by what the second says."""
+  """The first array, scaled by the gate of the second where one stands here."""
   y, x = arrays
   if layer.gate.position != position:
     return y
