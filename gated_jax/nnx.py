@@ -276,8 +276,8 @@ class GatedAttention(nnx.Module):
   def _check_widths(self, *inputs: Array | None) -> None:
     names = 'inputs_q', 'inputs_k', 'inputs_v'
     kv = self.in_kv_features
-    if inputs[1] is None:
-      kv = self.in_features
+    if inputs[1] is None and kv != self.in_features:
+      raise ValueError(f'in_kv_features={kv} needs inputs_k')
     for name, x, size in zip(
       names, inputs, (self.in_features, kv, kv), strict=True
     ):

@@ -6,10 +6,10 @@
     Y' W_o                                 gated here: dense_output
 
 This is the file to read and to copy. Beside it stand `attend.py` (the product
-itself, on a mesh and with a cache), `probes.py` (numbers for a curious reader)
-and `../gate.py` (the gate's parameters); `../multi_head.py` is the layer for
-other people's models. The mathematics is in
-`gated_jax/ops/gate.py` and `gated_jax/ops/attention/xla.py`.
+itself, on a mesh and with a cache), `owned.py` and `../gate.py` (parameters),
+`probes.py` (numbers for a curious reader) and `../multi_head.py` (the layer for
+other people's models). The mathematics is in `gated_jax/ops/gate.py` and
+`gated_jax/ops/attention/xla.py`.
 """
 
 import jax
