@@ -22,7 +22,7 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
 from gated_jax.config import OptimizerConfig
 from gated_jax.config import RunConfig
-from gated_jax.model import one_pass
+from gated_jax.model import gate as gate_module
 from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops.attention import api
@@ -220,7 +220,7 @@ def test_keys_that_a_chunk_must_not_see_belong_to_no_document(
 def test_a_product_for_keys_and_a_narrow_gate(mesh, monkeypatch):
   config = model_config(mesh, 'sdpa_output_headwise')
   expected = one_device(config)  # each by itself
-  monkeypatch.setattr(one_pass, 'on_tpu', lambda implementation: True)
+  monkeypatch.setattr(gate_module, 'on_tpu', lambda implementation: True)
   assert_same(measure(config, MESHES[mesh]), expected)
 
 
