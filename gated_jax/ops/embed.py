@@ -3,6 +3,11 @@
 The table is gathered along its width in the dtype of the activations; its
 gradient is summed in float32, since a frequent token's row is the sum of
 thousands of terms, and scattered again.
+
+On a mesh, the caller hands in a wrapper that runs a function on each device's
+shard: meshes are its business. The hand-written gradient stands outside of it,
+because a gradient through `shard_map` would sum the table's over devices by
+rules of its own, in another dtype.
 """
 
 import dataclasses
@@ -13,25 +18,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
-# Wraps a function for the devices that it runs on; see `embed`.
-Place = Callable[[Callable[..., Any], bool], Callable[..., Any]]
+# (function, differentiate) to the function on each device's shard of whole
+# arrays. `differentiate` tells the forward function from its gradient.
+Shard = Callable[[Callable[..., Any], bool], Callable[..., Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbedSpec:
   """Static options; axis names inside shard_map, '' and () without."""
 
-  dtype: str = 'float32'  # of what comes out
+  dtype: str = 'float32'  # the dtype of the rows that are returned
   token_axes: tuple[str, ...] = ()
   vocab_axis: str = ''
   width_axes: tuple[str, ...] = ()
 
 
-def here(function: Any, differentiate: bool) -> Any:
-  """No devices to place anything on."""
+def unsharded(function: Any, differentiate: bool) -> Any:
+  """The wrapper where there is no mesh: the function as it is."""
   del differentiate
   return function
 
@@ -40,7 +47,7 @@ def embed(
   table: Float[Array, 'V D'],
   tokens: Int[Array, 'B T'],
   spec: EmbedSpec = EmbedSpec(),
-  place: Place = here,
+  shard: Shard = unsharded,
 ) -> Float[Array, 'B T D']:
   """The table's row of every token; a token below 0 or beyond V has zeros.
 
@@ -48,16 +55,16 @@ def embed(
     table: [V, D].
     tokens: ids.
     spec: static options.
-    place: wraps a function for the devices it runs on: (table, tokens) to
-      rows, or, where its second argument is true, (rows, tokens, table) to
-      the table's gradient.
+    shard: runs a function on each device's shard: (table, tokens) to rows, or,
+      where its second argument is true, (d_rows, tokens, table) to the table's
+      gradient.
   """
-  return _embed(spec, place, table, tokens)
+  return _embed(spec, shard, table, tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _embed(spec, place, table, tokens):
-  def run(table, tokens):
+def _embed(spec: EmbedSpec, shard: Shard, table: Array, tokens: Array) -> Array:
+  def run(table: Array, tokens: Array) -> Array:
     table = table.astype(jnp.dtype(spec.dtype))
     if spec.width_axes:
       table = jax.lax.all_gather(table, spec.width_axes, axis=1, tiled=True)
@@ -65,27 +72,33 @@ def _embed(spec, place, table, tokens):
     rows = jnp.where(known[..., None], jnp.take(table, ids, axis=0), 0)
     return jax.lax.psum(rows, spec.vocab_axis) if spec.vocab_axis else rows
 
-  return place(run, False)(table, tokens)
+  return shard(run, False)(table, tokens)
 
 
-def _local_ids(tokens, size, spec):
+def _local_ids(
+  tokens: Int[Array, 'B T'], size: int, spec: EmbedSpec
+) -> tuple[Int[Array, 'B T'], Bool[Array, 'B T']]:
   """Ids in this device's part of the vocabulary, and which lie in it."""
   if spec.vocab_axis:
     tokens = tokens - jax.lax.axis_index(spec.vocab_axis) * size
   return jnp.clip(tokens, 0, size - 1), (tokens >= 0) & (tokens < size)
 
 
-def _forward(spec, place, table, tokens):
-  return _embed(spec, place, table, tokens), (table, tokens)
+def _forward(
+  spec: EmbedSpec, shard: Shard, table: Array, tokens: Array
+) -> tuple[Array, tuple[Array, Array]]:
+  return _embed(spec, shard, table, tokens), (table, tokens)
 
 
-def _backward(spec, place, saved, incoming):
+def _backward(
+  spec: EmbedSpec, shard: Shard, saved: tuple[Array, Array], d_rows: Array
+) -> tuple[Array, None]:
   table, tokens = saved
 
-  def run(incoming, tokens, table):
+  def run(d_rows: Array, tokens: Array, table: Array) -> Array:
     wide = jnp.promote_types(table.dtype, jnp.float32)
     ids, known = _local_ids(tokens, table.shape[0], spec)
-    terms = jnp.where(known[..., None], incoming.astype(wide), 0)
+    terms = jnp.where(known[..., None], d_rows.astype(wide), 0)
     zeros = jnp.zeros((table.shape[0], terms.shape[-1]), wide)
     gradient = zeros.at[ids].add(terms)
     if spec.width_axes:
@@ -97,7 +110,7 @@ def _backward(spec, place, saved, incoming):
       gradient = jax.lax.psum(gradient, rest)
     return gradient.astype(table.dtype)
 
-  return place(run, True)(incoming, tokens, table), None
+  return shard(run, True)(d_rows, tokens, table), None
 
 
 _embed.defvjp(_forward, _backward)

@@ -1,7 +1,7 @@
 """The gate as a function on arrays: Y' = Y * act(G), or Y + act(G).
 
 G are gate logits, X W in the paper (arXiv 2505.06708, equation 5), and act
-the sigmoid by default. What the logits are made of, and where Y stands in
+the sigmoid by default. How the logits are computed, and where Y stands in
 the layer, is the caller's business: the same two functions serve all five
 positions. `gated_jax/ops/attention/api.py` is where Y is attention's output.
 """
@@ -68,7 +68,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 @dataclasses.dataclass(frozen=True)
 class GateSpec:
-  """How logits become scores, and scores act. Static and hashable."""
+  """How gate logits become scores, and how scores act. Static, hashable."""
 
   activation: str = 'sigmoid'
   additive: bool = False
@@ -85,13 +85,13 @@ class GateSpec:
 
 
 def gate_scores(
-  logits: Float[Array, '*shape'], spec: GateSpec = GateSpec()
+  gate_logits: Float[Array, '*shape'], spec: GateSpec = GateSpec()
 ) -> Float[Array, '*shape']:
-  """act(logits): float32, or the logits' dtype where the spec says so."""
-  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  scores = ACTIVATIONS[spec.activation].value(wide)
+  """act(gate_logits): float32, or their dtype where the spec says so."""
+  wide = jnp.promote_types(gate_logits.dtype, jnp.float32)
+  scores = ACTIVATIONS[spec.activation].value(gate_logits.astype(wide))
   # Rounded once, as PyTorch does: a sigmoid made of narrow steps rounds often.
-  return scores.astype(logits.dtype) if spec.model_dtype else scores
+  return scores.astype(gate_logits.dtype) if spec.model_dtype else scores
 
 
 def apply_scores(
@@ -108,18 +108,18 @@ def apply_scores(
 
 def apply_gate(
   y: Float[Array, '*shape'],
-  logits: Float[Array, '...'],
+  gate_logits: Float[Array, '...'],
   spec: GateSpec = GateSpec(),
 ) -> Float[Array, '*shape']:
-  """The gate, whole: y and act(logits) joined as the spec says.
+  """The gate, whole: y and act(gate_logits) joined as the spec says.
 
   Args:
-    y: what is gated.
-    logits: gate logits, of a shape that broadcasts against y: one a channel
+    y: the array that is gated.
+    gate_logits: of a shape that broadcasts against y: one a channel
       (elementwise), or with a last axis of one (headwise).
     spec: activation, product or sum, rounding.
   """
-  return apply_scores(y, gate_scores(logits, spec), spec)
+  return apply_scores(y, gate_scores(gate_logits, spec), spec)
 
 
 def share_over_heads(scores: Float[Array, '*b N H']) -> Float[Array, '*b 1 H']:

@@ -10,11 +10,13 @@ as without chunks, and none is computed twice.
 
 With axis names, everything runs inside shard_map: tokens are split over
 `token_axes`, the vocabulary over `vocab_axis`, and the matrix's width over
-`width_axes`, along which it is gathered and its gradient scattered, once.
+`width_axes`, along which it is gathered and its gradient scattered, once. As in
+`embed.py`, the caller hands in the wrapper that does so.
 """
 
 import dataclasses
 import functools
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -23,10 +25,10 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
-from gated_jax.ops.embed import Place
-from gated_jax.ops.embed import here
+from gated_jax.ops.embed import Shard
+from gated_jax.ops.embed import unsharded
 
-# Logits of one chunk where its size is not given.
+# Number of logits in one chunk whose size is not given.
 CHUNK_ELEMENTS = 2**29
 
 
@@ -36,7 +38,7 @@ class LossSpec:
 
   chunk: int = 0  # tokens of one device; 0: by the size of the vocabulary
   z_loss: float = 0.0
-  vocab_first: bool = False  # the matrix is [V, D], an embedding's
+  vocab_first: bool = False  # True: the matrix is [V, D], an embedding's
   token_axes: tuple[str, ...] = ()
   vocab_axis: str = ''
   width_axes: tuple[str, ...] = ()
@@ -45,19 +47,21 @@ class LossSpec:
 class LossSums(NamedTuple):
   """Means over the tokens by weight, and the sum of the weights."""
 
-  total: Float[Array, '']  # what is minimised
+  total: Float[Array, '']  # the sum that training minimises
   nll: Float[Array, '']
   z: Float[Array, '']  # lse^2
   weight: Float[Array, '']
 
 
 class Gradients(NamedTuple):
+  """Gradients of `LossSums.total`."""
+
   x: Float[Array, 'B T D']
   matrix: Float[Array, 'D_V V_D']
 
 
 def chunk_of(tokens: int, vocab: int, spec: LossSpec) -> int:
-  """Tokens per chunk: as told, or a power of two; at most all of them."""
+  """Tokens per chunk: spec.chunk or a power of two, at most all of them."""
   chunk = spec.chunk
   if not chunk:
     chunk = 1 << max(8, (CHUNK_ELEMENTS // vocab).bit_length() - 1)
@@ -75,10 +79,10 @@ def local_loss(
   """The loss on one device's shard, and the gradients of `total`.
 
   Args:
-    x: what the matrix maps to logits, in the dtype of the matmuls.
+    x: final hidden states, in the dtype of the matmuls.
     matrix: [D, V], or [V, D] with spec.vocab_first.
     targets: token ids, over the whole vocabulary.
-    weights: of each token in the mean; 0: not counted.
+    weights: each token's in the mean; 0: it does not count.
     spec: static options.
     differentiate: whether gradients are wanted.
   """
@@ -99,10 +103,7 @@ def local_loss(
     targets.reshape(tokens),
     weights.reshape(tokens).astype(jnp.float32) / jnp.maximum(count, 1e-9),
   )
-  rows = tuple(
-    jnp.pad(r, [(0, chunks * chunk - tokens)] + [(0, 0)] * (r.ndim - 1))
-    for r in rows
-  )
+  rows = tuple(_pad(r, chunks * chunk) for r in rows)
   one = functools.partial(_one_chunk, whole, spec, differentiate)
   wide = jnp.promote_types(x.dtype, jnp.float32)
   zero = jnp.zeros((), wide)
@@ -128,12 +129,27 @@ def local_loss(
   return sums, Gradients(d_x, _sum(d_matrix, rest).astype(matrix.dtype))
 
 
+def _pad(x: Array, rows: int) -> Array:
+  """x with zeros behind its rows."""
+  return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
 def _sum(x: Array, axes: tuple[str, ...]) -> Array:
   return jax.lax.psum(x, axes) if axes else x
 
 
-def _one_chunk(matrix, spec, differentiate, carry, rows):
-  """Adds one chunk's losses and the matrix's gradient to the carry."""
+def _one_chunk(
+  matrix: Array,
+  spec: LossSpec,
+  differentiate: bool,
+  carry: tuple[Array, Array, Array],
+  rows: tuple[Array, ...],
+) -> tuple[tuple[Array, Array, Array], Any]:
+  """Adds one chunk's losses and the matrix's gradient to the carry.
+
+  Returns:
+    The carry, and the gradient of the chunk's x where it is wanted.
+  """
   x, targets, weights = rows
   nll_sum, z_sum, d_matrix = carry
   wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -177,7 +193,7 @@ def cross_entropy(
   targets: Int[Array, 'B T'],
   weights: Float[Array, 'B T'],
   spec: LossSpec = LossSpec(),
-  place: Place = here,
+  shard: Shard = unsharded,
 ) -> LossSums:
   """Loss of a batch; only `total` has a gradient, with respect to x, matrix.
 
@@ -185,34 +201,54 @@ def cross_entropy(
     x: [B, T, D], in the dtype of the matmuls.
     matrix: [D, V], or [V, D] with spec.vocab_first; cast to x's dtype.
     targets: token ids below V.
-    weights: of each token in the mean.
+    weights: each token's in the mean.
     spec: static options.
-    place: wraps a function of (x, matrix, targets, weights) for the devices
-      it runs on; its second argument says whether gradients come back too.
+    shard: runs a function of (x, matrix, targets, weights) on each device's
+      shard; its second argument says whether it returns gradients too.
   """
-  return _cross_entropy(spec, place, x, matrix, targets, weights)
+  return _cross_entropy(spec, shard, x, matrix, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(spec, place, x, matrix, targets, weights):
-  def run(x, matrix, targets, weights):
+def _cross_entropy(
+  spec: LossSpec,
+  shard: Shard,
+  x: Array,
+  matrix: Array,
+  targets: Array,
+  weights: Array,
+) -> LossSums:
+  def run(
+    x: Array, matrix: Array, targets: Array, weights: Array
+  ) -> tuple[Array, ...]:
     return tuple(local_loss(x, matrix, targets, weights, spec, False)[0])
 
-  return LossSums(*place(run, False)(x, matrix, targets, weights))
+  return LossSums(*shard(run, False)(x, matrix, targets, weights))
 
 
-def _forward(spec, place, x, matrix, targets, weights):
-  def run(x, matrix, targets, weights):
+def _forward(
+  spec: LossSpec,
+  shard: Shard,
+  x: Array,
+  matrix: Array,
+  targets: Array,
+  weights: Array,
+) -> tuple[LossSums, Gradients]:
+  def run(
+    x: Array, matrix: Array, targets: Array, weights: Array
+  ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     sums, gradients = local_loss(x, matrix, targets, weights, spec, True)
     assert gradients is not None
     return tuple(sums), tuple(gradients)
 
-  sums, gradients = place(run, True)(x, matrix, targets, weights)
+  sums, gradients = shard(run, True)(x, matrix, targets, weights)
   return LossSums(*sums), Gradients(*gradients)
 
 
-def _backward(spec, place, gradients, incoming):
-  del spec, place
+def _backward(
+  spec: LossSpec, shard: Shard, gradients: Gradients, incoming: LossSums
+) -> tuple[Array, Array, None, None]:
+  del spec, shard
   scaled = jax.tree.map(
     lambda g: (g * incoming.total).astype(g.dtype), gradients
   )

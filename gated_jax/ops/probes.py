@@ -1,4 +1,4 @@
-"""What a curious reader wants to know about a layer, from arrays at hand.
+"""Numbers for a curious reader of a layer, from arrays that it has anyway.
 
     p(t, first) = exp(scale * q_t . k_first - lse_t)
 
@@ -35,7 +35,7 @@ LOGIT_BLOCK = 128
 
 
 class HeadTotals(NamedTuple):
-  """A sum for each head, and how many terms each sum has."""
+  """A sum for each head, and the number of terms in each sum."""
 
   total: Float[Array, '*layers N']
   number: Float[Array, '*layers']
@@ -87,7 +87,7 @@ def first_token_attention(
     key: likewise; the same positions as the queries.
     lse: attention's log-sum-exp.
     segments: document numbers; None: each row is one document.
-    scale: what attention multiplies logits with (AttentionSpec.logit_scale).
+    scale: attention's, between q.k and a logit (AttentionSpec.logit_scale).
     window: attention's window: farther queries do not see the first token
       and count with zero.
     within: only queries among this many first tokens of their document count;
@@ -111,7 +111,7 @@ def first_token_attention(
     counted = (distance > 0) & (segments != 0)
   if within:
     counted &= distance < within
-  logits = scale * jnp.einsum(
+  attention_logits = scale * jnp.einsum(
     'BTKGH,BTKH->BKGT',
     query.reshape(b, t, k, n // k, h),
     jnp.broadcast_to(first, (b, t, k, h)),
@@ -120,7 +120,7 @@ def first_token_attention(
   seen = counted & (distance < window) if window else counted
   # A query that sees nothing has lse = -inf: keep exp away from it.
   seen = seen[:, None] & jnp.isfinite(lse)
-  share = jnp.exp(jnp.where(seen, logits - lse, -jnp.inf))
+  share = jnp.exp(jnp.where(seen, attention_logits - lse, -jnp.inf))
   return HeadTotals(
     jnp.sum(share, axis=(0, 2)), jnp.sum(counted, dtype=jnp.float32)
   )
@@ -186,7 +186,7 @@ def attention_weights(
   """
   b, t, n, h = query.shape
   k = key.shape[2]
-  logits = scale * jnp.einsum(
+  attention_logits = scale * jnp.einsum(
     'BTKGH,BSKH->BKGTS',
     query.reshape(b, t, k, n // k, h),
     key,
@@ -195,7 +195,8 @@ def attention_weights(
   masking = Masking(segments, segments)
   visible = visible_keys(t, t, masking, AttentionSpec(window=window))
   assert visible is not None
-  return jnp.exp(jnp.where(visible, logits - lse[..., None], -jnp.inf))
+  shares = attention_logits - lse[..., None]
+  return jnp.exp(jnp.where(visible, shares, -jnp.inf))
 
 
 def score_statistics(
@@ -229,10 +230,10 @@ def score_statistics(
 
 
 def logit_norm(
-  logits: Float[Array, '#B #T N H'], valid: Bool[Array, 'B T']
+  gate_logits: Float[Array, '#B #T N H'], valid: Bool[Array, 'B T']
 ) -> HeadTotals:
   """Length of each head's vector of gate logits, summed over valid tokens."""
-  norms = jnp.linalg.norm(logits.astype(jnp.float32), axis=-1)
+  norms = jnp.linalg.norm(gate_logits.astype(jnp.float32), axis=-1)
   norms = jnp.where(valid[:, :, None], norms, 0.0)
   return HeadTotals(
     jnp.sum(norms, axis=(0, 1)), jnp.sum(valid, dtype=jnp.float32)

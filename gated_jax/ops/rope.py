@@ -1,8 +1,8 @@
-"""Rotary position embedding: channel pairs turned by position * frequency.
+"""Rotary position embedding: channel pairs rotate by position * frequency.
 
     (a, b) -> (a cos - b sin, b cos + a sin),  angle = position * frequency
 
-Channel c pairs with c + R / 2, of the R = head_dim * fraction that turn: the
+Of the R = head_dim * fraction channels that rotate, c pairs with c + R / 2: the
 rotate-half layout of Hugging Face, whose names and formulas for linear
 interpolation and YaRN (arXiv 2309.00071) are used here. `rotation` is made
 once per batch, `rotate` applies it to queries and keys of every layer.
@@ -82,7 +82,10 @@ class RopeSpec(Protocol):
 
 
 class Rotation(NamedTuple):
-  """Of each of the C = R / 2 pairs; YaRN's attention factor is inside."""
+  """Cosine and sine for each of the C = R / 2 pairs.
+
+  YaRN's attention factor is multiplied into both.
+  """
 
   cos: Float[Array, 'B T C']
   sin: Float[Array, 'B T C']
@@ -92,7 +95,7 @@ def _yarn_interpolated(channels: int, spec: RopeSpec) -> np.ndarray:
   """How far each pair is interpolated: 0 for fast ones to 1 for slow ones."""
 
   def pair(turns: float) -> float:
-    """The (fractional) pair that turns so often in original_length."""
+    """The (fractional) pair with so many turns in original_length."""
     wavelength = spec.original_length / (2 * math.pi * turns)
     return channels * math.log(wavelength) / (2 * math.log(spec.base))
 
@@ -117,7 +120,7 @@ def _frequencies(channels: int, spec: RopeSpec) -> np.ndarray:
 
 
 def _attention_factor(spec: RopeSpec) -> float:
-  """What YaRN multiplies queries and keys by, each."""
+  """The factor that YaRN multiplies queries by, and keys too."""
   if spec.scaling != 'yarn':
     return 1.0
   if spec.attention_factor:
@@ -164,13 +167,14 @@ def rotation(
 def rotate(
   x: Float[Array, 'B T N H'], rotation: Rotation
 ) -> Float[Array, 'B T N H']:
-  """Queries or keys, turned; channels beyond the rotation's pass through."""
+  """Queries or keys, rotated; other channels pass through."""
   cos, sin = (r[:, :, None] for r in rotation)
   half = cos.shape[-1]
   wide = jnp.promote_types(x.dtype, jnp.float32)
-  # Cut before widening and rounded before joining: TPU compilers then make
-  # no float32 copy of x, half of the cost by their estimates.
+  # Split before widening and rounded before joining: XLA:TPU then makes no
+  # float32 copy of x, which is half of the cost by its estimates.
   a, b, rest = jnp.split(x, (half, 2 * half), axis=-1)
   a, b = a.astype(wide), b.astype(wide)
-  turned = a * cos - b * sin, b * cos + a * sin
-  return jnp.concatenate([*(t.astype(x.dtype) for t in turned), rest], axis=-1)
+  rotated = a * cos - b * sin, b * cos + a * sin
+  narrow = [part.astype(x.dtype) for part in rotated]
+  return jnp.concatenate([*narrow, rest], axis=-1)

@@ -42,14 +42,14 @@ class _KernelSpec:
   """Static options of one call."""
 
   heads: int
-  rows: int  # of one block
+  rows: int  # number of rows of a block
   eps: float
   norm: bool
   interpret: bool
 
 
 def fits(shape: tuple[int, ...], dtype: jnp.dtype, channels: int) -> bool:
-  """Whether the kernel can do this.
+  """True where the kernel can do this.
 
   Args:
     shape: [B, T, N, H] of queries or keys.

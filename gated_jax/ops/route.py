@@ -47,9 +47,9 @@ class RouteSpec:
 
   top_k: int  # experts of a token
   score: str = 'softmax'
-  normalize: bool = True  # whether the k weights are divided by their sum
-  scale: float = 1.0  # of the weights
-  groups: int = 1  # of experts, in their order
+  normalize: bool = True  # True: the k weights are divided by their sum
+  scale: float = 1.0  # factor of the weights
+  groups: int = 1  # number of groups of experts, in their order
   top_groups: int = 1  # groups whose experts a token may choose
   softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: they stay
 
@@ -66,7 +66,7 @@ class RouteSpec:
 
 
 class Routing(NamedTuple):
-  """What the router says about every token."""
+  """The router's result for every token."""
 
   logits: Float[Array, '*b E']  # float32
   probabilities: Float[Array, '*b E']  # scores over their sum
@@ -200,7 +200,7 @@ def load_share(
 
 
 def excess_load(share: Float[Array, ' E']) -> Float[Array, ' E']:
-  """By how much each expert's share of the choices exceeds an even one."""
+  """Each expert's share of the choices, less an even one."""
   return share - 1 / share.shape[-1]
 
 

@@ -293,10 +293,10 @@ def test_what_leaving_heads_out_changes_is_bounded(channels, threshold):
     gate[0, :, :2] = np.log(shut / (1 - shut))
     value = value.at[0, :, 0].set(10.0)
   output = gated_dot_product_attention(query, key, value, gate).output
-  silent = attention.quiet_heads(
+  silent = attention.skipped_heads(
     jax.nn.sigmoid(gate), 2, jnp.float32(threshold)
   )
-  changed = np.abs(output - attention.leave_out(output, silent))
+  changed = np.abs(output - attention.zero_skipped(output, silent))
   worst = changed.reshape(3, 5, 2, -1).max((0, 1, 3))
   bound = attention.error_bound(value, jnp.float32(threshold))
   assert (worst <= bound).all()

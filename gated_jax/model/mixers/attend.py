@@ -132,7 +132,7 @@ def attend(
   if logits is not None and call.skip_below is not None:
     scores = gate_scores(layer.gate, logits)
     scores = jnp.broadcast_to(scores, (*query.shape[:3], scores.shape[-1]))
-    skipped = decode.quiet_heads(scores, kv_heads, call.skip_below)
+    skipped = decode.skipped_heads(scores, kv_heads, call.skip_below)
     if probes.is_watched(module):
       module.sow('probes', 'quiet_heads', skipped)
     if (
@@ -155,7 +155,7 @@ def attend(
   if logits is not None and gate is None:
     output = apply_gate(layer.gate, output, logits)
   if skipped is not None:
-    output = decode.leave_out(output, skipped)
+    output = decode.zero_skipped(output, skipped)
   return output, cache
 
 

@@ -35,7 +35,7 @@ class Case:
   # the keys belongs to the first row's only document, all others to none).
   segments: str = 'none'
   query_offset: bool = False
-  gate: str = 'none'  # or 'elementwise', 'headwise'
+  gate: str = 'none'  # 'elementwise' and 'headwise' are the others
   activation: str = 'sigmoid'
   additive: bool = False
   model_dtype: bool = False

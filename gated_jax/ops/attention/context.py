@@ -95,6 +95,32 @@ def attend(
   if spec.window:
     return _by_offset(function, inputs, masking, spec, axis)
 
+  attend_squares = _on_squares(function, masking, spec)
+  query, key, value, gate_logits = inputs
+  ids = masking.query_segments
+  halves = (
+    _halves(query),
+    _halves(key),
+    _halves(value),
+    None if ids is None else _halves(ids),
+  )
+  diagonal = attend_squares(True, *halves, halves[3])
+  others = (_all_keys if skips else _squares)(attend_squares, halves, axis)
+  output, lse = (
+    jnp.concatenate(list(x), axis=1) for x in _join(diagonal, *others)
+  )
+  if gate_logits is None or spec.gate.model_dtype:
+    output = output.astype(query.dtype)
+  if gate_logits is not None:
+    output = apply_gate(output, gate_logits, spec.gate).astype(query.dtype)
+  return Result(output, jnp.swapaxes(lse, 1, 2) if spec.return_lse else None)
+
+
+def _on_squares(
+  function: Attend, masking: Masking, spec: AttentionSpec
+) -> AttendSquares:
+  """`function` on squares [C, B, t, ...], which are one batch to it."""
+
   def attend_squares(
     causal: bool,
     q: Array,
@@ -116,24 +142,7 @@ def attend(
     lse = jnp.swapaxes(lse, 1, 2)
     return output.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1])
 
-  query, key, value, gate_logits = inputs
-  ids = masking.query_segments
-  halves = (
-    _halves(query),
-    _halves(key),
-    _halves(value),
-    None if ids is None else _halves(ids),
-  )
-  diagonal = attend_squares(True, *halves, halves[3])
-  others = (_all_keys if skips else _squares)(attend_squares, halves, axis)
-  output, lse = (
-    jnp.concatenate(list(x), axis=1) for x in _join(diagonal, *others)
-  )
-  if gate_logits is None or spec.gate.model_dtype:
-    output = output.astype(query.dtype)
-  if gate_logits is not None:
-    output = apply_gate(output, gate_logits, spec.gate).astype(query.dtype)
-  return Result(output, jnp.swapaxes(lse, 1, 2) if spec.return_lse else None)
+  return attend_squares
 
 
 def _all_keys(

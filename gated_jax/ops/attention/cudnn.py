@@ -61,7 +61,7 @@ def attend(inputs: Inputs, masking: Masking, spec: AttentionSpec) -> Result:
 
 
 def _is_hopper() -> bool:
-  """Whether this GPU has compute capability 9.0 or more."""
+  """True where this GPU has compute capability 9.0 or more."""
   capability = getattr(jax.local_devices()[0], 'compute_capability', '0')
   return float(capability) >= 9
 

@@ -102,45 +102,58 @@ def attend(
       f'a cache with room for {s} tokens has no pages of {SMALLEST}'
     )
   spec = dataclasses.replace(spec, page=page)
-  pages, group = s // page, n // k
-  with jax.enable_x64(False):  # all integers of a kernel have 32 bits
-    wanted, held = page_table(
-      cache_length.astype(jnp.int32), skipped, pages, spec
-    )
-    grid = _Grid(b, k, pages)
-    scores = scores.astype(jnp.float32)
-    scores = jnp.broadcast_to(scores, (b, n, v)).reshape(b, k, group, v)
-    output: Any = pl.pallas_call(
-      functools.partial(_kernel, grid=grid, scale=h**-0.5, spec=spec),
-      grid_spec=pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
-        grid=(b, k, pages),
-        in_specs=[
-          pl.BlockSpec((1, 1, group, h), grid.head_at),
-          pl.BlockSpec((1, 1, page, h), grid.page_at),
-          pl.BlockSpec((1, 1, page, v), grid.page_at),
-          pl.BlockSpec((1, 1, group, v), grid.head_at),
-        ],
-        out_specs=pl.BlockSpec((1, 1, group, v), grid.head_at),
-        scratch_shapes=[
-          pltpu.VMEM((group, LANES), jnp.float32),
-          pltpu.VMEM((group, LANES), jnp.float32),
-          pltpu.VMEM((group, v), jnp.float32),
-        ],
+  grid = _Grid(b, k, s // page)
+  with jax.enable_x64(False):  # a kernel's integers have 32 bits
+    cache_length = cache_length.astype(jnp.int32)
+    wanted, held = page_table(cache_length, skipped, grid.pages, spec)
+    tables = wanted.astype(jnp.int32), held, cache_length
+    scores = jnp.broadcast_to(scores.astype(jnp.float32), (b, n, v))
+    output = _run(
+      grid,
+      spec,
+      tables,
+      (
+        query.reshape(b, k, n // k, h),
+        key,
+        value,
+        scores.reshape(b, k, n // k, v),
       ),
-      out_shape=jax.ShapeDtypeStruct((b, k, group, v), query.dtype),
-      interpret=spec.interpret,
-      name='gated_decode',
-    )(
-      wanted.astype(jnp.int32),
-      held,
-      cache_length.astype(jnp.int32),
-      query.reshape(b, k, group, h),
-      key,
-      value,
-      scores,
     )
   return output.reshape(b, n, v)
+
+
+def _run(
+  grid: '_Grid',
+  spec: DecodeSpec,
+  tables: tuple[Array, Array, Array],
+  arrays: tuple[Array, Array, Array, Array],
+) -> Array:
+  """The kernel on query, key, value and scores, grouped by kv head."""
+  query, _, value, _ = arrays
+  group, h = query.shape[2:]
+  page, v = spec.page, value.shape[3]
+  return pl.pallas_call(
+    functools.partial(_kernel, grid=grid, scale=h**-0.5, spec=spec),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(tables),
+      grid=(grid.rows, grid.heads, grid.pages),
+      in_specs=[
+        pl.BlockSpec((1, 1, group, h), grid.head_at),
+        pl.BlockSpec((1, 1, page, h), grid.page_at),
+        pl.BlockSpec((1, 1, page, v), grid.page_at),
+        pl.BlockSpec((1, 1, group, v), grid.head_at),
+      ],
+      out_specs=pl.BlockSpec((1, 1, group, v), grid.head_at),
+      scratch_shapes=[
+        pltpu.VMEM((group, LANES), jnp.float32),
+        pltpu.VMEM((group, LANES), jnp.float32),
+        pltpu.VMEM((group, v), jnp.float32),
+      ],
+    ),
+    out_shape=jax.ShapeDtypeStruct((*query.shape[:3], v), query.dtype),
+    interpret=spec.interpret,
+    name='gated_decode',
+  )(*tables, *arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +162,7 @@ class _Grid:
 
   rows: int
   heads: int
-  pages: int  # of a row
+  pages: int  # number of pages of a row
 
   def number(self, row: Any, head: Any, i: Any) -> Any:
     """The step's number in the order of the grid."""

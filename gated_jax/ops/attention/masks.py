@@ -40,7 +40,7 @@ def given_keys(masking: Masking) -> list[Bool[Array, '#B #N #T S']]:
 
 
 def all_of(rules: list[Array]) -> Bool[Array, '#B #N #T S'] | None:
-  """What every rule allows; None: there are no rules."""
+  """The keys that every rule allows; None: there are no rules."""
   if not rules:
     return None
   visible = rules[0]

@@ -1,4 +1,4 @@
-"""What every attention backend reads, is told, and answers.
+"""The interface of every attention backend: inputs, options and results.
 
 A backend is one file with one function
 
@@ -68,8 +68,8 @@ class AttentionSpec:
 
   causal: bool = True
   window: int = 0  # keys a query sees, itself included; 0: all. Causal only
-  scale: float = 0.0  # of the attention logits; 0: H ** -0.5
-  dropout: float = 0.0  # of the attention weights
+  scale: float = 0.0  # between q.k and attention logits; 0: H ** -0.5
+  dropout: float = 0.0  # rate at which attention weights are dropped
   return_lse: bool = False
   gate: GateSpec = GateSpec()
 
@@ -110,7 +110,7 @@ class Backend:
 
   @property
   def on_tpu(self) -> bool:
-    """Whether it is made of kernels for TPUs."""
+    """True for kernels that run on TPUs only."""
     return self.platform == 'tpu'
 
 

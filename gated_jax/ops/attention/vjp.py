@@ -73,7 +73,7 @@ def attend(
 
 
 def saves_gated(gate_logits: Array | None, spec: GateSpec) -> bool:
-  """Whether backward gets all it needs of the output from the gated one."""
+  """True where backward needs the gated output, not the ungated one."""
   if gate_logits is None:
     return True
   return not spec.additive and ACTIVATIONS[spec.activation].ratio is not None
@@ -86,9 +86,9 @@ class RowLayout(NamedTuple):
   one vector register holds many.
   """
 
-  # From the layout to an array that broadcasts against [R, V].
+  # Takes the layout to an array that broadcasts against [R, V].
   to_columns: Callable[[Array], Array] = lambda x: x
-  # From [R, 1] to the layout.
+  # Takes [R, 1] to the layout.
   from_column: Callable[[Array], Array] = lambda x: x
 
 

@@ -28,13 +28,13 @@ from gated_jax.ops.moe.grouped_matmul import row_tile
 
 
 class _Plan(NamedTuple):
-  """Where this device's choices go, before they are cut into rounds."""
+  """The destinations of this device's choices, not yet cut into rounds."""
 
   order: Int[Array, ' n']  # choices sorted by expert
-  offset: Int[Array, ' P']  # where each device's part of them begins
+  offset: Int[Array, ' P']  # start of each device's part of them
   counts: Int[Array, ' P']
   device: Int[Array, 'M k']  # device of each choice
-  position: Int[Array, 'M k']  # of each choice within its device's part
+  position: Int[Array, 'M k']  # each choice's, within its device's part
   rounds: Int[Array, '']
 
 

@@ -39,7 +39,7 @@ class ExpertSpec:
   shard_map hands them in; nothing else is known of a mesh.
   """
 
-  implementation: str = 'auto'  # of the grouped matmul: 'ragged_dot' or 'gmm'
+  implementation: str = 'auto'  # see grouped_matmul.py
   interpret: bool = False  # runs 'gmm' on a CPU, for tests
   # Rows of an exchange buffer over the mean. A larger buffer seldom needs a
   # second round; a smaller one sends fewer padded bytes.

@@ -218,7 +218,7 @@ def unpack_heads(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def pack_gate(gate_logits: Array, spec: KernelSpec) -> Array:
-  """As `pack_heads`; headwise [B, T, N, 1] becomes rows [B, N, 1, T']."""
+  """Like `pack_heads`; headwise [B, T, N, 1] becomes rows [B, N, 1, T']."""
   if spec.granularity == 'elementwise':
     return pack_heads(gate_logits, spec.queries, spec.value_dim)
   rows = jnp.swapaxes(gate_logits[..., 0], 1, 2)[:, :, None]

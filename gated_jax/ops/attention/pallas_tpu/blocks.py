@@ -110,13 +110,13 @@ class KernelSpec:
   keys: int
   heads: int
   kv_heads: int
-  head_dim: int  # of queries and keys
-  value_dim: int  # of values, outputs and an elementwise gate
+  head_dim: int  # width of queries and keys
+  value_dim: int  # width of values, outputs and an elementwise gate
   scale: float
   rule: MaskRule
   granularity: str  # 'none', 'elementwise' or 'headwise'
   gate: GateSpec
-  blocks: Blocks  # that fit the lengths
+  blocks: Blocks  # reduced to fit the lengths
   interpret: Any
 
   @property
@@ -127,7 +127,7 @@ class KernelSpec:
   def cost(
     self, products: tuple[int, int], queries: range, arrays: list[Any]
   ) -> pl.CostEstimate:
-    """What XLA is told about a call.
+    """XLA's cost estimate of a call.
 
     Only pairs that causality and the window leave are counted, not those that
     whole blocks compute beside them.

@@ -141,7 +141,7 @@ def segment_spans(ids: Int[Array, 'B 1 L'], width: int) -> Int[Array, 'B 2 C']:
 
 
 def may_overlap(tables: tuple[Any, Any, Any], i: Any, j: Any) -> Array:
-  """Whether stretches i and j may share a document.
+  """True where stretches i and j may share a document.
 
   Args:
     tables: `segment_spans` of either side, and the row of the batch.
