@@ -37,6 +37,7 @@ CODES: dict[type[BaseException], int] = {
   ImportError: REFUSED,
   OSError: FAILED,
   RuntimeError: FAILED,
+  MemoryError: FAILED,
 }
 
 
@@ -86,7 +87,8 @@ def _report(error: BaseException) -> int:
   if len(str(error).splitlines()) > 1 and not _raised_here(error):
     raise error
   try:
-    print(f'error: {error}', file=sys.stderr, flush=True)
+    text = str(error) or type(error).__name__  # Python's MemoryError is empty
+    print(f'error: {text}', file=sys.stderr, flush=True)
   except OSError:
     discard(sys.stderr)
   return next(code for kind, code in CODES.items() if isinstance(error, kind))

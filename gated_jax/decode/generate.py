@@ -23,6 +23,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from gated_jax import memory
 from gated_jax.config import ModelConfig
 from gated_jax.decode.sampling import Sampling
 from gated_jax.decode.sampling import choose
@@ -131,6 +132,7 @@ def generate(
         'the model'
       )
   check_skip(config, skip_below)
+  _check_cache(config, params, prompts, max_tokens)
   return _run(
     model,
     params,
@@ -138,6 +140,26 @@ def generate(
     max_tokens,
     (sampling, seed, skip_below),
     frozenset(stop),
+  )
+
+
+def _check_cache(
+  config: ModelConfig,
+  params: Params,
+  prompts: Sequence[Sequence[int] | np.ndarray],
+  max_tokens: int,
+) -> None:
+  """ValueError where the cache needs more memory than there is."""
+  longest = max(len(prompt) for prompt in prompts)
+  new = min(max_tokens, config.length - min(map(len, prompts)) + 1)
+  room = buckets(longest, new).cache
+  cache = jax.eval_shape(lambda: init_cache(config, len(prompts), room))
+  arrays = (x for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
+  devices = next((list(x.devices()) for x in arrays), jax.devices()[:1])
+  memory.check(
+    f'the keys and values of {len(prompts)} rows with room for {room} tokens',
+    memory.size_of(cache),
+    devices,
   )
 
 

@@ -24,6 +24,7 @@ from gated_jax.model import tree
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.decoder import Decoder
+from gated_jax.model.size import check_fits
 
 Params = Mapping[str, Any]
 
@@ -70,6 +71,7 @@ def load(
     CheckpointError: it cannot be read.
   """
   run = load_config(checkpoint)
+  check_fits(run.model, list(mesh.devices.flat))
   params = load_parameters(checkpoint, abstract_parameters(run.model, mesh))
   with sharding.activate(mesh):
     config, params = for_decoding(run.model, params)

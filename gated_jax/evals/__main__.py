@@ -28,7 +28,6 @@ import numpy as np
 
 from gated_jax import checkpoint
 from gated_jax import cli
-from gated_jax import memory
 from gated_jax import sharding
 from gated_jax.config import DataConfig
 from gated_jax.config import MeshConfig
@@ -41,6 +40,7 @@ from gated_jax.evals.likelihood import evaluate
 from gated_jax.evals.likelihood import target_bytes
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.decoder import Decoder
+from gated_jax.model.size import check_fits
 from gated_jax.paths import expand
 from gated_jax.platform import skip_absent_tpu
 
@@ -192,10 +192,10 @@ def run(flags: argparse.Namespace, config: RunConfig) -> None:
     raise ValueError(f'--figures={flags.figures} must be a folder')
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   sharding.check_batch(mesh, config.data.batch, config.data.length, 1)
+  check_fits(config.model, jax.devices())
   model = Decoder(config.model)
   with sharding.activate(mesh):
     abstract = abstract_parameters(config.model, mesh)
-    memory.check('the parameters', memory.size_of(abstract), jax.devices())
     params = checkpoint.load_parameters(flags.checkpoint, abstract)
     batches = Batches(config, mesh)
     sums = evaluate(model, params, batches)

@@ -42,6 +42,7 @@ from gated_jax.hf.names import Shape
 from gated_jax.hf.names import Tensor
 from gated_jax.hf.names import tensors
 from gated_jax.model.abstract import abstract_parameters
+from gated_jax.model.size import check_fits
 from gated_jax.paths import expand
 
 Tree = Any
@@ -92,6 +93,8 @@ def load(
     narrow = set(files.dtypes.values()) == {'bfloat16'}
     kept = param_dtype or ('bfloat16' if narrow else 'float32')
     config = dataclasses.replace(config, param_dtype=kept)
+    devices = jax.devices() if mesh is None else mesh.devices.flat
+    check_fits(config, list(devices))
     abstract = flatten(abstract_parameters(config, mesh))
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
     wanted = tensors(family.rows, config, shapes)

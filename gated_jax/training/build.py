@@ -7,6 +7,7 @@ seed. Read `gated_jax/training/loop.py` next.
 import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,15 +15,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gated_jax import chips
+from gated_jax import memory
 from gated_jax import sharding
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
 from gated_jax.config import to_dict
+from gated_jax.data.batch import arrays_of
 from gated_jax.data.pipeline import Pipeline
 from gated_jax.data.pipeline import make_pipeline
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.decoder import Decoder
+from gated_jax.model.size import check_fits
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
 from gated_jax.processes import first_problem
@@ -98,6 +102,18 @@ def check_platform(config: ModelConfig, platform: str) -> None:
     moe.check_platform(config.moe.implementation, platform)
 
 
+def check_memory(config: RunConfig, devices: Sequence[jax.Device]) -> None:
+  """ValueError where a model or a batch needs more memory than there is."""
+  check_fits(config.model, devices)
+  batch, length = config.data.batch, config.data.length
+  arrays = arrays_of(config.data.rows).values()
+  memory.check(
+    f'batches of data.batch={batch} rows with data.length={length} tokens',
+    batch * length * sum(np.dtype(kind).itemsize for kind in arrays),
+    devices,
+  )
+
+
 def build(
   config: RunConfig, workdir: pathlib.Path, console: Console
 ) -> RunState:
@@ -112,6 +128,7 @@ def build(
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   clock = Clock()
   shape = (config.data.batch, config.data.length)
+  check_memory(config, jax.devices())
   sharding.check_batch(mesh, *shape, config.optimizer.accumulate)
   model = Decoder(config.model)
   with sharding.activate(mesh):
