@@ -1,4 +1,4 @@
-"""What a config would be like on a TPU pod, from the compiler alone.
+"""A config on a TPU pod, in figures from the compiler alone.
 
     python -m gated_jax.aot --config=configs/dense_1b7.py --topology=v5p:8x8x8
 

@@ -81,7 +81,7 @@ def _show(
 
 
 def _largest_stretches(line: Estimates) -> str:
-  """Of either pass, the stretch with most cycles.
+  """The stretch with most cycles in either pass.
 
   Its bundles for each 512 x 512 of the matrix, and the busiest units.
   """

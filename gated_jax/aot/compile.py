@@ -25,9 +25,9 @@ class Memory:
   """Bytes per device."""
 
   parameters: int
-  optimizer: int  # and what else the state holds
+  optimizer: int  # everything else that the state holds
   batch: int
-  peak: int  # of the whole program
+  peak: int  # the whole program's
 
   @property
   def activations(self) -> int:
@@ -39,7 +39,7 @@ class Memory:
 class Compiled:
   """A compiled step and what it was compiled for."""
 
-  config: RunConfig  # with every 'auto' replaced by what was taken
+  config: RunConfig  # every 'auto' is replaced by its choice
   mesh: Any
   state: Any  # abstract arrays with their shardings
   text: str

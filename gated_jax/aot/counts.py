@@ -31,8 +31,8 @@ class Part:
   """A kernel's body, a branch, or the body of a loop, without those inside."""
 
   loop: bool
-  work: bool = True  # whether there is anything to do
-  flops: float = 0.0  # of matrix products, each time
+  work: bool = True  # False: it is empty
+  flops: float = 0.0  # matrix products of one run
   runs: int = 0
   inside: dict[Any, 'Part'] = dataclasses.field(default_factory=dict)
 
@@ -55,10 +55,10 @@ class Kernel:
 def kernels(function: Callable, *arguments: Any) -> list[Kernel]:
   """The Pallas calls of a function of abstract arrays, in order."""
   closed = jax.make_jaxpr(function)(*arguments)
-  found: list[Kernel] = []
+  calls: list[Kernel] = []
   unknown = [None] * len(closed.jaxpr.invars)
-  _outer(closed, unknown, found)
-  return found
+  _outer(closed, unknown, calls)
+  return calls
 
 
 def _inner(eqn: Any) -> Any:
@@ -73,7 +73,7 @@ def _inner(eqn: Any) -> Any:
 
 
 class _Values:
-  """Of variables, as far as they are known; None where not."""
+  """Values of variables, as far as they are known; None for others."""
 
   def __init__(self, closed: Any, given: list[Any]):
     self.known: dict[Any, Any] = {}
@@ -126,7 +126,7 @@ def _kernel(eqn: Any, inputs: list[Any]) -> Kernel:
   given = tables + [None] * (len(jaxpr.invars) - len(tables))
   body = Part(False)
   _parts(closed, body, ())
-  # To the kernel, an axis that vmap added is not there.
+  # The kernel does not see an axis that vmap added.
   seen = [i for i in range(len(grid)) if i not in mapping.vmapped_dims]
   walk = _Walk(tuple(grid[i] for i in seen))
   for step in itertools.product(*map(range, grid)):
@@ -167,7 +167,7 @@ def _branches(eqn: Any) -> list[tuple[int, bool, Any]]:
   return []
 
 
-# Of Python's numbers; what a kernel decides with is not more than this.
+# Primitives on Python's numbers: all that kernels decide with.
 _SCALARS: dict[str, Callable] = {
   'add': operator.add,
   'sub': operator.sub,
@@ -198,7 +198,7 @@ _INDICES = ('program_id', 'num_programs')
 
 
 class _Walk:
-  """Of a kernel's program, for the step of the grid at `index`."""
+  """Walks a kernel's program for the step of the grid at `index`."""
 
   def __init__(self, grid: tuple[int, ...]):
     self.grid, self.index = grid, (0,) * len(grid)
@@ -225,35 +225,39 @@ class _Walk:
     part.runs += not at
     for i, eqn, name in self._equations(closed.jaxpr):
       inputs, place = values.get(eqn.invars), (*at, i)
-      found: list[Any] = []
+      results: list[Any] = []
       if name in _INDICES:
         of = self.index if name == 'program_id' else self.grid
-        found = [of[eqn.params['axis']]]
+        results = [of[eqn.params['axis']]]
       elif name in _INLINE:
-        found = self.run(_inner(eqn), inputs, part, place)
+        results = self.run(_inner(eqn), inputs, part, place)
       elif name == 'cond':
-        found = self._cond(eqn, inputs, part, place)
+        results = self._cond(eqn, inputs, part, place)
       elif name == 'while':
-        found = self._while(eqn, inputs, part, place)
+        results = self._while(eqn, inputs, part, place)
       elif name == 'scan':
         self._scan(eqn, inputs, part, place)
       elif name == 'get':
         if inputs[0] is not None:
-          found = [_read(eqn, inputs)]
+          results = [_read(eqn, inputs)]
       elif all(x is not None for x in inputs):
-        found = [_SCALARS[name](*inputs)]
-      if found:
-        values.put(eqn.outvars, found)
+        results = [_SCALARS[name](*inputs)]
+      if results:
+        values.put(eqn.outvars, results)
     return values.get(closed.jaxpr.outvars)
 
-  def _cond(self, eqn, inputs, part, place):
+  def _cond(
+    self, eqn: Any, inputs: list[Any], part: Part, place: tuple[int, ...]
+  ) -> list[Any]:
     if inputs[0] is None:
       raise Unknown(str(eqn.source_info.name_stack) or 'a branch')
     which = int(inputs[0])
     inner = eqn.params['branches'][which]
     return self.run(inner, inputs[1:], part.inside[*place, which], ())
 
-  def _while(self, eqn, inputs, part, place):
+  def _while(
+    self, eqn: Any, inputs: list[Any], part: Part, place: tuple[int, ...]
+  ) -> list[Any]:
     ahead, behind = eqn.params['cond_nconsts'], eqn.params['body_nconsts']
     test, fixed = inputs[:ahead], inputs[ahead : ahead + behind]
     carried = inputs[ahead + behind :]
@@ -268,9 +272,11 @@ class _Walk:
         eqn.params['body_jaxpr'], fixed + carried, part.inside[*place, 0], ()
       )
 
-  def _scan(self, eqn, inputs, part, place):
+  def _scan(
+    self, eqn: Any, inputs: list[Any], part: Part, place: tuple[int, ...]
+  ) -> None:
     length, inner = eqn.params['length'], eqn.params['jaxpr']
-    # What a kernel may loop over: nothing is sliced from, or stacked.
+    # A kernel's scan slices no inputs and stacks no outputs.
     fixed = len(inputs) - len(eqn.outvars)
     given, carried = inputs[:fixed], inputs[fixed:]
     unrolled = eqn.params['unroll'] >= length
@@ -286,5 +292,5 @@ def _read(eqn: Any, inputs: list[Any]) -> Any:
   where = transforms[0].indices if transforms else ()
   if any(not isinstance(i, int | np.integer) for i in where):
     return None
-  found = inputs[0][tuple(int(i) for i in where)]
-  return found.item() if np.ndim(found) == 0 else None
+  element = inputs[0][tuple(int(i) for i in where)]
+  return element.item() if np.ndim(element) == 0 else None

@@ -20,8 +20,8 @@ _BITS = {
 }
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _HEADER = re.compile(r'^(ENTRY )?(%[^\s(]+) \(.*\{\s*$')
-# What runs beside the main core ends by saying where. Other lines that begin
-# with a bracket go on with an instruction's attributes.
+# A computation that runs beside the main core names its thread at the end.
+# Other lines that begin with a bracket continue an instruction's attributes.
 _FOOTER = re.compile(r'^\}(, execution_thread=.*)?\s*$')
 _INSTRUCTION = re.compile(r'^  (ROOT )?(%[^\s=]+) = ')
 _COMMENT = re.compile(r'/\*.*?\*/')
@@ -86,22 +86,24 @@ class Instruction:
 
   @property
   def calls(self) -> str:
+    """The computation that it runs; '' where there is none."""
     return self.attribute('calls')
 
   @property
   def op_name(self) -> str:
-    """Where it comes from in the Python program."""
+    """Its origin in the Python program."""
     found = re.search(r'op_name="([^"]*)"', self.attributes)
     return found.group(1) if found else ''
 
   @property
   def target(self) -> str:
-    """Of a custom call."""
+    """The function that a custom call calls; '' for other instructions."""
     found = re.search(r'custom_call_target="([^"]+)"', self.attributes)
     return found.group(1) if found else ''
 
   @property
   def channel(self) -> str:
+    """A name that the parts of one collective share."""
     return self.attribute('channel_id') or self.name
 
   @functools.cached_property
@@ -154,7 +156,7 @@ class Module:
     return sum(bytes_of(t) for t in self.operand_types(computation, i))
 
   def flops(self, computation: str, i: Instruction) -> int:
-    """Of the matmuls in one instruction, fused ones included."""
+    """FLOPs of the matmuls in one instruction, fused ones included."""
     if i.op == 'dot':
       return self._dot_flops(computation, i)
     if i.op == 'convolution':
@@ -247,3 +249,8 @@ def parse(text: str) -> Module:
     raise ValueError(f'no ENTRY in this text: {text[:80]!r}')
   found = re.search(r'num_partitions=(\d+)', text[:200_000])
   return Module(computations, start, int(found.group(1)) if found else 1)
+
+
+def without_layout(text: str) -> str:
+  """A type without the layouts of its arrays."""
+  return re.sub(r'\{[^{}]*\}', '', text)

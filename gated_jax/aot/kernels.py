@@ -1,4 +1,4 @@
-"""What a call of each of our kernels costs, by the schedule of its program.
+"""Cycles of a call of each of our kernels, by the schedule of its program.
 
     python -m gated_jax.aot.kernels --target=v5e
 
@@ -81,7 +81,7 @@ def _gate(config: RunConfig) -> str:
 def price(
   kernel: Kernel, known: dict[str, Any], whole: int = 0
 ) -> float | None:
-  """Of a call, whose rows and heads its operands tell.
+  """Cycles of a call, whose operands say how many rows and heads it has.
 
   Args:
     kernel: of a compiled program.
@@ -109,7 +109,7 @@ def price(
 
 
 def _share(kernel: Kernel, queries: int, whole: int) -> float:
-  """Of a causal head's squares, those that a call of one chunk computes.
+  """The share of a causal head's squares that a call of one chunk computes.
 
   A chunk with itself is half a square. With all keys it is as many as there
   are chunks before it: of a device's two chunks, together all but one
@@ -127,16 +127,16 @@ def rotation(
   """Cycles of one token in norm and rotation, forward and backward."""
   width = heads * LANES
 
-  def run(x, scale, cos, sin, dy):
-    def turn(x, scale):
+  def run(x: Any, scale: Any, cos: Any, sin: Any, dy: Any) -> Any:
+    def rotate(x: Any, scale: Any) -> Any:
       by_head = x.reshape(*x.shape[:2], heads, -1)
-      turned = rope_tpu.normalize_and_rotate(
+      rotated = rope_tpu.normalize_and_rotate(
         by_head, scale, rope.Rotation(cos, sin)
       )
-      return turned.reshape(x.shape)
+      return rotated.reshape(x.shape)
 
-    y, back = jax.vjp(turn, x, scale)
-    return y, back(dy)
+    y, pull = jax.vjp(rotate, x, scale)
+    return y, pull(dy)
 
   place = jax.sharding.SingleDeviceSharding(device_of(kind))
   half = ((1, length, LANES // 2), jnp.float32)
@@ -149,14 +149,15 @@ def rotation(
   before = set(folder.iterdir())
   jax.jit(run).lower(*arguments).compile()
   chip = chips.TPUS[kind]
-  found = []
+  cycles = []
   for kernel in counts.kernels(run, *arguments):
     (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
     each = schedule.read(path, chip.core)
-    # One straight program, as often as the grid has steps.
+    # The program has no branches and runs once for each step of the grid.
     steps = kernel.body.runs
-    found.append(sum(s.cycles for s in each) * steps / length / chip.cores)
-  return found
+    total = sum(s.cycles for s in each) * steps
+    cycles.append(total / length / chip.cores)
+  return cycles
 
 
 def _write(flags: argparse.Namespace) -> None:
@@ -164,12 +165,12 @@ def _write(flags: argparse.Namespace) -> None:
   kind, length = flags.target, flags.length
   line = estimate_ours(kind, flags.gate, length, folder)
   cores = chips.TPUS[kind].cores
-  turns = {
+  rotations = {
     heads: rotation(kind, length, heads, folder)
     for heads in sorted({int(n) for n in flags.heads.split(',')})
   }
   attention = [cycles / cores for cycles in line.cycles]
-  print(json.dumps({'attention': attention, 'rotation': turns}))
+  print(json.dumps({'attention': attention, 'rotation': rotations}))
 
 
 def main(arguments: list[str]) -> int:

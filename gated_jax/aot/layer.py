@@ -1,4 +1,4 @@
-"""What the gate costs one layer of the dense 1.7B model, by the TPU compiler.
+"""The gate's cost in one layer of the dense 1.7B model, by the TPU compiler.
 
     python -m gated_jax.aot.layer --target=v5e
 
@@ -67,36 +67,37 @@ BACKENDS = ('pallas_tpu', 'splash')
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one layer, forward and backward."""
+  """Figures of one layer, forward and backward."""
 
   xla: float  # cycles
   kernels: float  # cycles
-  flops: float  # of products outside kernels
-  saved: float  # bytes for a token
+  flops: float  # those of products outside kernels
+  saved: float  # bytes for each token
 
   @property
   def cycles(self) -> float:
+    """Cycles of XLA and of kernels."""
     return self.xla + self.kernels
 
 
 def layer(config: ModelConfig) -> tuple[Callable, tuple[Any, Any]]:
-  """(parameters, x) to what the layer makes of x; and both, abstract."""
+  """A function of (parameters, x) to the layer's output; both, abstract."""
   x = jax.ShapeDtypeStruct((ROWS, config.length, config.width), config.dtype)
-  # No kernel takes part in making parameters.
+  # The initialiser runs no kernel.
   plain = dataclasses.replace(config, attention='xla')
 
-  def call(x):
+  def context(x: Any) -> Context:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     rotation = rope.rotation(positions, config.head_dim, config.rope)
     return Context(rotations=(rotation,))
 
-  def start(x):
+  def start(x: Any) -> Any:
     module = Block(plain, plain.layers[0])
-    return module.init(jax.random.key(0), x, None, call(x))['params']
+    return module.init(jax.random.key(0), x, None, context(x))['params']
 
-  def run(parameters, x):
+  def run(parameters: Any, x: Any) -> Any:
     module = Block(config, config.layers[0])
-    return module.apply({'params': parameters}, x, None, call(x))[0]
+    return module.apply({'params': parameters}, x, None, context(x))[0]
 
   if config.remat != 'none':
     names = SAVED[config.remat]
@@ -106,26 +107,26 @@ def layer(config: ModelConfig) -> tuple[Callable, tuple[Any, Any]]:
 
 
 def saved_bytes(run: Callable, arguments: tuple[Any, Any]) -> float:
-  """For each token, what forward keeps for backward beside the input."""
+  """Bytes that forward saves for backward, for each token, less the input."""
   text = io.StringIO()
   with contextlib.redirect_stdout(text):
     jax.ad_checkpoint.print_saved_residuals(run, *arguments)
   total = 0
   for line in text.getvalue().splitlines():
     kind, _, where = line.partition(' ')
-    found = re.fullmatch(r'([a-z]+)(\d+)\[([\d,]+)\]', kind)
-    if not found or where.startswith('from the argument'):
+    array = re.fullmatch(r'([a-z]+)(\d+)\[([\d,]+)\]', kind)
+    if not array or where.startswith('from the argument'):
       continue
-    shape = [int(n) for n in found.group(3).split(',')]
+    shape = [int(n) for n in array.group(3).split(',')]
     if shape[0] == ROWS and LENGTH in shape:
-      total += math.prod(shape) * int(found.group(2)) // 8
+      total += math.prod(shape) * int(array.group(2)) // 8
   return total / (ROWS * LENGTH)
 
 
 def _compile(run: Callable, arguments: tuple[Any, Any], device: Any) -> Program:
   """Forward and backward, with the output that the next layer reads."""
 
-  def both(parameters, x, d_output):
+  def both(parameters: Any, x: Any, d_output: Any) -> Any:
     output, pull = jax.vjp(run, parameters, x)
     return output, pull(d_output)
 
@@ -148,7 +149,7 @@ class Prices:
   kind: str
   ours: dict[str, tuple[float, float]]
   splash: tuple[float, float]
-  rotation: dict[str, tuple[float, float]]  # of a token, by heads
+  rotation: dict[str, tuple[float, float]]  # one token's, by heads
 
   def of(self, program: Program, backend: str, gate: str, heads: int) -> float:
     """Cycles of all kernels that a program calls."""
@@ -171,16 +172,16 @@ def _write_prices(kind: str, folder: pathlib.Path) -> None:
     gate: estimate_ours(kind, gate, LENGTH, folder).cycles for gate in GATES
   }
   peer = estimate_peer(kind, 'splash (JAX)', LENGTH, folder)
-  turns = {
+  rotations = {
     heads: kernels.rotation(kind, LENGTH, heads, folder)
     for heads in (ModelConfig.heads, ModelConfig.kv_heads)
   }
-  found = {'ours': ours, 'splash': peer.cycles, 'rotation': turns}
-  print(json.dumps(found))
+  prices = {'ours': ours, 'splash': peer.cycles, 'rotation': rotations}
+  print(json.dumps(prices))
 
 
 def prices(kind: str) -> Prices:
-  """In a process apart: the schedules of a whole layer take an hour."""
+  """Runs a process of its own: schedules of a whole layer take an hour."""
   done = run_with_dumps(
     'gated_jax.aot.layer',
     [f'--target={kind}'],
@@ -195,7 +196,7 @@ def prices(kind: str) -> Prices:
 def costs(
   backend: str, plain: ModelConfig, device: Any, price: Prices
 ) -> Iterator[tuple[str, Cost]]:
-  """Of a layer with each gate."""
+  """The cost of a layer with each gate, by the gate's name."""
   for gate, gate_config in GATES.items():
     config = dataclasses.replace(plain, gate=gate_config, attention=backend)
     with compiling_for(device):
@@ -209,7 +210,7 @@ def costs(
 def table(
   kind: str, backends: list[str], policies: list[str], weights: str
 ) -> None:
-  """Prints it, a line as soon as it is known."""
+  """Prints the table, a line as soon as it is known."""
   device = device_of(kind)
   rate = chip_of([device]).flops_per_cycle
   price = prices(kind)

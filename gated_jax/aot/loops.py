@@ -74,7 +74,7 @@ class Loops:
   def _comparison(
     self, scope: Scope
   ) -> tuple[str, Scalar | None, Scalar | None] | None:
-    """What a condition compares, and how."""
+    """The comparison that a condition makes."""
     root = self.module.root(scope.computation)
     while root.op in _THROUGH:
       root = self.module.computations[scope.computation][root.operands[0]]
@@ -114,7 +114,7 @@ class Loops:
     return None if found is None else self._fixed(found)
 
   def _step(self, scope: Scope, loop: Instruction, element: int) -> int | None:
-    """What a trip adds to an element of the state."""
+    """The number that a trip adds to an element of the state."""
     body = self.inner(scope, loop, 'body')
     root = self.module.root(body.computation)
     value = self._element(body, root.name, element)

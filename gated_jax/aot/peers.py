@@ -98,7 +98,7 @@ class Peer:
 
   @property
   def installed(self) -> bool:
-    """Whether it can be compared with."""
+    """True where it can be compared with."""
     return importlib.util.find_spec(self.package) is not None
 
   def both(self, heads: int, length: int, options: Options) -> Callable:

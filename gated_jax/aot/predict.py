@@ -1,4 +1,4 @@
-"""From a compiled program's figures to seconds, part by part.
+"""Seconds of a step from a compiled program's figures, part by part.
 
     step = XLA + kernels + waiting for collectives
 
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from gated_jax.aot.program import Collective
+from gated_jax.aot.collectives import Collective
+from gated_jax.aot.collectives import mesh_axes
 from gated_jax.aot.program import Kernel
 from gated_jax.aot.program import Program
-from gated_jax.aot.program import mesh_axes
 from gated_jax.chips import Tpu
 
 
@@ -40,7 +40,7 @@ class KernelTime:
 
   kernel: Kernel
   seconds: float  # all calls together
-  scheduled: bool  # by its bundles; else the matrix units' bound
+  scheduled: bool  # True: by its bundles; False: the matrix units' bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Prediction:
 
   @property
   def synchronous(self) -> float:
-    """Spent in collectives that nothing overlaps."""
+    """Seconds spent in collectives that nothing overlaps."""
     return sum(t.seconds for t in self.traffic if not t.asynchronous)
 
   @property
   def asynchronous(self) -> float:
-    """Of collectives that run beside the computing."""
+    """Seconds of collectives that run beside the computing."""
     return sum(t.seconds for t in self.traffic if t.asynchronous)
 
   @property
@@ -106,7 +106,7 @@ def collective_seconds(
       (s / rate for s, rate in zip(spans, rates, strict=False)), default=0.0
     )
     return within * longest / 4 + crossing / chip.network
-  # In each slice first, then shares of it between slices.
+  # The slices sum up inside first, then exchange shares of that.
   inside = n // slices
   passes = collective.wire / (collective.payload * (n - 1) / n)
   seconds = passes * collective.payload * (inside - 1) / inside / sum(rates)
@@ -119,17 +119,17 @@ def collective_seconds(
 def _traffic(program: Program, mesh: Any, chip: Tpu) -> tuple[Traffic, ...]:
   devices = list(mesh.devices.flat)
   sizes = dict(mesh.shape)
-  found: dict[tuple, Traffic] = {}
+  traffic: dict[tuple, Traffic] = {}
   for c in program.collectives():
     key = (c.kind, mesh_axes(c.groups, sizes), c.asynchronous)
-    old = found.get(key, Traffic(*key, calls=0, payload=0, seconds=0.0))
-    found[key] = dataclasses.replace(
+    old = traffic.get(key, Traffic(*key, calls=0, payload=0, seconds=0.0))
+    traffic[key] = dataclasses.replace(
       old,
       calls=old.calls + c.times,
       payload=old.payload + c.times * c.payload,
       seconds=old.seconds + c.times * collective_seconds(c, devices, chip),
     )
-  return tuple(sorted(found.values(), key=lambda t: -t.seconds))
+  return tuple(sorted(traffic.values(), key=lambda t: -t.seconds))
 
 
 def predict(

@@ -1,4 +1,4 @@
-"""What is known about a config on a pod, in figures and in print."""
+"""The figures of a config on a pod, and how they are printed."""
 
 import dataclasses
 import re
@@ -38,20 +38,22 @@ class Report:
   program: Program
   prediction: Prediction
   chip: Tpu
-  flops: dict[str, float]  # of the model, per token, by part
+  flops: dict[str, float]  # the model's, per token, by part
 
   @property
   def tokens(self) -> int:
-    """Per step."""
+    """Tokens of one step."""
     data = self.compiled.config.data
     return data.batch * data.length
 
   @property
   def devices(self) -> int:
+    """Devices of the pod."""
     return self.compiled.mesh.devices.size
 
   @property
   def tokens_per_second(self) -> float:
+    """Tokens of a step over its predicted time."""
     return self.tokens / self.prediction.total
 
   @property
@@ -120,12 +122,12 @@ def _explain(message: str, chip: Tpu) -> str:
 
 def replicated(state: Any, least: int) -> list[tuple[str, int]]:
   """Arrays of at least that many bytes which every device holds whole."""
-  found = []
+  arrays = []
   for path, x in jax.tree_util.tree_leaves_with_path(state):
     size = shard_bytes(x)
     if size >= least and x.sharding.is_fully_replicated:
-      found.append((jax.tree_util.keystr(path), size))
-  return sorted(found, key=lambda pair: -pair[1])
+      arrays.append((jax.tree_util.keystr(path), size))
+  return sorted(arrays, key=lambda pair: -pair[1])
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
@@ -192,14 +194,16 @@ def _collectives(report: Report) -> str:
 
 
 def _kernels(report: Report) -> str:
-  found = report.prediction.kernels
+  kernels = report.prediction.kernels
   rows = [('name', 'calls', 'time', '')]
-  for k in found:
+  for k in kernels:
     how = 'by its schedule' if k.scheduled else 'matrix-unit bound, a floor'
     if not k.scheduled and not k.kernel.flops:
       how = 'unknown, not counted'
     rows.append((k.kernel.name, f'{k.kernel.calls}', _ms(k.seconds), how))
-  return 'kernels per device and step\n' + (_table(rows) if found else '  none')
+  return 'kernels per device and step\n' + (
+    _table(rows) if kernels else '  none'
+  )
 
 
 def _time(report: Report) -> str:
@@ -255,7 +259,7 @@ def describe(report: Report, topology: str) -> str:
 
 
 def verdict(report: Report) -> str:
-  """Whether it fits, and by how much."""
+  """A line that says if it fits, and by how much."""
   word = 'does not fit' if report.excess > 0 else 'fits'
   left = 'too much' if report.excess > 0 else 'left'
   return (

@@ -33,18 +33,18 @@ _SHORT = 100
 class Stretch:
   """Bundles that run together."""
 
-  # 'loop': the body of one inside the grid's; 'branch': of a condition;
-  # 'rest': what stands between those.
+  # 'loop': the body of a loop inside the grid's; 'branch': that of a condition;
+  # 'rest': bundles between those.
   kind: str
-  depth: int = 0  # of loops; 1: the grid's
+  depth: int = 0  # loops around it; 1: the grid's
   bundles: int = 0
-  products: float = 0.0  # cycles of the matrix units
+  products: float = 0.0  # cycles that its products take the matrix units
   # Slots used of each unit, over those there are.
   use: dict[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def cycles(self) -> float:
-    """At least this many."""
+    """A lower bound of its cycles."""
     return max(self.bundles, self.products)
 
 
@@ -101,25 +101,25 @@ def find(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
   """The last programs of the kernels whose name has this in it, in order."""
 
   def number(path: pathlib.Path) -> int:
-    found = re.search(rf'{name}\w*\.(\d+)-', path.name)
-    return int(found.group(1)) if found else 0
+    digits = re.search(rf'{name}\w*\.(\d+)-', path.name)
+    return int(digits.group(1)) if digits else 0
 
-  found = [
+  paths = [
     path
     for path in folder.glob(f'*{name}*{_PROGRAM}')
     if 'schedule-analysis' not in path.name
   ]
-  return sorted(found, key=number)
+  return sorted(paths, key=number)
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Of one kernel: cycles, and the stretch that has most of them."""
+  """Cycles of one kernel, and the stretch that has most of them."""
 
   cycles: float
   most: Stretch
-  flops: float  # of that stretch's products
-  # (part of the kernel, stretches that run as often as it)
+  flops: float  # those of that stretch's products
+  # Every stretch, and how often it runs.
   runs: tuple[tuple[Stretch, float], ...]
 
 
@@ -185,17 +185,17 @@ def _align(
   def best(i: int, j: int) -> tuple[float, tuple[tuple[int, int], ...]]:
     choices = []
     if i < len(stretches) and j < len(rest):
-      cost, found = best(i + 1, j + 1)
-      choices.append((cost + pair(stretches[i], rest[j]), ((i, j), *found)))
+      cost, pairs = best(i + 1, j + 1)
+      choices.append((cost + pair(stretches[i], rest[j]), ((i, j), *pairs)))
     if i < len(stretches):
-      cost, found = best(i + 1, j)
-      choices.append((cost + skip_stretch(stretches[i]), found))
+      cost, pairs = best(i + 1, j)
+      choices.append((cost + skip_stretch(stretches[i]), pairs))
     if j < len(rest):
-      cost, found = best(i, j + 1)
-      choices.append((cost + skip_part(rest[j]), found))
+      cost, pairs = best(i, j + 1)
+      choices.append((cost + skip_part(rest[j]), pairs))
     return min(choices, key=lambda c: c[0]) if choices else (0.0, ())
 
-  cost, found = best(0, 0)
+  cost, pairs = best(0, 0)
   if cost == float('inf'):
     sides = (
       [round(s.products) for s in stretches if s.products > _SHORT],
@@ -205,4 +205,4 @@ def _align(
       'the schedule has stretches with {} cycles of matrix products, the '
       'kernel has parts with {}'.format(*sides)
     )
-  return {i: rest[j] for i, j in found}
+  return {i: rest[j] for i, j in pairs}

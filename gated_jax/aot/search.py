@@ -37,7 +37,7 @@ class Choice:
     )
 
   def flags(self, batch: int) -> str:
-    """What to add to the command line."""
+    """Flags to add to the command line."""
     return ' '.join(
       [f'--config.mesh.{name}={n}' for name, n in self.mesh.axes.items()]
       + [f'--config.model.remat={self.remat}', f'--config.data.batch={batch}']

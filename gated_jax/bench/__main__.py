@@ -200,7 +200,7 @@ def run_peer(options: argparse.Namespace) -> Iterator[Record]:
 def _measure(
   name: str, module: str, rest: list[str], lines: pathlib.Path, folder: str
 ) -> Iterator[Record]:
-  """What one process has to say; its compilers remember what they did."""
+  """The records of one process; its compilation cache outlives it."""
   environment = dict(os.environ)
   if name == 'peer':
     environment['JAX_PLATFORMS'] = 'cpu'  # PyTorch has the device for itself

@@ -22,7 +22,7 @@ from gated_jax.ops.attention.spec import Inputs
 GATES = ('none', 'headwise', 'elementwise')
 # Named numbers of tokens in a row; a shape may also be the number itself.
 LENGTHS = {'4k': 4096, '16k': 16_384, 'tiny': 64}
-TOKENS = 32_768  # of a call, but for 'tiny'
+TOKENS = 32_768  # tokens of a call, but for 'tiny'
 
 
 def shape_of(name: str) -> tuple[int, int]:

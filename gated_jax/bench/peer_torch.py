@@ -119,7 +119,7 @@ def wait(device: str) -> None:
 
 
 def seconds_of(function, calls: int, device: str) -> float:
-  """Of one call, after one that is not timed."""
+  """Seconds of one call, after one that is not timed."""
   function()
   wait(device)
   start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where the time of a train step goes, kernel by kernel, from JAX's profiler.
+"""The time of a train step, kernel by kernel, from JAX's profiler.
 
 Kernels are grouped by what they are for, by their names and the operation
 that the compiler says they came from; what fits no group is listed as it is.

@@ -77,13 +77,13 @@ GATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """What one step is given, and how it is compiled."""
+  """The batch of one step, its model, and how it is compiled."""
 
   model: str = '400m'
-  gate: str = 'elementwise'  # of GATES
+  gate: str = 'elementwise'  # a name in GATES
   batch: int = 8
   length: int = 4096
-  rows: str = 'whole'  # or 'packed': several documents in each
+  rows: str = 'whole'  # 'packed': several documents in each
   remat: str = 'minimal'
   scan: bool = False  # compiles quicker, but copies every layer's arrays
   logit_chunk: int = 0
@@ -216,7 +216,7 @@ def bench(
     )
   base = records[0] if records else {}
   for record in records:
-    # What FLOPs explain is no overhead: the gate's projection is one product.
+    # The time of the gate's own FLOPs, one product, is not overhead.
     more = record['tflop'] / base['tflop'] - 1
     record['more_flops'] = more
     record['more_time'] = record['ms'] / base['ms'] - 1
@@ -228,7 +228,7 @@ def bench(
 
 
 def rates(work: Workload, seconds: float, ceiling: float) -> dict[str, float]:
-  """What a step's time means."""
+  """Rates that follow from a step's time."""
   config = work.run().model
   flops = sum(flops_per_token(config, work.length).values())
   speed = work.batch * work.length / seconds

@@ -24,12 +24,12 @@ class Times(NamedTuple):
 
   @property
   def spread(self) -> float:
-    """Between the extremes, relative to the median."""
+    """Distance of the extremes, relative to the median."""
     return (self.high - self.low) / self.median
 
 
 def summary(samples: list[float]) -> Times:
-  """Of seconds, one a round."""
+  """The `Times` of samples in seconds, one from each round."""
   return Times(statistics.median(samples), min(samples), max(samples))
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from gated_jax import chips
 from gated_jax.aot import hlo
-from gated_jax.aot.program import mesh_axes
+from gated_jax.aot.collectives import mesh_axes
 from gated_jax.aot.report import describe
 from gated_jax.aot.report import examine
 from gated_jax.aot.report import replicated

@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 from gated_jax import chips
 from gated_jax.aot import hlo
+from gated_jax.aot.collectives import Collective
+from gated_jax.aot.collectives import device_groups
+from gated_jax.aot.collectives import mesh_axes
 from gated_jax.aot.predict import collective_seconds
 from gated_jax.aot.predict import predict
-from gated_jax.aot.program import Collective
 from gated_jax.aot.program import Program
-from gated_jax.aot.program import device_groups
-from gated_jax.aot.program import mesh_axes
 from gated_jax.aot.topology import chip_of
 from gated_jax.aot.topology import open_topology
 
@@ -97,7 +97,7 @@ def test_a_loop_that_depends_on_data_counts_once_and_says_so():
   assert program.flops == 2 * N**3
 
 
-def test_of_a_conditional_the_dearest_branch_counts():
+def test_of_a_conditional_the_costliest_branch_counts():
   def run(x, w):
     return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, lambda x: x + 1, x)
 

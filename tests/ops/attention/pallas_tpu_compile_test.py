@@ -104,7 +104,8 @@ from flax.core import meta
 
 from gated_jax import sharding
 from gated_jax.aot.topology import open_topology
-from gated_jax.aot.program import Program, mesh_axes
+from gated_jax.aot.collectives import mesh_axes
+from gated_jax.aot.program import Program
 from gated_jax.config import GateConfig, MeshConfig
 from gated_jax.model.multi_head import GatedAttention
 
