@@ -1,8 +1,10 @@
 """Metadata and dependencies; each line of them says why it is here."""
 
 import pathlib
+import shutil
 
 import setuptools
+from setuptools.command import build_py
 
 HERE = pathlib.Path(__file__).parent
 
@@ -58,6 +60,21 @@ EXTRAS['dev'] = [
   'tensorboardX>=2.6',  # what a run writes for TensorBoard, when asked to
 ]
 
+
+class BuildPy(build_py.build_py):
+  """Puts train.py and configs/ into a wheel; their home stays where it is."""
+
+  def run(self):
+    super().run()
+    if self.editable_mode:
+      return
+    shipped = pathlib.Path(self.build_lib, 'gated_jax/shipped')
+    shutil.rmtree(shipped, ignore_errors=True)
+    (shipped / 'configs').mkdir(parents=True)
+    for path in (HERE / 'train.py', *(HERE / 'configs').glob('*.py')):
+      shutil.copy(path, shipped / path.relative_to(HERE))
+
+
 setuptools.setup(
   name='gated_jax',
   version='0.1.0',
@@ -65,9 +82,22 @@ setuptools.setup(
   long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
+  author='The gated_jax authors',
+  keywords=['attention', 'gating', 'jax', 'flax', 'tpu', 'transformer'],
+  classifiers=[
+    'Development Status :: 4 - Beta',
+    'Intended Audience :: Science/Research',
+    'Operating System :: POSIX :: Linux',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    'Typing :: Typed',
+  ],
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['gated_jax', 'gated_jax.*']),
   package_data={'gated_jax': ['py.typed']},
+  cmdclass={'build_py': BuildPy},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
 )

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from gated_jax import GateConfig
 from gated_jax import GatedAttention
 
 VOCAB, LENGTH = 8, 8
@@ -25,7 +24,7 @@ class Classifier(nn.Module):
     x = nn.Embed(VOCAB, 32)(tokens)
     x += self.param('place', nn.initializers.normal(1.0), (LENGTH, 32))
     h = nn.LayerNorm()(x)
-    x += GatedAttention(num_heads=4, gate=GateConfig(granularity='headwise'))(h)
+    x += GatedAttention(num_heads=4, gate='headwise')(h)
     x += nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
     return nn.Dense(VOCAB)(x[:, -1])
 

@@ -1,0 +1,110 @@
+"""What a user has who has no checkout: a wheel, its types, its trainer."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from gated_jax.train.__main__ import home
+from gated_jax.train.__main__ import with_path
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = ROOT / 'configs'
+
+USER = """\
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gated_jax import GatedAttention
+from gated_jax.nnx import GatedAttention as NnxAttention
+
+x = jnp.ones((1, 4, 8))
+right = GatedAttention(num_heads=2, gate='headwise')
+y: jax.Array = right(x)
+GatedAttention(num_heads=2, gate='hedwise')
+number: int = right(x)
+NnxAttention(2, 8, gate='hedwise', rngs=nnx.Rngs(0))
+"""
+
+
+@pytest.mark.parametrize(('argument', 'expected'), [
+  ('--config=smoke', f'--config={CONFIGS}/smoke.py'),
+  ('--config=gate_sweep:headwise', f'--config={CONFIGS}/gate_sweep.py:headwise'),
+  ('--config=own/smoke.py', '--config=own/smoke.py'),
+  ('--config=smoke.py', '--config=smoke.py'),
+  ('--config.steps=2', '--config.steps=2'),
+  ('--workdir=smoke', '--workdir=smoke'),
+])  # fmt: skip
+def test_a_word_means_a_config_of_the_package(argument, expected):
+  assert with_path(argument, CONFIGS) == expected
+
+
+def test_a_word_that_means_none_is_refused():
+  with pytest.raises(ValueError, match=r'--config=smok is neither .* smoke'):
+    with_path('--config=smok', CONFIGS)
+
+
+def test_in_a_checkout_the_trainer_is_that_of_the_checkout():
+  assert home() == ROOT
+
+
+def run(folder, *command, path):
+  environment = {**os.environ, 'PYTHONPATH': path, 'MYPYPATH': path}
+  return subprocess.run(
+    [sys.executable, '-m', *map(str, command)],
+    cwd=folder,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=280,
+    check=False,
+  )
+
+
+@pytest.mark.long
+def test_a_checker_catches_a_mistyped_gate(tmp_path):
+  pytest.importorskip('mypy')
+  (tmp_path / 'user.py').write_text(USER)
+  done = run(tmp_path, 'mypy', 'user.py', path=str(ROOT))
+  errors = [i for i in done.stdout.splitlines() if ': error: ' in i]
+  lines = [error.split(':')[1] for error in errors]
+  assert lines == ['11', '12', '13'], done.stdout
+
+
+@pytest.mark.long
+def test_a_wheel_trains_in_an_empty_folder(tmp_path):
+  source = tmp_path / 'source'
+  for folder in ('gated_jax', 'configs'):
+    shutil.copytree(ROOT / folder, source / folder)
+  for name in (
+    'setup.py',
+    'pyproject.toml',
+    'README.md',
+    'train.py',
+    'LICENSE',
+  ):
+    shutil.copy(ROOT / name, source)
+  built = run(source, 'pip', 'wheel', '--no-deps', '-w', tmp_path, '.', path='')
+  wheels = list(tmp_path.glob('*.whl'))
+  assert wheels, built.stderr
+  with zipfile.ZipFile(wheels[0]) as wheel:
+    wheel.extractall(tmp_path / 'site')
+  settings = (
+    'steps=2',
+    'optimizer.warmup_steps=1',
+    'model.depth=1',
+    'data.batch=2',
+    'eval_batches=1',
+  )
+  small = [f'--config.{setting}' for setting in settings]
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  program = ('gated_jax.train', '--config=smoke', '--workdir=run', *small)
+  done = run(empty, *program, path=str(tmp_path / 'site'))
+  assert done.returncode == 0, done.stderr
+  assert 'validation' in done.stdout + done.stderr
