@@ -201,6 +201,19 @@ REFUSED = [
     "must be a multiple of model.kv_heads=8 in layer 'attention:heads=12'",
   ),
   ({'model.moe.experts': 4, 'model.moe.top_k': 2}, 'and no layer has experts'),
+  (
+    {'model.moe.groups': 3},
+    'moe.experts=128 must be a multiple of moe.groups=3',
+  ),
+  (
+    {'model.moe.top_groups': 2},
+    'moe.top_groups=2 must be at most moe.groups=1',
+  ),
+  (
+    {'model.moe.groups': 32},
+    'moe.top_k=8 experts cannot be chosen from 4 in moe.top_groups=1 of',
+  ),
+  ({'model.moe.score': 'relu'}, "moe.score='relu' must be one of softmax, si"),
   ({'model.dropout': 1.0}, 'model.dropout=1.0 must lie in [0, 1)'),
   ({'model.attention': 'flash'}, "model.attention='flash' must be one of auto"),
   ({'model.dtype': 'float64'}, "model.dtype='float64' must be one of"),

@@ -72,6 +72,12 @@ class MoEConfig:
   # Hidden channels of an expert that every token takes; 0: there is none.
   shared_width: int = 0
   normalize: bool = True  # the chosen weights sum to one
+  score: str = 'softmax'  # or 'sigmoid': of the router's logits
+  scale: float = 1.0  # of the chosen weights
+  # A bias that only chooses; it is trained by load, not by the loss.
+  bias: bool = False
+  groups: int = 1  # of experts; a token chooses from the best `top_groups`
+  top_groups: int = 1
   # The paper does not print these two; the values are this project's.
   balance_loss: float = setting(1e-2, 'execution')
   router_z_loss: float = setting(1e-3, 'execution')
@@ -92,8 +98,12 @@ class MoEConfig:
         'moe.experts': self.experts,
         'moe.top_k': self.top_k,
         'moe.width': self.width,
+        'moe.scale': self.scale,
+        'moe.groups': self.groups,
+        'moe.top_groups': self.top_groups,
       }
     )
+    choice('moe.score', self.score, ('softmax', 'sigmoid'))
     choice(
       'moe.implementation', self.implementation, ('auto', 'ragged_dot', 'gmm')
     )
@@ -102,9 +112,29 @@ class MoEConfig:
         f'moe.top_k={self.top_k} experts cannot be chosen from '
         f'moe.experts={self.experts}'
       )
+    self._check_groups()
     if self.top_k == 1 and self.normalize:
       raise ValueError(
         'moe.top_k=1 with moe.normalize=True gives the one chosen expert '
         'weight 1 whatever the router says, so that the router learns nothing '
         'from the loss: set moe.normalize=False'
+      )
+
+  def _check_groups(self) -> None:
+    """Refuses groups that experts or choices do not fit into."""
+    if self.experts % self.groups:
+      raise ValueError(
+        f'moe.experts={self.experts} must be a multiple of '
+        f'moe.groups={self.groups}'
+      )
+    if self.top_groups > self.groups:
+      raise ValueError(
+        f'moe.top_groups={self.top_groups} must be at most '
+        f'moe.groups={self.groups}'
+      )
+    choices = self.experts // self.groups * self.top_groups
+    if self.top_k > choices:
+      raise ValueError(
+        f'moe.top_k={self.top_k} experts cannot be chosen from {choices} in '
+        f'moe.top_groups={self.top_groups} of moe.groups={self.groups}'
       )

@@ -36,6 +36,7 @@ class ModelConfig:
   head_dim: int = 128
   mlp_width: int = 6144
   tie_embeddings: bool = True
+  embed_scale: float = 1.0  # of what the embedding gives (muP)
   norm: str = 'pre'  # or 'sandwich': also on each block's output
   norm_eps: float = 1e-6
   norm_zero_centered: bool = False  # scale stored as its distance from one
@@ -72,6 +73,7 @@ class ModelConfig:
           'head_dim',
           'mlp_width',
           'norm_eps',
+          'embed_scale',
           'init_std',
         )
       }

@@ -39,6 +39,8 @@ class OptimizerConfig:
   gate_learning_rate: float = 1.0
   gate_weight_decay: float = 1.0
   muon_momentum: float = 0.95
+  # Step of the bias that evens the load of experts (arXiv 2408.15664).
+  router_bias_rate: float = 1e-3
 
   def __post_init__(self) -> None:
     finite('optimizer.', self)
@@ -61,6 +63,7 @@ class OptimizerConfig:
           'clip_norm',
           'gate_learning_rate',
           'gate_weight_decay',
+          'router_bias_rate',
         )
       }
     )

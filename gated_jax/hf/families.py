@@ -6,10 +6,12 @@ of choice on export. Read `gated_jax/hf/config.py` next.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 from gated_jax.config import ModelConfig
+from gated_jax.config import shortest_pattern
 from gated_jax.hf import names
 from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import read_layer_types
@@ -53,7 +55,7 @@ def _read_qwen3(keys: Keys, depth: int) -> dict[str, Any]:
     for layer in range(depth)
   ]
   return {
-    'pattern': read_layer_types(keys, default, window),
+    'pattern': shortest_pattern(read_layer_types(keys, default, window)),
     'gate': {'position': 'none'},
   }
 
@@ -146,7 +148,7 @@ def _read_hybrid(keys: Keys, depth: int) -> dict[str, Any]:
   keys.expect('output_gate_type', 'sigmoid')
   default = _interval(depth, every, 'linear_attention')
   return {
-    'pattern': read_layer_types(keys, default, None),
+    'pattern': shortest_pattern(read_layer_types(keys, default, None)),
     'norm_zero_centered': True,
     'gate': {'position': 'sdpa_output'},
   }
@@ -173,30 +175,59 @@ def _write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_afmoe(keys: Keys, depth: int) -> dict[str, Any]:
-  dense = keys.integer('num_dense_layers', 1, least=0)
-  if dense < depth:
-    raise ValueError(
-      f'{keys.where} has num_dense_layers={dense} of {depth}, and the decoder '
-      'does not choose experts by sigmoid scores and a bias'
-    )
-  keys.expect('mup_enabled', False, 'it does not scale embeddings')
+  dense = min(keys.integer('num_dense_layers', 1, least=0), depth)
   every = keys.integer('global_attn_every_n_layers', 4)
   window = keys.integer('sliding_window', 1024)
   default = _interval(depth, every, 'sliding_attention')
-  return {
-    'pattern': read_layer_types(keys, default, window, 'attention:nope'),
+  words = read_layer_types(keys, default, window, 'attention:nope')
+  for group in ('n_group', 'topk_group', *_AFMOE_GROUPS):
+    keys.expect(group, 1, 'its experts are in one group')
+  values: dict[str, Any] = {
+    'pattern': shortest_pattern(words),
     'norm': 'sandwich',
     'gate': {'position': 'sdpa_output'},
+  }
+  if keys.flag('mup_enabled', False):
+    values['embed_scale'] = math.sqrt(keys.taken['hidden_size'])
+  if dense == depth:
+    return values
+  width = keys.integer('moe_intermediate_size', 1408)
+  return values | {
+    'lead': tuple(words[:dense]),
+    'pattern': shortest_pattern([f'{word}+moe' for word in words[dense:]]),
+    'moe': {
+      'experts': keys.integer('num_experts', 64),
+      'top_k': keys.integer('num_experts_per_tok', 6),
+      'width': width,
+      'shared_width': width * keys.integer('num_shared_experts', 2, least=0),
+      'score': 'sigmoid',
+      'bias': True,
+      'scale': keys.number('route_scale', 1.0),
+    },
   }
 
 
 def _write_afmoe(config: ModelConfig) -> dict[str, Any]:
-  return write_layer_types(config) | {
-    'num_dense_layers': config.depth,
-    'mup_enabled': False,
+  dense = [layer.ffn for layer in config.layers].count('mlp')
+  values = write_layer_types(config) | {
+    'num_dense_layers': dense,
+    'mup_enabled': config.embed_scale != 1,
+  }
+  if not config.has_experts:
+    return values
+  moe = config.moe
+  return values | {
+    'num_experts': moe.experts,
+    'num_experts_per_tok': moe.top_k,
+    'moe_intermediate_size': moe.width,
+    'num_shared_experts': moe.shared_width // moe.width,
+    'route_scale': moe.scale,
   }
 
 
+# Groups of experts, and settings of training, that the class does not read.
+_AFMOE_GROUPS = ('num_expert_groups', 'num_limited_groups')
+_AFMOE_UNUSED = {'score_func', 'route_norm', 'load_balance_coeff'}
 _UNUSED_EXPERTS = {
   'num_experts',
   'num_experts_per_tok',
@@ -277,6 +308,6 @@ FAMILIES = (
     rows=names.AFMOE,
     read=_read_afmoe,
     write=_write_afmoe,
-    inert=frozenset(_UNUSED_EXPERTS),
+    inert=frozenset(_UNUSED_EXPERTS | _AFMOE_UNUSED),
   ),
 )

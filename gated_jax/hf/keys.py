@@ -14,7 +14,6 @@ from typing import NoReturn
 
 from gated_jax.config import ModelConfig
 from gated_jax.config import RopeConfig
-from gated_jax.config import shortest_pattern
 
 # Their key to our setting, where the value is the same.
 SAME = {
@@ -67,6 +66,7 @@ class Keys:
 
   def __init__(self, values: Mapping[str, Any], where: str = 'config.json'):
     self._left = dict(values)
+    self.taken: dict[str, Any] = {}  # what has been taken so far
     self.where = where
 
   def take(self, key: str, *default: Any) -> Any:
@@ -75,7 +75,8 @@ class Keys:
     if value is None:
       if not default:
         raise ValueError(f'{self.where} has no {key}')
-      return default[0]
+      value = default[0]
+    self.taken[key] = value
     return value
 
   def integer(self, key: str, *default: Any, least: int = 1) -> Any:
@@ -239,8 +240,8 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
 
 def read_layer_types(
   keys: Keys, default: list[str], window: int | None, full: str = 'attention'
-) -> tuple[str, ...]:
-  """The pattern of layers, from a type for each.
+) -> list[str]:
+  """The word of every layer, from a type for each.
 
   Args:
     keys: Of config.json.
@@ -264,7 +265,7 @@ def read_layer_types(
         f'{keys.where}: layer {layer} is {reprlib.repr(kind)}, and the decoder '
         f'has {" and ".join(words)} here'
       )
-  return shortest_pattern([words[kind] for kind in types])
+  return [words[kind] for kind in types]
 
 
 def write_layer_types(config: ModelConfig) -> dict[str, Any]:

@@ -83,20 +83,29 @@ _SANDWICH_NORM = _layer(
   Row('pre_mlp_layernorm.weight', ('mlp_norm/scale',), inputs=0),
   Row('post_mlp_layernorm.weight', ('mlp_post_norm/scale',), inputs=0),
 )
+# Names of SwiGLU's matrices, theirs and ours.
+_SWIGLU = (('gate_proj', 'gate_proj'), ('up_proj', 'up'), ('down_proj', 'down'))
 _MLP = _layer(
-  Row('mlp.gate_proj.weight', ('mlp/gate_proj/kernel',)),
-  Row('mlp.up_proj.weight', ('mlp/up/kernel',)),
-  Row('mlp.down_proj.weight', ('mlp/down/kernel',)),
+  *(
+    Row(f'mlp.{theirs}.weight', (f'mlp/{ours}/kernel',))
+    for theirs, ours in _SWIGLU
+  )
 )
 _EXPERTS = _layer(
-  Row('mlp.gate.weight', ('moe/router/kernel',)),
-  Row('mlp.experts.{expert}.gate_proj.weight', ('moe/gate_proj',)),
-  Row('mlp.experts.{expert}.up_proj.weight', ('moe/up',)),
-  Row('mlp.experts.{expert}.down_proj.weight', ('moe/down',)),
+  *(
+    Row(f'mlp.experts.{{expert}}.{theirs}.weight', (f'moe/{ours}',))
+    for theirs, ours in _SWIGLU
+  )
 )
 
 QWEN3 = (*_COMMON, *_PLAIN_QUERY, *_PRE_NORM, *_MLP)
-QWEN3_MOE = (*_COMMON, *_PLAIN_QUERY, *_PRE_NORM, *_EXPERTS)
+QWEN3_MOE = (
+  *_COMMON,
+  *_PLAIN_QUERY,
+  *_PRE_NORM,
+  *_layer(Row('mlp.gate.weight', ('moe/router/kernel',))),
+  *_EXPERTS,
+)
 GATED_QWEN3 = (
   *_COMMON,
   *_layer(_FUSED_QUERY._replace(groups='kv_heads')),
@@ -109,7 +118,23 @@ QWEN3_NEXT = (
   *_PRE_NORM,
   *_MLP,
 )
-AFMOE = (*_COMMON, *_PLAIN_QUERY, *_SEPARATE_GATE, *_SANDWICH_NORM, *_MLP)
+AFMOE = (
+  *_COMMON,
+  *_PLAIN_QUERY,
+  *_SEPARATE_GATE,
+  *_SANDWICH_NORM,
+  *_MLP,
+  *_layer(
+    Row('mlp.router.gate.weight', ('moe/router/kernel',)),
+    Row('mlp.expert_bias', ('moe/router/bias',), inputs=0),
+    Row(
+      'mlp.shared_experts.gate_proj.weight', ('moe/shared/gate_proj/kernel',)
+    ),
+    Row('mlp.shared_experts.up_proj.weight', ('moe/shared/up/kernel',)),
+    Row('mlp.shared_experts.down_proj.weight', ('moe/shared/down/kernel',)),
+  ),
+  *_EXPERTS,
+)
 
 
 @dataclasses.dataclass(frozen=True)

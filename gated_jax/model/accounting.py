@@ -48,6 +48,7 @@ def _part(
     Kind.GATE: 'gate',
     Kind.GATE_SCORES: 'gate',
     Kind.ROUTER: 'router',
+    Kind.LOAD_BIAS: 'router',
     Kind.EMBEDDING: path[0],
   }
   if about.kind in by_kind:

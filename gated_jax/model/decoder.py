@@ -197,7 +197,10 @@ class Decoder(nn.Module):
       skip_below=skip_below,
       deterministic=deterministic,
     )
-    x = sharding.constrain(self.embed(tokens), *sharding.RESIDUAL)
+    x = self.embed(tokens)
+    if self.config.embed_scale != 1:
+      x *= self.config.embed_scale
+    x = sharding.constrain(x, *sharding.RESIDUAL)
     x, cache, extras = self._layers(x, cache, ctx)
     if cache is not None:
       new = (

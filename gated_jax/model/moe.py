@@ -1,6 +1,7 @@
 """Mixture of experts as a layer: parameters for `gated_jax/ops/moe`.
 
     router/kernel [D, E]    gate_proj, up [E, D, F]    down [E, F, D]
+    router/bias [E]                        (with config.moe.bias)
     shared/{gate_proj, up, down}/kernel    (with config.moe.shared_width)
 
 The router's losses go over the whole batch: they stand outside the part that
@@ -61,9 +62,16 @@ class MoE(nn.Module):
     e, d, f = c.moe.experts, c.width, self.width
     # The router is small, and whole on every device: its choices are needed
     # where the tokens are.
-    router = Router(c, name='router')()
-    spec = RouteSpec(c.moe.top_k, normalize=c.moe.normalize)
-    routing = route(x, router, spec, valid=valid)
+    kernel, bias = Router(c, name='router')()
+    spec = RouteSpec(
+      c.moe.top_k,
+      score=c.moe.score,
+      normalize=c.moe.normalize,
+      scale=c.moe.scale,
+      groups=c.moe.groups,
+      top_groups=c.moe.top_groups,
+    )
+    routing = route(x, kernel, spec, bias, valid)
     statistics = router_statistics(routing, valid)
     dtype = jnp.dtype(c.dtype)
     axes = ('experts', 'expert_embed', 'mlp')
@@ -132,14 +140,14 @@ class MoE(nn.Module):
 
 
 class Router(nn.Module):
-  """Owns the router's `kernel`."""
+  """Owns the router's `kernel`, and a `bias` where the config has one."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self) -> Float[Array, 'D E']:
+  def __call__(self) -> tuple[Float[Array, 'D E'], Float[Array, ' E'] | None]:
     c = self.config
-    return parameter(
+    kernel = parameter(
       self,
       'kernel',
       (c.width, c.moe.experts),
@@ -149,3 +157,15 @@ class Router(nn.Module):
       dtype=c.param_dtype,
       inputs=1,
     )
+    if not c.moe.bias:
+      return kernel, None
+    bias = parameter(
+      self,
+      'bias',
+      (c.moe.experts,),
+      (None,),
+      Kind.LOAD_BIAS,
+      init=nn.initializers.zeros,
+      dtype='float32',
+    )
+    return kernel, bias

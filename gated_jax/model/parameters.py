@@ -30,11 +30,12 @@ class Kind(enum.Enum):
   GATE = 'gate'  # the matrix that makes gate logits
   GATE_SCORES = 'gate_scores'  # gate logits that are the same for every token
   ROUTER = 'router'  # the matrix that scores experts
+  LOAD_BIAS = 'load_bias'  # chooses experts; its gradient is the excess load
   DECAY = 'decay'  # how fast a recurrent state forgets
 
 
 # Computed with in float32 as they are stored, whatever the model's dtype.
-FLOAT32 = frozenset({Kind.VECTOR, Kind.ROUTER, Kind.DECAY})
+FLOAT32 = frozenset({Kind.VECTOR, Kind.ROUTER, Kind.LOAD_BIAS, Kind.DECAY})
 # Multiplied by activations: these cost FLOPs for every token.
 MULTIPLIED = frozenset({Kind.MATRIX, Kind.GATE, Kind.ROUTER})
 

@@ -25,7 +25,7 @@ Schedule = Callable[[Any], Any]
 class Rule(NamedTuple):
   """How one kind of parameter is updated."""
 
-  group: str  # 'matrix', 'vector' or 'gate'; see `make_optimizer`
+  group: str  # 'matrix', 'vector', 'gate' or 'load'; see `make_optimizer`
   decay: bool  # whether weight decay applies
 
 
@@ -33,6 +33,7 @@ RULES: dict[Kind, Rule] = {
   Kind.MATRIX: Rule('matrix', decay=True),
   Kind.EMBEDDING: Rule('vector', decay=True),
   Kind.ROUTER: Rule('vector', decay=True),
+  Kind.LOAD_BIAS: Rule('load', decay=False),
   Kind.VECTOR: Rule('vector', decay=False),
   Kind.BIAS: Rule('vector', decay=False),
   Kind.DECAY: Rule('vector', decay=False),
@@ -78,8 +79,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Clipping, then one transformation per group of parameters.
 
-  'matrix' is AdamW's or Muon's, 'vector' always AdamW's, and 'gate' is AdamW
-  with learning rate and weight decay of its own, relative to the rest.
+  'matrix' is AdamW's or Muon's, 'vector' always AdamW's, 'gate' is AdamW with
+  learning rate and weight decay of its own, relative to the rest, and 'load'
+  goes against the sign of the gradient by a fixed step (arXiv 2408.15664).
 
   Args:
     config: of the optimizer.
@@ -102,7 +104,12 @@ def make_optimizer(
       rate * config.gate_learning_rate,
       decay * config.gate_weight_decay,
     ),
+    'load': optax.chain(
+      optax.scale_by_sign(), optax.scale(-config.router_bias_rate)
+    ),
   }
+  if Kind.LOAD_BIAS not in {about.kind for about in facts.values()}:
+    del groups['load']  # the state of other models stays as it was
 
   def group(params: Tree) -> Tree:
     tree = _by_path(facts, params)
@@ -111,7 +118,14 @@ def make_optimizer(
   update = optax.partition(groups, group)
   if not config.clip_norm:
     return update
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+  clip: Any = optax.clip_by_global_norm(config.clip_norm)
+  if 'load' in groups:  # its gradient is no gradient of the loss
+    clip = optax.masked(clip, lambda p: _is_of_loss(_by_path(facts, p)))
+  return optax.chain(clip, update)
+
+
+def _is_of_loss(facts: Tree) -> Tree:
+  return jax.tree.map(lambda x: x.kind is not Kind.LOAD_BIAS, facts)
 
 
 def _adamw(

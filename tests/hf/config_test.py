@@ -91,8 +91,7 @@ def test_a_required_key_that_is_missing_is_named(key):
     ({**NEXT, 'layer_types': FULL, 'num_experts': 8}, 'num_experts=8.*shared_expert_gate'),
     ({**NEXT, 'layer_types': FULL, 'output_gate_type': 'swish'}, 'output_gate_type'),
     ({'model_type': 'qwen3_5_text'}, "layer 0 is 'linear_attention'"),
-    ({'model_type': 'afmoe'}, 'num_dense_layers=1 of 4.*sigmoid scores'),
-    ({'model_type': 'afmoe', 'num_dense_layers': 4, 'mup_enabled': True}, 'mup_enabled'),
+    ({'model_type': 'afmoe', 'n_group': 2}, 'n_group=2.*experts are in one gro'),
   ],
 )  # fmt: skip
 def test_what_the_decoder_cannot_compute_is_refused_by_name(changes, message):
@@ -155,6 +154,15 @@ def test_a_key_can_be_ignored():
       {'model_type': 'afmoe', 'num_dense_layers': 4, 'sliding_window': 7},
       {'pattern': ('attention:window=7',) * 3 + ('attention:nope',),
        'norm': 'sandwich'},
+    ),
+    (
+      {'model_type': 'afmoe', 'sliding_window': 7, 'num_experts': 8,
+       'moe_intermediate_size': 5, 'route_scale': 2.5, 'mup_enabled': True},
+      {'lead': ('attention:window=7',),
+       'pattern': ('attention:window=7+moe',) * 2 + ('attention:nope+moe',),
+       'moe.experts': 8, 'moe.top_k': 6, 'moe.shared_width': 10,
+       'moe.score': 'sigmoid', 'moe.bias': True, 'moe.scale': 2.5,
+       'embed_scale': QWEN3['hidden_size'] ** 0.5},
     ),
   ],
 )  # fmt: skip

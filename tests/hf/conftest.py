@@ -1,6 +1,7 @@
 """Tiny models of every family, with random parameters."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -77,6 +78,29 @@ CASES = {
       norm='sandwich',
       gate=GATE,
       pattern=('attention:window=6',) * 3 + ('attention:nope',),
+    ),
+  ),
+  'trinity': (
+    'afmoe',
+    plain(
+      norm='sandwich',
+      gate=GATE,
+      embed_scale=math.sqrt(32),
+      lead=('attention:window=6',),
+      pattern=(
+        'attention:nope+moe',
+        'attention:window=6+moe',
+        'attention:window=6+moe',
+      ),
+      moe=MoEConfig(
+        experts=4,
+        top_k=2,
+        width=24,
+        shared_width=48,
+        score='sigmoid',
+        bias=True,
+        scale=1.7,
+      ),
     ),
   ),
 }

@@ -29,6 +29,7 @@ def ours_alone(config):
     config,
     param_dtype='float32',
     dtype='float32',
+    lead=(),
     pattern=tuple(word_of(layer, config) for layer in config.layers),
     scan=True,
   )

@@ -31,6 +31,7 @@ POLICY = {
   Kind.MATRIX: ('matrix', True),
   Kind.EMBEDDING: ('vector', True),
   Kind.ROUTER: ('vector', True),
+  Kind.LOAD_BIAS: ('load', False),
   Kind.VECTOR: ('vector', False),
   Kind.BIAS: ('vector', False),
   Kind.DECAY: ('vector', False),
@@ -60,6 +61,7 @@ KINDS = {
   'mlp/up/kernel': Kind.MATRIX,
   'mlp/down/kernel': Kind.MATRIX,
   'moe/router/kernel': Kind.ROUTER,
+  'moe/router/bias': Kind.LOAD_BIAS,
   'moe/gate_proj': Kind.MATRIX,
   'moe/up': Kind.MATRIX,
   'moe/down': Kind.MATRIX,
@@ -84,7 +86,7 @@ def test_every_parameter_of_a_decoder_says_what_it_is():
   seen = set()
   for changes in MODELS:
     experts = 'moe' in str(changes)
-    moe = MoEConfig(experts=4, top_k=2, width=8, shared_width=8)
+    moe = MoEConfig(experts=4, top_k=2, width=8, shared_width=8, bias=True)
     small = {'vocab': 8, 'length': 8, 'depth': 4}
     config = ModelConfig(
       **{**small, 'width': 8, 'heads': 2, 'kv_heads': 1, 'head_dim': 4},
@@ -128,6 +130,18 @@ def test_only_gates_follow_the_gate_settings():
   # Adam's first update is the sign of the gradient; decay adds 0.5 * 1.
   np.testing.assert_allclose(found['gate'], -1e-4, rtol=1e-5)
   np.testing.assert_allclose(found['proj'], -1.5e-3, rtol=1e-5)
+
+
+def test_the_bias_of_a_router_steps_against_the_load_and_clips_nothing():
+  boxes = {'bias': boxed(Kind.LOAD_BIAS, (3,)), 'm': boxed(Kind.MATRIX, (2, 2))}
+  config = OptimizerConfig(
+    router_bias_rate=0.01, clip_norm=1.0, warmup_steps=0, weight_decay=0.0
+  )
+  gradient = {'bias': jnp.array([90.0, 0.0, -1e-3]), 'm': jnp.zeros((2, 2))}
+  gradient['m'] += 1e-8  # about as large as Adam's epsilon: a clip would show
+  found = first_update(config, boxes, gradient)
+  np.testing.assert_allclose(found['bias'], [-0.01, 0, 0.01])
+  np.testing.assert_allclose(found['m'], -0.5 * config.learning_rate, rtol=1e-4)
 
 
 def test_gates_can_be_frozen():
