@@ -82,11 +82,13 @@ class _Values:
     self.put(jaxpr.invars, given)
 
   def put(self, variables: Any, values: Any) -> None:
+    """Remembers those values that are known."""
     for variable, value in zip(variables, values, strict=True):
       if value is not None:
         self.known[variable] = value
 
   def get(self, variables: Any) -> list[Any]:
+    """Values of variables and literals; None where one is not known."""
     return [
       v.val if isinstance(v, core.Literal) else self.known.get(v)
       for v in variables

@@ -146,13 +146,16 @@ class Module:
   partitions: int
 
   def root(self, computation: str) -> Instruction:
+    """The instruction whose value the computation returns."""
     return next(i for i in self.computations[computation].values() if i.root)
 
   def operand_types(self, computation: str, i: Instruction) -> list[str]:
+    """Types of an instruction's operands, as the text has them."""
     known = self.computations[computation]
     return [known[name].type for name in i.operands if name in known]
 
   def operand_bytes(self, computation: str, i: Instruction) -> int:
+    """Bytes of an instruction's operands together."""
     return sum(bytes_of(t) for t in self.operand_types(computation, i))
 
   def flops(self, computation: str, i: Instruction) -> int:

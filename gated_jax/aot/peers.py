@@ -8,6 +8,7 @@ authors and a search over schedules favour. tokamax is no dependency:
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -27,17 +28,19 @@ class Options:
   diagonal: int = 0  # tokamax: pieces that a diagonal block is cut into
 
 
-def _both(make: Callable, heads: int, length: int, options: Options):
+def _both(
+  make: Callable, heads: int, length: int, options: Options
+) -> Callable:
   """(q, k, v [B, N, T, H], gradient of the output) to three gradients."""
 
-  def run(q, k, v, d_output):
+  def run(q: Any, k: Any, v: Any, d_output: Any) -> Any:
     kernel = make(heads, length, options)
     return jax.vjp(jax.vmap(kernel), q, k, v)[1](d_output)
 
   return run
 
 
-def _jax_splash(heads: int, length: int, options: Options):
+def _jax_splash(heads: int, length: int, options: Options) -> Any:
   block = min(options.block, length)
   mask = jax_mask.CausalMask((length, length))
   return jax_kernel.make_splash_mha(
@@ -56,7 +59,7 @@ def _jax_splash(heads: int, length: int, options: Options):
   )
 
 
-def _tokamax_splash(heads: int, length: int, options: Options):
+def _tokamax_splash(heads: int, length: int, options: Options) -> Any:
   from tokamax._src.ops.experimental.tpu.splash_attention import (
     splash_attention_kernel,
   )

@@ -53,6 +53,7 @@ class Prediction:
 
   @property
   def kernel(self) -> float:
+    """Seconds of all kernels."""
     return sum(k.seconds for k in self.kernels)
 
   @property
@@ -67,6 +68,7 @@ class Prediction:
 
   @property
   def total(self) -> float:
+    """Seconds of the step."""
     computing = self.xla + self.kernel
     return self.synchronous + max(computing, self.asynchronous)
 

@@ -29,6 +29,7 @@ class Choice:
   remat: str
 
   def config(self, base: RunConfig, batch: int) -> RunConfig:
+    """The base config with this mesh, recomputation and batch."""
     return dataclasses.replace(
       base,
       mesh=self.mesh,

@@ -117,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def workload(options: argparse.Namespace, **change: Any) -> Workload:
+  """The workload that the flags describe, with some fields changed."""
   fields = {f.name for f in dataclasses.fields(Workload)}
   given = {n: v for n, v in vars(options).items() if n in fields}
   return Workload(**given | change)

@@ -80,11 +80,11 @@ def functions(case: Case, backend: str) -> dict[str, Any]:
     implementation=backend,
   )
 
-  def forward(arrays):
+  def forward(arrays: dict[str, Any]) -> Any:
     # The log-sum-exp is not a result, as in evaluation.
     return attend(*Inputs(**arrays)).output
 
-  def both(arrays, incoming):
+  def both(arrays: dict[str, Any], incoming: Any) -> Any:
     output, pull = jax.vjp(forward, arrays)
     return output, pull(incoming)
 

@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +57,10 @@ class Layer(nn.Module):
       for size in (c.width, c.width, c.head_dim, c.head_dim)
     )
 
-  def forward(self, x, cos, sin):
+  def forward(
+    self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+  ) -> torch.Tensor:
+    """Attention and MLP, each added to x."""
     b, t, _ = x.shape
     before, between, q_norm, k_norm = self.norms
     q, k, v, gate = self.into(before(x)).split(self.sizes, dim=-1)
@@ -77,7 +81,9 @@ class Layer(nn.Module):
     return x + self.down(F.silu(gate) * up)
 
 
-def rotate(x, cos, sin):
+def rotate(
+  x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
   """Rotary embedding of halves, in float32."""
   a, b = x.float().chunk(2, dim=-1)
   return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -103,7 +109,10 @@ class Model(nn.Module):
       if parameter.ndim > 1:
         nn.init.normal_(parameter, std=c.init_std)
 
-  def forward(self, tokens, targets):
+  def forward(
+    self, tokens: torch.Tensor, targets: torch.Tensor
+  ) -> torch.Tensor:
+    """The mean cross-entropy of the targets."""
     x = self.embedding(tokens)
     if torch.is_autocast_enabled(x.device.type):
       x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -114,11 +123,12 @@ class Model(nn.Module):
 
 
 def wait(device: str) -> None:
+  """Until the device has done everything it was given."""
   if device == 'cuda':
     torch.cuda.synchronize()
 
 
-def seconds_of(function, calls: int, device: str) -> float:
+def seconds_of(function: Callable[[], Any], calls: int, device: str) -> float:
   """Seconds of one call, after one that is not timed."""
   function()
   wait(device)
@@ -141,7 +151,7 @@ def quickest_sdpa(config: ModelConfig, work: Workload, device: str) -> str:
     for s in (shape, kv_shape, kv_shape)
   )
 
-  def both():
+  def both() -> None:
     y = F.scaled_dot_product_attention(
       q, k, v, is_causal=True, enable_gqa=config.heads != config.kv_heads
     )
@@ -193,7 +203,7 @@ def bench(work: Workload, rounds: int, steps: int) -> dict[str, Any]:
   compiled = torch.compile(model) if device == 'cuda' else model
   narrow = torch.autocast(device, torch.bfloat16)
 
-  def step():
+  def step() -> torch.Tensor:
     with narrow, sdpa_kernel(SDPA[backend]):
       loss = compiled(tokens, targets)
     loss.backward()
