@@ -61,15 +61,29 @@ def damaged(
   return CheckpointError(f'{folder} is damaged{where}: {one_line(error)}')
 
 
+def steps_in(folder: pathlib.Path) -> list[int]:
+  """The steps whose folders lie in a folder, in order.
+
+  Whatever else lies there is left alone: notes, steps that were put aside or
+  that a killed run was about to write.
+  """
+  paths = folder.iterdir() if folder.is_dir() else []
+  return sorted(
+    int(path.name)
+    for path in paths
+    if re.fullmatch('0|[1-9][0-9]*', path.name) and path.is_dir()
+  )
+
+
 def find(path: str | pathlib.Path) -> pathlib.Path:
   """A step's folder, given it, its `checkpoints` folder or the workdir."""
   given = expand(path)
   if (given / 'params').is_dir():
     return given
   for folder in (given / 'checkpoints', given):
-    steps = [p for p in folder.glob('*') if p.name.isdigit()]
+    steps = steps_in(folder)
     if steps:
-      return max(steps, key=lambda p: int(p.name))
+      return folder / str(steps[-1])
   raise ValueError(f'no checkpoint at {path}')
 
 

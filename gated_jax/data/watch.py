@@ -52,8 +52,9 @@ class IntegerFile:
       more = os.pread(self._file, wanted - len(raw), first + len(raw))
       if not more:
         raise FilesChangedError(
-          f'{self._path} was cut short while it was read: it ends at byte '
-          f'{first + len(raw)}, and had {self._length} ids of {size} bytes'
+          f'{self._path} was cut short while it was read: it has '
+          f'{os.fstat(self._file).st_size} bytes, too few for the '
+          f'{self._length} ids that it had'
         )
       raw += more
     return np.frombuffer(raw, self.dtype)

@@ -29,6 +29,7 @@ from gated_jax.checkpoint import one_line
 from gated_jax.checkpoint import read_run
 from gated_jax.checkpoint import records
 from gated_jax.checkpoint import seal
+from gated_jax.checkpoint import steps_in
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
@@ -140,7 +141,7 @@ class Checkpoints:
     self._say = say
     self._broken = False
     self._started = -1  # the step whose save was begun last
-    losses = {step: _loss_of(self.path(step)) for step in self._complete()}
+    losses = {step: _loss_of(self.path(step)) for step in steps_in(self.folder)}
     # Every process must keep the same steps, also where one cannot read.
     known = {int(step): loss for step, loss in gather(losses)[0].items()}
     self._best = _Best(config.checkpoint.keep_best, known)
@@ -227,15 +228,11 @@ class Checkpoints:
 
   def _failed(self, step: int, error: Exception) -> CheckpointError:
     self._broken = True
-    good = self._complete()
+    good = steps_in(self.folder)
     last = f'; the last good one is {self.path(good[-1])}' if good else ''
     return CheckpointError(
       f'could not save step {step} in {self.folder}{last}: {one_line(error)}'
     )
-
-  def _complete(self) -> list[int]:
-    paths = self.folder.iterdir() if self.folder.is_dir() else []
-    return sorted(int(p.name) for p in paths if p.name.isdigit())
 
   def restore(
     self, abstract: TrainState

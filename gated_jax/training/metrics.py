@@ -23,6 +23,7 @@ import jax
 from gated_jax import chips
 from gated_jax.config import RunConfig
 from gated_jax.config import to_dict
+from gated_jax.training.tensorboard import TensorBoard
 
 
 def utilisation(
@@ -88,14 +89,15 @@ class Metrics:
   def __init__(self, workdir: pathlib.Path, config: RunConfig, after: int):
     self.path = workdir / 'metrics.jsonl'
     self._file: TextIO | None = None
-    self._tensorboard = self._wandb = None
+    self._tensorboard: TensorBoard | None = None
+    self._wandb: Any = None
     self._after, self._written = after, frozenset[str]()
     if jax.process_index():
       return
     self._written = self._keep_until(after)
     self._file = self.path.open('a', encoding='utf-8')
     if config.tensorboard:
-      self._tensorboard = _tensorboard(workdir / 'tensorboard', after)
+      self._tensorboard = TensorBoard(workdir / 'tensorboard', after)
     if config.wandb:
       self._wandb = _wandb(workdir, config)
 
@@ -118,9 +120,7 @@ class Metrics:
     except OSError as error:
       raise OSError(f'cannot write {self.path}: {error.strerror}') from error
     if self._tensorboard is not None:
-      for name, value in plain.items():
-        if value is not None:
-          self._tensorboard.add_scalar(name, value, step)
+      self._tensorboard.write(step, plain)
     if self._wandb is not None:
       self._wandb.log(plain, step=step)
 
@@ -160,16 +160,6 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
       if isinstance(record, dict) and isinstance(record.get('step'), int):
         records.append(record)
   return records
-
-
-def _tensorboard(folder: pathlib.Path, after: int) -> Any:
-  try:
-    import tensorboardX
-  except ImportError:
-    raise ValueError(
-      'tensorboard=True needs a package: pip install tensorboardX'
-    ) from None
-  return tensorboardX.SummaryWriter(str(folder), purge_step=after + 1)
 
 
 def _wandb(workdir: pathlib.Path, config: RunConfig) -> Any:

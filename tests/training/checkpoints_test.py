@@ -142,6 +142,25 @@ def test_a_value_that_changed_silently_is_found(tmp_path, monkeypatch):
     manager.restore(abstract())
 
 
+def test_what_else_lies_there_is_left_alone(tmp_path, caplog):
+  saved(tmp_path, [NEVER])
+  stray = ['7', '\u00b2', 'notes.txt', '3.orbax', '05']
+  for name in stray:
+    (tmp_path / name).write_text('mine')
+  (tmp_path / 'copy of 1').mkdir()
+  (tmp_path / '2.orbax-checkpoint-tmp').mkdir()  # of a save that was killed
+  manager = open_at(tmp_path)
+  assert int(manager.restore(abstract())[0].step) == 1
+  manager.save(state_at(2), 'place 2')
+  manager.wait()
+  manager.close()
+  assert checkpoint.find(tmp_path) == tmp_path / '2'
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {*stray, 'copy of 1', '1', '2'}
+  checkpoint.load_parameters(tmp_path, abstract().params)
+  assert not caplog.records
+
+
 def test_damaged_steps_alone_are_no_reason_to_start_anew(tmp_path):
   saved(tmp_path, [NEVER])
   for path in tmp_path.glob('1/rest/d/*'):

@@ -1,5 +1,6 @@
 """The record of a run: whole lines, no step twice, plain JSON."""
 
+import errno
 import json
 import math
 import struct
@@ -76,6 +77,31 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
   assert b'grad_norm' not in raw, 'there is no number to draw'
 
 
+def test_a_full_disk_costs_tensorboard_and_not_the_run(
+  tmp_path, caplog, monkeypatch
+):
+  pytest.importorskip('tensorboardX')
+  writer = open_at(tmp_path, tensorboard=True)
+  real = writer._tensorboard._file._writer
+
+  class Full:
+    def write(self, data):
+      raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def close(self):
+      real.close()
+      raise OSError(errno.ENOSPC, 'No space left on device')
+
+  writer._tensorboard._file._writer = Full()
+  for step in range(3):
+    writer.write(step, {'loss': 1.0})
+  writer.close()
+  assert [r.getMessage() for r in caplog.records] == [
+    'TensorBoard gets no more numbers: No space left on device'
+  ]
+  assert len(metrics.read(tmp_path / 'metrics.jsonl')) == 3
+
+
 class FakeWandb(types.ModuleType):
   """Remembers what the real one would be told."""
 
@@ -137,7 +163,9 @@ def test_wandb_that_refuses_is_one_line(tmp_path, monkeypatch):
   [('tensorboardX', {'tensorboard': True}), ('wandb', {'wandb': 'project'})],
 )
 def test_a_missing_logger_is_named(tmp_path, monkeypatch, package, settings):
-  monkeypatch.setitem(sys.modules, package, None)
+  for name in {package, *sys.modules}:
+    if name.partition('.')[0] == package:
+      monkeypatch.setitem(sys.modules, name, None)
   with pytest.raises(ValueError, match=f'pip install {package}'):
     open_at(tmp_path, **settings)
 
