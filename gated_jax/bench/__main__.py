@@ -3,11 +3,13 @@
     python -m gated_jax.bench attention --shapes=4k,16k --backends=cudnn,xla
     python -m gated_jax.bench step --model=400m --batch=8
     python -m gated_jax.bench peer --model=1b7 --batch=4 --repeats=2
+    python -m gated_jax.bench data
 
 `attention` compares gates on each backend; `step` whole updates, by gate;
 `profile` says which kernels an update spends its time in; `peer` compares one
 workload with the same in PyTorch, in processes that take turns, for neither
-can have the device's memory while the other does. Every line of JSON is one
+can have the device's memory while the other does; `data` is how fast batches
+are made on the host. Every line of JSON is one
 measurement; the table at the end shows them. --out keeps the lines.
 """
 
@@ -28,6 +30,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import jax
 
 from gated_jax.bench import attention
+from gated_jax.bench import data
 from gated_jax.bench import profile
 from gated_jax.bench import step
 from gated_jax.bench.step import Workload
@@ -45,6 +48,10 @@ COLUMNS = {
   ),
   'profile': ('group', 'kernel', 'operation', 'ms', 'share', 'launches'),
   'peer': ('model', 'gate', 'batch', 'ours', 'peer', 'ratio'),
+  'data': (
+    'source', 'tokenizer', 'mean', 'files', 'ours', 'loop', 'floor', 'library',
+    'ratio', 'first_s',
+  ),
 }  # fmt: skip
 FORMS = {
   'mfu': '.3f',
@@ -113,6 +120,9 @@ def parser() -> argparse.ArgumentParser:
           f'--{field.name}', type=type(field.default), default=field.default
         )
   found.add_argument('--repeats', type=int, default=2, help='processes of each')
+  found = kinds.add_parser('data', parents=[shared])
+  found.add_argument('--tokens', type=int, default=20_000_000, help='in arrays')
+  found.add_argument('--text', type=int, default=4_000_000, help='characters')
   return top
 
 
@@ -198,6 +208,12 @@ def run_peer(options: argparse.Namespace) -> Iterator[Record]:
   }
 
 
+def run_data(options: argparse.Namespace) -> Iterator[Record]:
+  """Arrays of ids, then text."""
+  yield from data.arrays(options.rounds, options.tokens)
+  yield from data.text(options.rounds, options.text)
+
+
 def _measure(
   name: str, module: str, rest: list[str], lines: pathlib.Path, folder: str
 ) -> Iterator[Record]:
@@ -260,6 +276,7 @@ def main(arguments: list[str]) -> int:
     'step': run_step,
     'profile': run_profile,
     'peer': run_peer,
+    'data': run_data,
   }
   records = []
   for record in run[options.kind](options):

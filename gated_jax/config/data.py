@@ -41,6 +41,9 @@ class DataConfig:
   # For source='mixture': entries 'weight:source:paths', weighted by tokens.
   mixture: tuple[str, ...] = ()
   tokenizer: str = 'bytes'  # or a path: tokenizer.json, *.model
+  # The id that ends a document in arrays of ids; -1: as the JSON beside them or
+  # the tokenizer says; -2: none does, and max_document alone cuts them.
+  eos: int = -1
   # Text that spells a special token becomes that token. Documents can then
   # end themselves: this is for text written with such tokens on purpose.
   special_tokens: bool = False
@@ -88,6 +91,8 @@ class DataConfig:
         f"data.rows={self.rows!r}: it needs data.rows='joined'"
       )
     valid_seed(**{'data.seed': self.seed})
+    if not -2 <= self.eos < 2**32:
+      raise ValueError(f'data.eos={self.eos} must be an id, -1 or -2')
     if not 1 <= self.workers <= 1024:
       raise ValueError(f'data.workers={self.workers} must lie in [1, 1024]')
     if not self.tokenizer:

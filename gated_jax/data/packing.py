@@ -29,8 +29,6 @@ from jaxtyping import Int64
 from gated_jax.data.documents import Chunk
 from gated_jax.data.documents import DocumentStream
 
-Arrays = dict[str, np.ndarray]
-
 
 class Position(NamedTuple):
   """Where a stream of rows goes on, after a row and before the next."""
@@ -41,9 +39,13 @@ class Position(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """Rows [N, T] by the names of `gated_jax/data/batch.py`, without weights."""
+  """Rows, of which `gated_jax/data/batches.py` makes the arrays of a batch."""
 
-  arrays: Arrays
+  tokens: Int32[np.ndarray, 'N T']
+  targets: Int32[np.ndarray, 'N T']
+  # Where a document begins, or goes on from another row; the first place of a
+  # row always does. None: nothing divides the row.
+  begins: Bool[np.ndarray, 'N T'] | None
   filled: Int64[np.ndarray, ' N']  # places of each row that have a target
 
 
@@ -166,60 +168,34 @@ class CutRows:
 
   def take(self, count: int) -> Rows:
     """See `RowStream`."""
-    size = count * self._length
-    tokens, targets = np.empty((2, size), np.int32)
+    length = self._length
+    tokens, targets = np.empty((2, count * length), np.int32)
     filled, borders = self._stream.take((tokens, targets))
-    begins = np.zeros(size, bool)
-    begins[borders] = True
-    return finish_rows(tokens, targets, begins, filled, self._length)
+    begins = np.zeros(len(tokens), bool)
+    begins[borders] = begins[::length] = True
+    return end_to_end(tokens, targets, begins, filled, length)
 
 
-def finish_rows(
+def end_to_end(
   tokens: Int32[np.ndarray, ' M'],
   targets: Int32[np.ndarray, ' M'],
-  begins: Bool[np.ndarray, ' M'],
+  begins: Bool[np.ndarray, ' M'] | None,
   filled: int,
   length: int,
 ) -> Rows:
-  """Rows with segments and positions, from items laid end to end.
-
-  Args:
-    tokens: of all rows.
-    targets: of all rows.
-    begins: marks where a document begins; a row always begins a segment.
-    filled: items; what comes after them is padding.
-    length: of a row.
-  """
+  """Rows from arrays of them laid end to end, of which `filled` items count."""
   count = -(-filled // length)
-  size = count * length
-  for array in (tokens, targets):
+
+  def cut(array: np.ndarray) -> np.ndarray:
     array[filled:] = 0
-  begins[::length] = True
-  starts = np.flatnonzero(begins[:size])
-  lengths = np.diff(starts, append=size)
-  # The number of a segment counts from the first one of its row.
-  firsts = np.searchsorted(starts, np.arange(0, size, length))
-  per_row = np.diff(firsts, append=len(starts))
-  number = np.arange(1, len(starts) + 1) - np.repeat(firsts, per_row)
-  positions = np.arange(size, dtype=np.int32)
-  positions -= np.repeat(starts.astype(np.int32), lengths)
-  segments = np.repeat(number.astype(np.int32), lengths)
-  segments[filled:] = positions[filled:] = 0
-  arrays = {
-    'tokens': tokens[:size],
-    'targets': targets[:size],
-    'segments': segments,
-    'positions': positions,
-  }
-  rows = {name: value.reshape(-1, length) for name, value in arrays.items()}
-  return Rows(rows, filled_places(filled, count, length))
+    return array[: count * length].reshape(count, length)
 
-
-def filled_places(
-  filled: int, count: int, length: int
-) -> Int64[np.ndarray, ' N']:
-  """Items of each row where they lie end to end."""
-  return np.clip(filled - length * np.arange(count), 0, length)
+  return Rows(
+    cut(tokens),
+    cut(targets),
+    None if begins is None else cut(begins),
+    np.clip(filled - length * np.arange(count), 0, length),
+  )
 
 
 class JoinedRows:
@@ -255,16 +231,9 @@ class JoinedRows:
         ids[filled] = self._stream.peek()
       else:
         filled = max(filled - 1, 0)
-    count = -(-filled // length)
-    size = count * length
-    if self._first < 0:
-      tokens, targets = ids[:size].copy(), ids[1 : size + 1].copy()
+      tokens, targets = ids[:-1].copy(), ids[1:]
     else:
-      targets = ids[:size]
+      targets = ids[:-1]
       tokens = np.roll(targets, 1)
       tokens[::length] = self._first
-    for array in (tokens, targets):
-      array[filled:] = 0
-    arrays = {'tokens': tokens, 'targets': targets}
-    rows = {name: value.reshape(-1, length) for name, value in arrays.items()}
-    return Rows(rows, filled_places(filled, count, length))
+    return end_to_end(tokens, targets, None, filled, length)

@@ -10,7 +10,8 @@ The stages, each in a file of its own:
     order.py      units, shuffled anew each epoch, dealt to the processes
     documents.py  the split's documents, tokenised by threads
     packing.py    rows                                one of these per source
-    windows.py    a mixture of rows -> shuffled within a window -> batches
+    windows.py    a mixture of rows, shuffled within a window
+    batches.py    batches
 
 Grain's threads make windows and batches ahead of the caller. Training repeats
 for ever. Validation is one pass in a fixed order, and every process makes the

@@ -8,7 +8,7 @@ from gated_jax.data.windows import Start
 
 
 def read(values: Mapping[str, Any], window: int) -> dict[str, Any]:
-  """The state that the iterators of `gated_jax/data/windows.py` take.
+  """The state that the iterators of `gated_jax/data/batches.py` take.
 
   Args:
     values: what `json.loads` makes of a state that they gave, or of one that

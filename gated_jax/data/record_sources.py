@@ -106,13 +106,13 @@ class ArrayRecordSource(Records):
       for begin in range(first, unit.end, 64):
         end = min(begin + 64, unit.end)
         for number, record in enumerate(reader.read(begin, end), begin + 1):
-          where = f'{unit.path} (record {number - 1})'
           try:
             text = self._text(record)
           except ValueError as error:
+            where = f'{unit.path} (record {number - 1})'
             self.skipped.add(where, error)
             continue
-          yield number, Document(text, None, where)
+          yield number, Document(text, None, unit.path)
     finally:
       reader.close()
 
@@ -163,5 +163,7 @@ def json_text(line: bytes, column: str) -> str:
   if not isinstance(record[column], str):
     kind = type(record[column]).__name__
     raise ValueError(f'field {column!r} is a {kind}, not a string')
-  record[column].encode('utf-8')  # JSON can spell half of a surrogate pair
-  return record[column]
+  text = record[column]
+  if b'\\u' in line:
+    text.encode('utf-8')  # JSON can spell half of a surrogate pair
+  return text

@@ -31,7 +31,7 @@ from gated_jax.paths import expand
 _LOG = logging.getLogger(__name__)
 _LOGGED = 10  # files that are named in the log; all are in the report
 # Characters, or ids, that are read at once, and at most so many documents.
-_BLOCK, _BLOCK_DOCUMENTS = 1 << 19, 1024
+_BLOCK, _BLOCK_DOCUMENTS = 1 << 18, 1024
 # What damaged or vanished files raise; a UnicodeDecodeError is a ValueError.
 READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError)
 

@@ -10,9 +10,14 @@ import functools
 import grain
 
 from gated_jax.config import DataConfig
+from gated_jax.data.array_files import Wanted
+from gated_jax.data.batches import Ahead
+from gated_jax.data.batches import Batches
+from gated_jax.data.batches import InTurn
 from gated_jax.data.documents import DocumentStream
 from gated_jax.data.documents import Reading
 from gated_jax.data.documents import Selection
+from gated_jax.data.encode import digest_of
 from gated_jax.data.encode import encode
 from gated_jax.data.encode import ends_of
 from gated_jax.data.order import Deal
@@ -27,9 +32,6 @@ from gated_jax.data.text_sources import make_text_source
 from gated_jax.data.token_sources import SyntheticSource
 from gated_jax.data.token_sources import TokenSource
 from gated_jax.data.tokenizer import Tokenizer
-from gated_jax.data.windows import Ahead
-from gated_jax.data.windows import Batches
-from gated_jax.data.windows import InTurn
 from gated_jax.data.windows import Windows
 
 # Where rows are not shuffled, they are made by so many tokens at a time, or by
@@ -99,12 +101,12 @@ def make_source(part: DataConfig, view: View) -> Source:
   if part.source == 'synthetic':
     return SyntheticSource(vocab, part.length, part.seed, view.skipped)
   if part.source == 'tokens':
-    return TokenSource(
-      find_files(part.paths),
-      view.tokenizer.eos,
-      part.max_document,
-      view.skipped,
+    tokenizer = view.tokenizer
+    wanted = Wanted(
+      part.eos, part.tokenizer, tokenizer.eos, digest_of(tokenizer)
     )
+    files = find_files(part.paths)
+    return TokenSource(files, wanted, part.max_document, view.skipped)
   if view.tokenizer.vocab > vocab:
     raise ValueError(
       f'data.tokenizer={part.tokenizer!r} has {view.tokenizer.vocab} tokens, '

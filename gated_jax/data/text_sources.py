@@ -91,13 +91,13 @@ class JsonLinesSource(Records):
     for end, line in _lines(unit, cursor):
       if not line.strip():
         continue
-      where = f'{unit.path} (line ending at byte {end})'
       try:
         text = json_text(line, self._column)
       except ValueError as error:
+        where = f'{unit.path} (line ending at byte {end})'
         self.skipped.add(where, error)
         continue
-      yield end, Document(text, None, where)
+      yield end, Document(text, None, unit.path)
 
 
 def _whole_lines(unit: Unit) -> bytes:

@@ -3,60 +3,73 @@
 Read `gated_jax/data/sources.py` first.
 """
 
-import json
-import os
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int
 from jaxtyping import Int64
 
-from gated_jax.data.sources import READ_ERRORS
+from gated_jax.data.array_files import NONE
+from gated_jax.data.array_files import ArrayFile
+from gated_jax.data.array_files import Contradiction
+from gated_jax.data.array_files import Wanted
+from gated_jax.data.array_files import has_end
+from gated_jax.data.array_files import open_array
+from gated_jax.data.array_files import open_ids
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Ids
 from gated_jax.data.sources import Records
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Unit
-from gated_jax.data.watch import FilesChangedError
 from gated_jax.data.watch import IntegerFile
 
 _RANGE = 1 << 22  # tokens of an array that are one unit
-_BLOCK = 1 << 17  # tokens that are searched for ends at once: cache's size
+_BLOCK = 1 << 16  # tokens searched for ends at once: they stay in cache
+_SEARCHED = 1 << 26  # ids among which one document has to end
 _DOCUMENTS = 1 << 16  # synthetic documents in one pass
 
 
 class TokenSource:
-  """One-dimensional integer arrays, `*.npy` or raw `*.bin`, read in blocks.
+  """Arrays of ids in files, see `gated_jax/data/array_files.py`.
 
   Documents end with the end-of-document id, which stays part of them; one
-  longer than `max_document` is cut. A file `NAME.json` beside NAME may say
-  `{"dtype": "uint16", "eos": 50256}`; a raw file needs it, for its dtype.
+  longer than `max_document` is cut.
   """
 
   def __init__(
-    self, files: list[str], eos: int, max_document: int, skipped: Skipped
+    self, files: list[str], wanted: Wanted, max_document: int, skipped: Skipped
   ):
     self.skipped = skipped
     self._max_document = max_document
-    self._eos: dict[str, int] = {}
-    self._total: dict[str, int] = {}
+    self._arrays: dict[str, ArrayFile] = {}
     self.units = []
     for path in files:
       try:
-        about = _about(path)
-        with _open(path) as array:
-          self._total[path] = total = len(array)
-        self._eos[path] = int(about.get('eos', eos))
+        array = open_array(path, wanted)
+      except Contradiction:
+        raise
       except Exception as error:  # a damaged header raises nearly anything
         skipped.add(path, error)
         continue
-      if not total:
+      if not array.size:
         skipped.add(path, 'empty')
+      self._arrays[path] = array
       self.units += [
-        Unit(path, begin, min(begin + _RANGE, total))
-        for begin in range(0, total, _RANGE)
+        Unit(path, begin, min(begin + _RANGE, array.size))
+        for begin in range(0, array.size, _RANGE)
       ]
+    self._refuse_without_ends()
+
+  def _refuse_without_ends(self) -> None:
+    arrays = [array for array in self._arrays.values() if array.size]
+    if arrays and not has_end(arrays, _SEARCHED):
+      first = arrays[0]
+      searched = min(sum(array.size for array in arrays), _SEARCHED)
+      raise ValueError(
+        f'no document ends in {first.path} (and {len(arrays) - 1} more files): '
+        f'{first.eos} is not among the first {searched:,} ids. Set data.eos to '
+        f'the id that ends one, or to {NONE} where none does'
+      )
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """See `Source`."""
@@ -67,13 +80,13 @@ class TokenSource:
 
   def blocks(self, unit: Unit, cursor: int) -> Iterator[Ids]:
     """See `Source`."""
-    eos = self._eos[unit.path]
-    with self._unchanged(unit.path) as array:
-      begin = cursor or _first_start(array, unit, eos)
-      # A document belongs to the unit where it starts, so its later pieces
-      # may lie beyond the unit's end.
-      while begin < unit.end or not _starts(array, begin, eos):
-        ids, ends = self._next_block(array, begin, eos)
+    array = self._arrays[unit.path]
+    with open_ids(array) as file:
+      begin = cursor or _first_start(file, unit, array)
+      # A document belongs to the unit where it starts, so its later pieces may
+      # lie beyond the unit's end.
+      while begin < unit.end or not _is_start(file, begin, array):
+        ids, ends = self._next_block(file, begin, array.eos)
         if not len(ends):
           return
         # The first one is ours, or a later piece of one that is.
@@ -83,25 +96,8 @@ class TokenSource:
         yield Ids(begin + ends, ids[: ends[-1]], np.diff(ends, prepend=0))
         begin += int(ends[-1])
 
-  def _unchanged(self, path: str) -> IntegerFile:
-    """The array in a file; FilesChangedError where it has another length."""
-    try:
-      array = _open(path)
-      length = len(array)
-    except READ_ERRORS as error:
-      raise FilesChangedError(
-        f'{path} has changed since the run began to read it: {error}'
-      ) from error
-    if length != self._total[path]:
-      array.close()
-      raise FilesChangedError(
-        f'{path} has changed since the run began to read it: it had '
-        f'{self._total[path]} ids and has {length}'
-      )
-    return array
-
   def _next_block(
-    self, array: IntegerFile, begin: int, eos: int
+    self, file: IntegerFile, begin: int, eos: int
   ) -> tuple[Int[np.ndarray, ' T'], Int64[np.ndarray, ' N']]:
     """Ids from `begin` on, and where documents among them end.
 
@@ -110,7 +106,7 @@ class TokenSource:
     """
     size = _BLOCK
     while True:
-      ids = array[begin : begin + size]
+      ids = file[begin : begin + size]
       ends = np.flatnonzero(ids == eos) + 1
       whole = len(ids) < size
       if whole and len(ids) and (not len(ends) or ends[-1] != len(ids)):
@@ -136,54 +132,26 @@ def _cut(
   return np.minimum(starts + (number + 1) * longest, np.repeat(ends, pieces))
 
 
-def _starts(array: IntegerFile, place: int, eos: int) -> bool:
-  return place == 0 or place >= len(array) or array[place - 1] == eos
+def _is_start(file: IntegerFile, place: int, array: ArrayFile) -> bool:
+  """Whether a document starts there, or the array ends."""
+  if place in (0, array.size):
+    return True
+  return file[place - 1] == array.eos
 
 
-def _first_start(array: IntegerFile, unit: Unit, eos: int) -> int:
+def _first_start(file: IntegerFile, unit: Unit, array: ArrayFile) -> int:
   """Where the first document that starts inside the unit starts."""
-  if _starts(array, unit.begin, eos):
-    return unit.begin
-  for begin in range(unit.begin, unit.end, _BLOCK):
-    part = array[begin : min(begin + _BLOCK, unit.end)]
-    ends = np.flatnonzero(part == eos)
+  # One that ends just before the unit starts the unit.
+  begin = max(unit.begin - 1, 0)
+  if begin == unit.begin:
+    return begin
+  while begin < unit.end - 1:
+    ids = file[begin : min(begin + _BLOCK, unit.end - 1)]
+    ends = np.flatnonzero(ids == array.eos)
     if len(ends):
       return begin + int(ends[0]) + 1
-  return len(array)  # none does
-
-
-def _about(path: str) -> dict:
-  beside = pathlib.Path(path + '.json')
-  if not beside.is_file():
-    return {}
-  about = json.loads(beside.read_text(encoding='utf-8'))
-  if not isinstance(about, dict):
-    raise ValueError(f'{beside} holds no JSON object')
-  return about
-
-
-def _open(path: str) -> IntegerFile:
-  """The array in a file, which is to be closed."""
-  if os.path.getsize(path) == 0:
-    raise ValueError('empty')
-  if path.endswith('.npy'):
-    # The mapping is made for what it knows of the file, and never touched.
-    array = np.load(path, mmap_mode='r', allow_pickle=False)
-  else:
-    about = _about(path)
-    if 'dtype' not in about:
-      raise ValueError(f'a raw array needs {path}.json with its dtype')
-    dtype = np.dtype(about['dtype'])
-    if dtype.kind not in 'iu':
-      raise ValueError(f'dtype {dtype} is not one of integers')
-    if os.path.getsize(path) % dtype.itemsize:
-      raise ValueError(f'truncated: no whole number of {dtype}')
-    array = np.memmap(path, dtype, mode='r')
-  if array.ndim != 1 or array.dtype.kind not in 'iu':
-    raise ValueError(
-      f'an array {array.dtype}{list(array.shape)}, not one axis of integers'
-    )
-  return IntegerFile(path, array.dtype, array.offset, len(array))
+    begin += len(ids)
+  return array.size  # none does
 
 
 class SyntheticSource(Records):

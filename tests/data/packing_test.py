@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from gated_jax.data.batches import finish
 from gated_jax.data.documents import Chunk
 from gated_jax.data.packing import CutRows
 from gated_jax.data.packing import JoinedRows
@@ -57,9 +58,14 @@ def _take(stream, sizes):
   rows = []
   for size in itertools.cycle(sizes):
     taken = stream.take(size)
-    for i, filled in enumerate(taken.filled):
-      row = {name: value[i] for name, value in taken.arrays.items()}
-      rows.append((row, int(filled)))
+    arrays = finish(taken)
+    for i, filled in enumerate(taken.filled.tolist()):
+      row = {name: value[i] for name, value in arrays.items()}
+      weights = row.pop('weights')
+      assert weights.tolist() == [1.0] * filled + [0.0] * (
+        len(weights) - filled
+      )
+      rows.append((row, filled))
     if len(taken.filled) < size:
       return rows
 
@@ -201,12 +207,12 @@ def test_every_position_can_be_resumed(kind, lengths, shape):
     taken = whole.take(1)
     if not len(taken.filled):
       break
-    rows.append(taken)
+    rows.append(finish(taken))
   again = stream()
   for i, place in enumerate(places):
     again.seek(place)
     rest = again.take(len(rows))
     assert len(rest.filled) == len(rows) - i
-    for name, value in rest.arrays.items():
-      wanted = [row.arrays[name][0] for row in rows[i:]]
+    for name, value in finish(rest).items():
+      wanted = [row[name][0] for row in rows[i:]]
       assert value.tolist() == [row.tolist() for row in wanted]

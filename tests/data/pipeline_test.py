@@ -234,7 +234,7 @@ def _sources(tmp_path):
     'stdlib': DataConfig(**SMALL),
     'text': _config(files),
     'jsonl': _config(lines, 'jsonl'),
-    'tokens': _config(str(tmp_path / 'a.npy'), 'tokens', validation=0),
+    'tokens': _config(str(tmp_path / 'a.npy'), 'tokens', eos=256, validation=0),
     'synthetic': _config(source='synthetic'),
     'mixture': _config(
       source='mixture',
@@ -243,7 +243,7 @@ def _sources(tmp_path):
     'unshuffled': _config(files, shuffle=False),
     'joined': _config(files, rows='joined', first_token=256),
     'joined tokens': _config(
-      str(tmp_path / 'a.npy'), 'tokens', validation=0, rows='joined'
+      str(tmp_path / 'a.npy'), 'tokens', eos=256, validation=0, rows='joined'
     ),
   }
 
@@ -308,6 +308,7 @@ def test_joined_rows_of_an_array_are_the_array(tmp_path):
     str(tmp_path / 'a.npy'),
     'tokens',
     rows='joined',
+    eos=256,
     shuffle=False,
     validation=0,
   )

@@ -16,6 +16,9 @@ from gated_jax.config import DataConfig
 from gated_jax.data import record_sources
 from gated_jax.data import text_sources
 from gated_jax.data import token_sources
+from gated_jax.data.array_files import AS_STATED
+from gated_jax.data.array_files import NONE
+from gated_jax.data.array_files import Wanted
 from gated_jax.data.pipeline import make_pipeline
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import find_files
@@ -54,6 +57,9 @@ WRITERS = {
 }
 
 
+WANTED = Wanted(AS_STATED, 'bytes', 256, 'bytes')
+
+
 def _source(kind, path, **changes):
   arguments = {'column': 'text', 'max_document': 1 << 20, **changes}
   return make_text_source(kind, str(path), skipped=Skipped(), **arguments)
@@ -66,11 +72,10 @@ def _all(source):
 
 
 def _first(path, source, **changes):
-  config = DataConfig(
-    source=source,
-    paths=str(path),
-    **{'batch': 1, 'length': 16, 'shuffle_tokens': 16, **changes},
-  )
+  small = {'batch': 1, 'length': 16, 'shuffle_tokens': 16}
+  if source == 'tokens':
+    small['eos'] = NONE
+  config = DataConfig(source=source, paths=str(path), **(small | changes))
   pipeline = make_pipeline(config, 'train', vocab=257)
   with pipeline:
     return next(pipeline), pipeline
@@ -140,7 +145,7 @@ def test_arrays_are_cut_at_the_end_of_document_id(tmp_path, kind, unit_size):
     joined.tofile(path)
   about = {'dtype': 'uint16', 'eos': 99}
   (tmp_path / f'a.{kind}.json').write_text(json.dumps(about))
-  source = TokenSource([str(path)], 256, 1000, Skipped())
+  source = TokenSource([str(path)], WANTED, 1000, Skipped())
   found = [d.ids.tolist() for d in _all(source)]
   assert found == [d.tolist() for d in documents] + [[1, 2, 3]]
   for unit in source.units:
@@ -152,7 +157,8 @@ def test_arrays_are_cut_at_the_end_of_document_id(tmp_path, kind, unit_size):
 
 def test_an_array_without_ends_is_cut_by_length(tmp_path, unit_size):
   np.save(tmp_path / 'a.npy', np.arange(1000, dtype=np.int64))
-  source = TokenSource([str(tmp_path / 'a.npy')], -1, 128, Skipped())
+  wanted = WANTED._replace(eos=NONE)
+  source = TokenSource([str(tmp_path / 'a.npy')], wanted, 128, Skipped())
   found = [d.ids for d in _all(source)]
   assert max(map(len, found)) == 128
   np.testing.assert_array_equal(np.concatenate(found), np.arange(1000))

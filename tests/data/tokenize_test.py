@@ -16,6 +16,8 @@ from gated_jax.config import DataConfig
 from gated_jax.data import __main__ as command
 from gated_jax.data import corpus
 from gated_jax.data import tokenize as tokenizing
+from gated_jax.data.array_files import AS_STATED
+from gated_jax.data.array_files import Wanted
 from gated_jax.data.pipeline import make_pipeline
 from gated_jax.data.sources import Skipped
 from gated_jax.data.token_sources import TokenSource
@@ -47,7 +49,9 @@ def _contents(folder):
 
 def _documents(folder):
   files = sorted(map(str, pathlib.Path(folder).glob('*.bin')))
-  source = TokenSource(files, -1, 1 << 20, Skipped())
+  about = json.loads(pathlib.Path(f'{files[0]}.json').read_text())
+  wanted = Wanted(AS_STATED, '', -1, about['tokenizer'])
+  source = TokenSource(files, wanted, 1 << 20, Skipped())
   return [d.ids for unit in source.units for _, d in source.read(unit, 0)]
 
 

@@ -29,6 +29,7 @@ def config(paths, source='tokens', **settings):
     validation=0,
     prefetch=1,
     shuffle_tokens=64,
+    eos=END if source == 'tokens' else -1,
     **settings,
   )
 

@@ -1,0 +1,191 @@
+"""Files of token ids: what is in them, by their header and the JSON beside.
+
+A one-dimensional array of integers is `NAME.npy`, or raw as `NAME.bin`. Beside
+it NAME.json (its whole name and `.json`) may say:
+
+    dtype       of a raw file, which needs it
+    eos         the id that ends a document; null: no id does
+    tokens      how many ids there are
+    tokenizer   a digest of the tokenizer that made them
+
+`python -m gated_jax.data tokenize` writes all of them. What the JSON says has
+to be true: an array that is read with another tokenizer's ends or another dtype
+gives a model that is trained on noise. Read `gated_jax/data/token_sources.py`
+next.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from gated_jax.data.watch import FilesChangedError
+from gated_jax.data.watch import IntegerFile
+
+# `data.eos`: as the files or the tokenizer say; and: no id ends a document.
+AS_STATED, NONE = -1, -2
+
+
+class ArrayFile(NamedTuple):
+  """Where the ids of a file are, and which of them ends a document."""
+
+  path: str
+  dtype: np.dtype
+  offset: int  # bytes before the first id
+  size: int  # ids
+  eos: int  # -1: none
+  file_bytes: int  # of the whole file
+
+
+class Contradiction(ValueError):
+  """What a file says of itself is not so: to be mended, not to be skipped."""
+
+
+class Wanted(NamedTuple):
+  """What a run says of its arrays."""
+
+  eos: int  # the setting data.eos
+  tokenizer: str  # its name: 'bytes' unless it was chosen
+  tokenizer_eos: int  # -1: it has none
+  digest: str  # of the tokenizer
+
+
+def open_array(path: str, wanted: Wanted) -> ArrayFile:
+  """What is known of a file before its ids are read.
+
+  Raises:
+    Contradiction: it is not what the JSON beside it or the settings say.
+    ValueError: it is damaged, or no array of the kind.
+  """
+  about = _about(path)
+  if os.path.getsize(path) == 0:
+    raise ValueError('empty')
+  if path.endswith('.npy'):
+    loaded: Any = np.load(path, mmap_mode='r', allow_pickle=False)
+    if loaded.ndim != 1 or loaded.dtype.kind not in 'iu':
+      raise ValueError(
+        f'an array {loaded.dtype}{list(loaded.shape)}, not one axis of integers'
+      )
+    dtype, offset, size = loaded.dtype, loaded.offset, len(loaded)
+    stated = about.get('dtype', dtype.name)
+    if stated != dtype.name:
+      raise Contradiction(
+        f'{path} holds {dtype.name}, but {path}.json says {stated!r}'
+      )
+  else:
+    dtype, offset = _raw_dtype(path, about), 0
+    size = os.path.getsize(path) // dtype.itemsize
+  tokens = about.get('tokens', size)
+  if tokens != size:
+    raise ValueError(f'damaged: {size} ids, where {path}.json says {tokens!r}')
+  _check_tokenizer(path, about, wanted)
+  eos = _eos(path, about, wanted)
+  return ArrayFile(path, dtype, offset, size, eos, os.path.getsize(path))
+
+
+def _about(path: str) -> dict[str, Any]:
+  beside = pathlib.Path(path + '.json')
+  if not beside.is_file():
+    return {}
+  try:
+    about = json.loads(beside.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{beside} is no JSON: {error}') from None
+  if not isinstance(about, dict):
+    raise ValueError(f'{beside} holds no JSON object')
+  return about
+
+
+def _raw_dtype(path: str, about: dict[str, Any]) -> np.dtype:
+  if 'dtype' not in about:
+    raise ValueError(f'a raw array needs {path}.json with its dtype')
+  try:
+    dtype = np.dtype(about['dtype'])
+  except TypeError:
+    raise ValueError(f'{path}.json: no dtype {about["dtype"]!r}') from None
+  if dtype.kind not in 'iu':
+    raise ValueError(f'dtype {dtype} is not one of integers')
+  if os.path.getsize(path) % dtype.itemsize:
+    raise ValueError(f'truncated: no whole number of {dtype}')
+  return dtype
+
+
+def _check_tokenizer(path: str, about: dict[str, Any], wanted: Wanted) -> None:
+  stated = about.get('tokenizer', wanted.digest)
+  if stated != wanted.digest:
+    made = 'bytes' if stated == 'bytes' else f'a tokenizer with hash {stated}'
+    raise Contradiction(
+      f'{path} was made with {made:.60}, by {path}.json, and not with '
+      f'data.tokenizer={wanted.tokenizer!r}: set data.tokenizer to the one '
+      'that made it'
+    )
+
+
+def _eos(path: str, about: dict[str, Any], wanted: Wanted) -> int:
+  """The end of a document that somebody has stated; -1: that there is none."""
+  if 'eos' in about:
+    stated = -1 if about['eos'] is None else about['eos']
+    if type(stated) is not int or not -1 <= stated < 2**32:
+      raise Contradiction(f'{path}.json: eos={stated!r} must be an id, or null')
+    asked = -1 if wanted.eos == NONE else wanted.eos
+    if wanted.eos != AS_STATED and asked != stated:
+      raise Contradiction(
+        f'data.eos={wanted.eos}, but {path}.json says {about["eos"]}'
+      )
+    return stated
+  if wanted.eos == NONE:
+    return -1
+  if wanted.eos >= 0:
+    return wanted.eos
+  if wanted.tokenizer != 'bytes' and wanted.tokenizer_eos >= 0:
+    return wanted.tokenizer_eos
+  raise Contradiction(
+    f'nothing says which id ends a document in {path}: set data.eos to it '
+    f'({NONE}: no id does), or write {{"eos": ID}} to {path}.json'
+  )
+
+
+def open_ids(array: ArrayFile) -> IntegerFile:
+  """The ids of a file, to be closed.
+
+  Raises:
+    FilesChangedError: the file is not as long as it was, or gone.
+  """
+  try:
+    file = IntegerFile(array.path, array.dtype, array.offset, array.size)
+    length = os.path.getsize(array.path)
+  except OSError as error:
+    raise FilesChangedError(
+      f'{array.path} has changed since the run began to read it: {error}'
+    ) from error
+  if length != array.file_bytes:
+    file.close()
+    ids = (length - array.offset) // array.dtype.itemsize
+    raise FilesChangedError(
+      f'{array.path} has changed since the run began to read it: it had '
+      f'{array.size} ids and has {max(ids, 0)}'
+    )
+  return file
+
+
+def has_end(arrays: list[ArrayFile], most: int) -> bool:
+  """Whether any document ends within the first `most` ids of all files."""
+  return any(_ends(arrays, most))
+
+
+def _ends(
+  arrays: list[ArrayFile], most: int, size: int = 1 << 16
+) -> Iterator[bool]:
+  for array in arrays:
+    if array.eos < 0:
+      yield True
+    with open_ids(array) as ids:
+      for begin in range(0, min(array.size, most), size):
+        yield bool((ids[begin : begin + size] == array.eos).any())
+    most -= array.size
+    if most <= 0:
+      return
