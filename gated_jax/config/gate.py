@@ -11,8 +11,8 @@ from gated_jax.config.checks import finite
 from gated_jax.config.checks import not_negative
 from gated_jax.config.roles import setting
 
-# Where a gate can act. In the paper's numbering sdpa_output is G1, value G2,
-# key G3, query G4 and dense_output G5 (arXiv 2505.06708, section 2.2).
+# The places where a gate can act. In the paper's numbering sdpa_output is G1,
+# value G2, key G3, query G4 and dense_output G5 (arXiv 2505.06708, 2.2).
 POSITIONS = ('none', 'query', 'key', 'value', 'sdpa_output', 'dense_output')
 ACTIVATIONS = (
   'sigmoid',
@@ -26,7 +26,7 @@ ACTIVATIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig:
-  """What gates a softmax attention layer, and where.
+  """The gate of a softmax attention layer, and its place.
 
   The default is the paper's best: Y' = Y * sigmoid(X W) on the attention
   output, one score per head and channel. `configs/gate_sweep.py` spells every
@@ -39,15 +39,15 @@ class GateConfig:
   # 'gate': scores from `source`. 'rms_norm', 'silu': no scores at all, that
   # function of each head's attention output instead (Table 3, rows 5 and 6).
   kind: str = 'gate'
-  granularity: str = 'elementwise'  # or 'headwise': one score per head
+  granularity: str = 'elementwise'  # 'headwise': one score per head
   shared: bool = False  # scores averaged over the heads (Table 1, row 12)
-  mode: str = 'multiplicative'  # or 'additive'
+  mode: str = 'multiplicative'  # 'additive': scores are added
   activation: str = 'sigmoid'
-  source: str = 'hidden'  # or 'parameter': the same scores for every token
+  source: str = 'hidden'  # 'parameter': the same scores for every token
   channels: int = 0  # the scores read only these first channels; 0: all
-  init: str = setting('normal', 'execution')  # or 'zeros'
+  init: str = setting('normal', 'execution')  # 'zeros' is the other
   init_std: float = setting(0.02, 'execution')
-  # Or 'model': scores are rounded as the rest of the layer.
+  # 'model': scores are rounded as the rest of the layer.
   dtype: str = setting('float32', 'execution')
 
   def __post_init__(self) -> None:
@@ -108,17 +108,17 @@ class GateConfig:
 
   @property
   def has_scores(self) -> bool:
-    """Whether the layer owns gate parameters and computes scores."""
+    """True where the layer owns gate parameters and computes scores."""
     return self.position != 'none' and self.kind == 'gate'
 
   @property
   def scores_output(self) -> bool:
-    """Whether scores act on the attention output, before its projection."""
+    """True where scores act on the attention output, before its projection."""
     return self.has_scores and self.position == 'sdpa_output'
 
   @property
   def fused(self) -> bool:
-    """Whether the attention call itself can apply the scores.
+    """True where the attention call itself can apply the scores.
 
     It can where every head has its own scores, computed from the layer's
     input.

@@ -18,7 +18,7 @@ class RopeConfig:
 
   base: float = 10_000.0
   fraction: float = 1.0  # share of head_dim that rotates (partial rotary)
-  scaling: str = 'none'  # or 'linear', 'yarn'
+  scaling: str = 'none'  # 'linear' and 'yarn' stretch it
   factor: float = 1.0  # new length over original_length
   original_length: int = 0  # the length the weights were trained with (yarn)
   # Channels that turn more often than beta_fast in original_length stay as they
@@ -72,11 +72,11 @@ class MoEConfig:
   # Hidden channels of an expert that every token takes; 0: there is none.
   shared_width: int = 0
   normalize: bool = True  # the chosen weights sum to one
-  score: str = 'softmax'  # or 'sigmoid': of the router's logits
-  scale: float = 1.0  # of the chosen weights
+  score: str = 'softmax'  # or 'sigmoid'; it makes scores of the router's logits
+  scale: float = 1.0  # multiplies the chosen weights
   # A bias that only chooses; it is trained by load, not by the loss.
   bias: bool = False
-  groups: int = 1  # of experts; a token chooses from the best `top_groups`
+  groups: int = 1  # a token chooses experts from the best `top_groups`
   top_groups: int = 1
   # The paper does not print these two; the values are this project's.
   balance_loss: float = setting(1e-2, 'execution')

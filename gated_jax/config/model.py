@@ -36,14 +36,14 @@ class ModelConfig:
   head_dim: int = 128
   mlp_width: int = 6144
   tie_embeddings: bool = True
-  embed_scale: float = 1.0  # of what the embedding gives (muP)
-  norm: str = 'pre'  # or 'sandwich': also on each block's output
+  embed_scale: float = 1.0  # multiplies embeddings (muP)
+  norm: str = 'pre'  # 'sandwich': also on each block's output
   norm_eps: float = 1e-6
   norm_zero_centered: bool = False  # scale stored as its distance from one
   qk_norm: bool = True
   # On attention weights and on each block's output.
   dropout: float = setting(0.0, 'execution')
-  dtype: str = setting('bfloat16', 'execution')  # of activations
+  dtype: str = setting('bfloat16', 'execution')  # stored activations
   param_dtype: str = setting('float32', 'execution')
   init_std: float = setting(0.02, 'execution')
   # Attention backend: 'xla', 'cudnn', 'splash', 'pallas_tpu'.
@@ -151,7 +151,7 @@ class ModelConfig:
 
   @property
   def has_experts(self) -> bool:
-    """Whether any layer has experts in place of an MLP."""
+    """True where any layer has experts in place of an MLP."""
     return any(layer.ffn == 'moe' for layer in self.distinct_layers)
 
   @property

@@ -23,12 +23,12 @@ class OptimizerConfig:
 
   ROLE: ClassVar[str] = 'execution'
 
-  name: str = 'adamw'  # or 'muon': matrices by Muon, the rest by AdamW
+  name: str = 'adamw'  # 'muon': matrices by Muon, the rest by AdamW
   learning_rate: float = 3e-4
   final_learning_rate: float = 3e-5
-  schedule: str = 'cosine'  # or 'wsd', 'constant'
+  schedule: str = 'cosine'  # 'wsd' and 'constant' are the others
   warmup_steps: int = 100
-  decay_share: float = 0.2  # of all steps, at the end of 'wsd'
+  decay_share: float = 0.2  # share of all steps, at the end of 'wsd'
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
@@ -96,7 +96,7 @@ class MeshConfig:
   context: int = 1
   tensor: int = 1
   slices: int = 1
-  slice_axis: str = 'data'  # or 'fsdp'
+  slice_axis: str = 'data'  # 'fsdp' is the other
 
   def __post_init__(self) -> None:
     axes = self.axes
@@ -125,7 +125,7 @@ class CheckpointConfig:
 
   every: int = 500  # steps; 0: only the last one
   keep_last: int = 2
-  keep_best: int = 1  # by validation loss
+  keep_best: int = 1  # best by validation loss
   asynchronous: bool = True
 
   def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ FFNS = ('mlp', 'moe')
 class LayerSpec:
   """One layer of a decoder."""
 
-  mixer: str  # what mixes its tokens
+  mixer: str  # its word in the table of mixers
   window: int  # keys a query sees, itself included; 0: all before it
   rope: RopeConfig | None  # None: no rotary embedding (NoPE)
   heads: int
@@ -65,7 +65,7 @@ class LayerSpec:
       )
 
 
-# What a word may say of its mixer and of its feed-forward block, with types.
+# Fields that a word may set, of its mixer and of its feed-forward block.
 _MIXER_FIELDS: dict[str, type] = {
   'window': int,
   'nope': bool,
