@@ -2,11 +2,11 @@
 
     python train.py --config=configs/smoke.py --workdir=runs/smoke
 
-Any setting can follow: --config.steps=500 --config.model.depth=8; they all
-stand in gated_jax/config. Started again with the same workdir, it goes on
-from the newest checkpoint. On several processes, add --distributed (TPU pods
-and Slurm tell the rest) or say it all: --coordinator=host:port --processes=2
---process_id=0.
+Any setting can follow: --config.steps=500 --config.model.depth=8; --help=model
+prints those of the model, with their defaults. Started again with the same
+workdir, it goes on from the newest checkpoint. On several processes, add
+--distributed (TPU pods and Slurm tell the rest) or say it all:
+--coordinator=host:port --processes=2 --process_id=0.
 """
 
 import difflib
@@ -27,6 +27,7 @@ from gated_jax import cli
 from gated_jax import processes
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
+from gated_jax.explain import explain
 from gated_jax.paths import expand
 from gated_jax.platform import skip_absent_tpu
 from gated_jax.processes import Group
@@ -113,12 +114,12 @@ def _explain(error: Exception, argv: list[str]) -> str:
 
 def _given(argv: list[str]) -> dict[str, str]:
   """Flags as they were typed, with '=' or a space before their values."""
-  found = {}
+  given = {}
   for argument, following in zip(argv[1:], [*argv[2:], ''], strict=True):
     if argument.startswith('-'):
       name, equals, value = argument.lstrip('-').partition('=')
-      found[name] = value if equals else following
-  return found
+      given[name] = value if equals else following
+  return given
 
 
 def _settings() -> list[str]:
@@ -136,14 +137,28 @@ def _settings() -> list[str]:
 def main(argv: list[str]) -> int:
   """The exit code; see docs/tpu_vm.md."""
   logging.basicConfig(format='%(message)s')
-  if not {'--help', '-help', '-h'}.isdisjoint(argv):
-    print(__doc__, FLAGS.main_module_help(), sep='\n')
-    return cli.DONE
-  return cli.run(lambda: train(argv), debug='--debug' in argv)
+  code = cli.run(lambda: train(argv), debug='--debug' in argv)
+  if code not in (cli.DONE, cli.UNFINISHED):
+    processes.leave(code)
+  return code
+
+
+def show_help(group: str | None) -> None:
+  """Prints what can be typed; of a group of settings, each with its comment."""
+  if group is not None:
+    print(explain(group))
+    return
+  print(__doc__, FLAGS.main_module_help(), sep='\n')
+  print(explain())
 
 
 def train(argv: list[str]) -> int:
   """Trains as the command line says; returns the exit code."""
+  given = _given(argv)
+  for name in ('help', 'h'):
+    if name in given:
+      show_help(given[name] if f'--{name}={given[name]}' in argv else None)
+      return cli.DONE
   config = read_flags(argv)
   skip_absent_tpu()
   group = Group(
@@ -172,7 +187,4 @@ def train(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  code = main(sys.argv)
-  if code not in (cli.DONE, cli.UNFINISHED):
-    processes.leave(code)
-  sys.exit(code)
+  sys.exit(main(sys.argv))
