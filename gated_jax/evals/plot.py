@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
+SMOOTHED = 50  # losses beyond which the curve is smoothed, to about as many
 # Colours that stay apart in grey and for colour-blind eyes.
 BLUE, ORANGE, GREY = '#0072b2', '#d55e00', '#888888'
 
@@ -66,13 +67,34 @@ def loss_curve(records: list[dict[str, Any]]) -> 'Figure | None':
   if not train[0] and not held_out[0]:
     return None
   figure, axes = blank('Loss', 'step', 'nats per token')
-  if train[0]:
-    many = len(train[0]) > 200
-    axes.plot(*train, color=BLUE, lw=0.8 if many else 1.5, label='training')
+  if len(train[0]) > SMOOTHED:
+    # One batch says little: the line to read is a mean of several.
+    steps, losses = train
+    axes.plot(steps, losses, color=BLUE, lw=0.8, alpha=0.25, label='one batch')
+    mean = smoothed(np.array(losses), len(losses) / SMOOTHED)
+    axes.plot(steps, mean, color=BLUE, lw=1.5, label='training, smoothed')
+  elif train[0]:
+    axes.plot(*train, color=BLUE, lw=1.5, label='training')
   if held_out[0]:
     axes.plot(*held_out, color=ORANGE, lw=1.5, marker='o', label='held out')
   axes.legend(frameon=False)
   return figure
+
+
+def smoothed(values: np.ndarray, memory: float) -> np.ndarray:
+  """The mean of each value and those before it, older ones counting less.
+
+  Args:
+    values: in the order of their steps.
+    memory: how many values back one counts 1/e of the newest.
+  """
+  decay = np.exp(-1 / max(memory, 1e-9))
+  total = weight = 0.0
+  means = np.empty(len(values))
+  for index, value in enumerate(values):
+    total, weight = decay * total + value, decay * weight + 1
+    means[index] = total / weight
+  return means
 
 
 def sink_per_layer(report: Report) -> 'Figure | None':
@@ -98,7 +120,7 @@ def sink_per_layer(report: Report) -> 'Figure | None':
   top = _finite(report.first_token).max(initial=0.0)
   axes.set_ylim(0, max(0.1, min(1.0, 1.1 * top)))
   _layer_ticks(axes.xaxis, len(layers))
-  axes.legend(frameon=False)
+  figure.legend(frameon=False, loc='outside lower right', ncols=2)
   return figure
 
 
@@ -135,7 +157,8 @@ def gate_histograms(report: Report) -> 'Figure | None':
   ticks |= {-width / 2: '< 0'} if low else {0: '0'}
   ticks |= {1 + width / 2: '> 1'} if high else {1: '1'}
   axes.set_xticks(list(ticks), list(ticks.values()))
-  axes.legend(frameon=False, loc='upper right')
+  # Every place inside may have a bar.
+  figure.legend(frameon=False, loc='outside lower right')
   figure.colorbar(mesh, ax=axes, label='share of scores')
   return figure
 

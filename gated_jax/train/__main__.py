@@ -57,10 +57,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  from gated_jax import cli
-  from gated_jax import processes
-
-  code = main(sys.argv)
-  if code not in (cli.DONE, cli.UNFINISHED):
-    processes.leave(code)
-  sys.exit(code)
+  sys.exit(main(sys.argv))

@@ -128,3 +128,28 @@ def test_the_package_imports_without_matplotlib():
     env={'PYTHONPATH': ':'.join(sys.path), 'JAX_PLATFORMS': 'cpu'},
   )
   assert done.returncode == 0, done.stderr
+
+
+def test_many_losses_are_smoothed_and_few_are_not():
+  pytest.importorskip('matplotlib')
+  from gated_jax.evals import plot
+
+  records = [{'step': s, 'loss': 2.0 + (-1) ** s} for s in range(400)]
+  raw, mean = plot.loss_curve(records).axes[0].lines
+  assert np.ptp(raw.get_ydata()) == 2
+  assert np.ptp(mean.get_ydata()[50:]) < 0.3
+  np.testing.assert_allclose(plot.smoothed(np.ones(9), 3.0), 1)
+  assert len(plot.loss_curve(records[:20]).axes[0].lines) == 1
+
+
+@pytest.mark.parametrize('name', ['gate_histograms', 'sink_per_layer'])
+def test_no_legend_lies_on_what_is_drawn(name):
+  pytest.importorskip('matplotlib')
+  from gated_jax.evals import plot
+
+  figure = getattr(plot, name)(report())
+  figure.draw_without_rendering()
+  (legend,) = figure.legends
+  assert all(axes.get_legend() is None for axes in figure.axes)
+  box = legend.get_window_extent()
+  assert not any(box.overlaps(axes.bbox) for axes in figure.axes)
