@@ -57,7 +57,7 @@ def shard_bytes(tree: Any) -> int:
 def on_tpu(config: RunConfig) -> list[RunConfig]:
   """The config with 'auto' spelt out: what a TPU tries, in its order."""
   model = config.model
-  if model.moe.implementation == 'auto':
+  if model.has_experts and model.moe.implementation == 'auto':
     moe = dataclasses.replace(model.moe, implementation='gmm')
     model = dataclasses.replace(model, moe=moe)
   names = api.candidates(model.attention, platform='tpu')

@@ -47,9 +47,8 @@ def attend(inputs: Inputs, masking: Masking, spec: AttentionSpec) -> Result:
       or v > 256,
       f'head_dim {h} above 128 on a GPU older than Hopper': h > 128
       and not _is_hopper(),
-      f'values of width {v} beside head_dim {h} on a GPU older than Hopper': v
-      != h
-      and not _is_hopper(),
+      f'values of width {v} beside head_dim {h}, which need Hopper and '
+      'cuDNN 9.10': v != h and not _takes_other_values(),
       f'masks over odd lengths {t} and {s}': masked and (t % 2 or s % 2) != 0,
       'causality between different lengths': spec.causal and t != s,
       'query_offset': masking.query_offset is not None,
@@ -64,6 +63,13 @@ def _is_hopper() -> bool:
   """True where this GPU has compute capability 9.0 or more."""
   capability = getattr(jax.local_devices()[0], 'compute_capability', '0')
   return float(capability) >= 9
+
+
+def _takes_other_values() -> bool:
+  """True where values may have another width than keys."""
+  from jax._src.cudnn import fused_attention_stablehlo as fused
+
+  return _is_hopper() and fused.check_cudnn_version() >= 91_000
 
 
 def _sees_nothing(
