@@ -29,6 +29,7 @@ from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.explain import explain
 from gated_jax.paths import expand
+from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 from gated_jax.processes import Group
 
@@ -171,6 +172,7 @@ def train(argv: list[str]) -> int:
   several = FLAGS.distributed or group[:3] != Group()[:3]
   if several:
     processes.join(group)
+  check_devices()
   from gated_jax.training import loop
 
   command = shlex.join(sys.orig_argv)  # with the interpreter as typed

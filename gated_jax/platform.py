@@ -36,3 +36,21 @@ def skip_absent_tpu() -> None:
     return
   if importlib.util.find_spec('libtpu'):
     jax.config.update('jax_platforms', 'cpu')
+
+
+def check_devices() -> None:
+  """ValueError in one line where the platform that was asked for is not there.
+
+  It looks for devices, so several processes have to be joined before. JAX
+  itself reports a missing plugin by a failed assertion.
+  """
+  try:
+    jax.devices()
+  except (AssertionError, RuntimeError) as error:
+    asked = getattr(jax.config, 'jax_platforms', '') or ''
+    reason = (
+      ' '.join(str(error).split())[:200] or 'no plugin for it is installed'
+    )
+    raise ValueError(
+      f'JAX_PLATFORMS={asked!r} gives no devices: {reason}'
+    ) from error

@@ -53,3 +53,18 @@ def test_a_chip_is_known_by_its_vendor(monkeypatch, tmp_path):
   assert not platform.has_tpu_chip()
   vendor.write_text(platform.GOOGLE + '\n')
   assert platform.has_tpu_chip()
+
+
+@pytest.mark.parametrize(
+  'error', [AssertionError(), RuntimeError('no\nplugin')]
+)
+def test_a_platform_that_is_not_there_is_refused_in_one_line(
+  error, monkeypatch
+):
+  def devices():
+    raise error
+
+  monkeypatch.setattr(jax, 'devices', devices)
+  with pytest.raises(ValueError, match='gives no devices: no plugin') as found:
+    platform.check_devices()
+  assert '\n' not in str(found.value)

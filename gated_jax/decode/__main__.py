@@ -35,6 +35,7 @@ from gated_jax.decode.sampling import Sampling
 from gated_jax.decode.sampling import ids_without_token
 from gated_jax.decode.weights import load
 from gated_jax.paths import expand
+from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 
 # Flags that override a model's own generation_config.json.
@@ -168,6 +169,7 @@ def run(flags: argparse.Namespace) -> None:
   """Prints the prompts and what the model makes of them."""
   if not flags.prompt:
     raise ValueError("--prompt is missing, for example --prompt='The '")
+  check_devices()
   mesh = make_mesh(flags.tensor, flags.fsdp)
   config = checkpoint.load_config(flags.checkpoint)
   tokenizer = find_tokenizer(flags, config)

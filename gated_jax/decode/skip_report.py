@@ -34,6 +34,7 @@ from gated_jax.decode.generate import check_skip
 from gated_jax.decode.weights import Params
 from gated_jax.decode.weights import load
 from gated_jax.model.decoder import Decoder
+from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 
 THRESHOLDS = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)
@@ -97,7 +98,7 @@ def _sums(
   skipped = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(state['probes'])
-    if 'quiet_heads' in jax.tree_util.keystr(path)
+    if 'skipped_heads' in jax.tree_util.keystr(path)
   ]
   share = jnp.mean(jnp.stack(skipped), axis=(0, -1))  # over layers, kv heads
   return (
@@ -131,6 +132,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> None:
   """Prints a row for every threshold that the gate can fall below."""
+  check_devices()
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   config, model, params = load(flags.checkpoint, mesh)
   check_skip(config.model, THRESHOLDS[1])

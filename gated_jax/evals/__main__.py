@@ -42,6 +42,7 @@ from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.size import check_fits
 from gated_jax.paths import expand
+from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 
 # The largest share below one: every document is held out.
@@ -190,6 +191,7 @@ def run(flags: argparse.Namespace, config: RunConfig) -> None:
   """Reads the parameters, measures, prints."""
   if flags.figures and expand(flags.figures).is_file():
     raise ValueError(f'--figures={flags.figures} must be a folder')
+  check_devices()
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   sharding.check_batch(mesh, config.data.batch, config.data.length, 1)
   check_fits(config.model, jax.devices())

@@ -36,6 +36,7 @@ from gated_jax.hf.files import check_free
 from gated_jax.hf.files import whole_folder
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.paths import expand
+from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 
 ADD_GATE = (
@@ -190,6 +191,7 @@ def write_theirs(
 
 def run(args: argparse.Namespace) -> None:
   """Reads, changes, writes."""
+  check_devices()
   target = expand(args.target)
   check_free(target)
   config, params, files = read(args)

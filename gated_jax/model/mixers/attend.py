@@ -134,7 +134,7 @@ def attend(
     scores = jnp.broadcast_to(scores, (*query.shape[:3], scores.shape[-1]))
     skipped = decode.skipped_heads(scores, kv_heads, call.skip_below)
     if probes.is_watched(module):
-      module.sow('probes', 'quiet_heads', skipped)
+      module.sow('probes', 'skipped_heads', skipped)
     if (
       cache is not None
       and call.cache_length is not None
