@@ -13,6 +13,7 @@ REQUIRED = [
   'flax>=0.12.8,<0.13',  # linen modules, the parameters
   'optax>=0.2.8,<0.3',  # optimizers and schedules, Muon among them
   'orbax-checkpoint>=0.12.8,<0.13',  # asynchronous, sharded checkpoints
+  'etils>=1.9',  # the paths that Orbax's handlers take
   'tensorstore>=0.1.80',  # names the file of a checkpoint that is damaged
   'grain>=0.2.18,<0.3',  # input pipeline whose position can be saved
   'ml-collections>=1.1,<2',  # configs that flags override

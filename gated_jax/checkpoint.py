@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from gated_jax import damage
 from gated_jax.config import RunConfig
@@ -264,6 +265,29 @@ def save_parameters(
     ) from error
 
 
+def read_arrays(
+  folder: pathlib.Path, items: Mapping[str, Tree]
+) -> dict[str, Tree]:
+  """The arrays of some items of a checkpoint, unchecked.
+
+  Processes do not wait for each other here: one that cannot read its part
+  raises, and can tell the others. (A Checkpointer of Orbax's would wait.)
+
+  Args:
+    folder: the checkpoint.
+    items: item to shapes, dtypes and shardings of its arrays.
+  """
+  handler = ocp.CompositeCheckpointHandler()
+  args = {k: ocp.args.StandardRestore(tree) for k, tree in items.items()}
+  try:
+    found = handler.restore(
+      epath.Path(folder.absolute()), args=ocp.args.Composite(**args)
+    )
+    return {item: found[item] for item in items}
+  finally:
+    handler.close()
+
+
 def load_parameters(path: str | pathlib.Path, abstract: Tree) -> Tree:
   """Parameters alone, with the shapes, dtypes and shardings of `abstract`.
 
@@ -286,9 +310,7 @@ def load_parameters(path: str | pathlib.Path, abstract: Tree) -> Tree:
     abstract,
   )
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-      args = ocp.args.Composite(params=ocp.args.StandardRestore(exact))
-      params = reader.restore(folder.absolute(), args=args)['params']
+    params = read_arrays(folder, {'params': exact})['params']
   except Exception as error:
     raise damaged(folder, error) from error
   check_arrays(folder, records(params, 'params'), recorded)

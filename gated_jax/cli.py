@@ -95,7 +95,7 @@ def _report(error: BaseException) -> int:
 
 
 def _raised_here(error: BaseException) -> bool:
-  """Whether a line of this package raised it, and so wrote the message."""
+  """Says if a line of this package raised it, and so wrote the message."""
   *_, (frame, _) = traceback.walk_tb(error.__traceback__)
   return (
     pathlib.Path(__file__).parent

@@ -46,7 +46,7 @@ def explain(text: bytes, hosts: list[str]) -> str:
 
 
 def _wait(seconds: float) -> bool:
-  """Whether there is something to read, or the end, within some seconds."""
+  """Waits some seconds for something to read, or the end; says if it came."""
   return bool(select.select([0], [], [], seconds)[0])
 
 

@@ -94,7 +94,7 @@ def speak_first() -> None:
     start_new_session=True,
   )
   os.close(reader)
-  # What Python prints goes where it went, a terminal perhaps.
+  # Python goes on to print where it did, on a terminal perhaps.
   sys.stderr = os.fdopen(os.dup(2), 'w', buffering=1)
   os.dup2(writer, 2)
   os.close(writer)

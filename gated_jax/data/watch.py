@@ -9,8 +9,8 @@ from typing import overload
 import numpy as np
 from jaxtyping import Int
 
-# Of a file, its head, its tail and places between are compared; of very many
-# files, so many that are spread evenly over them.
+# A large file is compared by its head, its tail and pieces between them, and
+# very many files by a number that is spread evenly over them.
 _PIECE, _PIECES, _FILES = 1 << 12, 10, 1 << 10
 _READERS = 16  # at once: a network answers them beside each other
 

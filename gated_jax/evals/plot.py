@@ -211,7 +211,7 @@ def attention_maps(maps: Mapping[int, np.ndarray]) -> 'Figure | None':
     axes.set_axis_off()
   for axes, (layer, weights) in zip(grid, sorted(maps.items()), strict=False):
     mean = np.asarray(weights).mean(axis=0)
-    # What lies in the future stays blank, unlike weights that are zero.
+    # The future stays blank, unlike weights that are zero.
     mean[np.triu_indices(len(mean), 1)] = np.nan
     # The root shows small weights too; a sink is a bright first column.
     image = axes.imshow(np.sqrt(mean), cmap='magma', vmin=0, vmax=1)

@@ -26,6 +26,7 @@ from gated_jax.checkpoint import CheckpointError
 from gated_jax.checkpoint import check_arrays
 from gated_jax.checkpoint import damaged
 from gated_jax.checkpoint import one_line
+from gated_jax.checkpoint import read_arrays
 from gated_jax.checkpoint import read_run
 from gated_jax.checkpoint import records
 from gated_jax.checkpoint import seal
@@ -110,7 +111,7 @@ class _Best(checkpoint_managers.PreservationPolicy):
   def should_preserve(
     self, checkpoints: Sequence[Any], *, context: Any
   ) -> Sequence[bool]:
-    """Whether each of the checkpoints is among the best."""
+    """Marks the checkpoints that are among the best."""
     del context
     known = [
       (self.losses[info.step], info.step)
@@ -279,14 +280,9 @@ class Checkpoints:
   ) -> TrainState | None:
     """The state of a step; None where it was put aside."""
 
-    def read() -> Any:
-      args = {
-        item: ocp.args.StandardRestore(tree)
-        for item, tree in _split(abstract).items()
-      }
-      return self._manager.restore(step, args=ocp.args.Composite(**args))
-
-    trees = self._together(step, read)
+    trees = self._together(
+      step, lambda: read_arrays(self.path(step), _split(abstract))
+    )
     if trees is None:
       return None
     found: dict[str, Any] = {}
@@ -302,7 +298,7 @@ class Checkpoints:
     return TrainState(params=trees['params'], **trees['rest'])
 
   def _together(self, step: int, read: Callable[[], Any]) -> Any:
-    """What was read; None where a process could not: the step is put aside."""
+    """Reads in all processes; None where one could not, and the step went."""
     value, problem = None, ''
     try:
       value = read()

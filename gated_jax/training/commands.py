@@ -1,9 +1,9 @@
-"""What a user types next: the command that was typed, with other flags."""
+"""Makes the next command out of the one that was typed, with other flags."""
 
 import pathlib
 import shlex
 
-# Where a run was started by a call instead of a command line.
+# Stands for the command of a run that was started from Python.
 CALL = 'gated_jax.training.loop.run(config, workdir)'
 
 

@@ -91,7 +91,7 @@ class Console:
 
 
 def has_reader(stream: Any) -> bool:
-  """Whether what is written to a stream can reach anybody."""
+  """Says if text written to a stream can reach anybody."""
   try:
     descriptor = stream.fileno()
   except (AttributeError, OSError, ValueError):  # not a file of the system
@@ -119,8 +119,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
   SIGHUP stays ignored where it was: that is how nohup keeps it away.
   """
   request = StopRequest()
-  # With several processes JAX's own service listens for SIGTERM, so that all
-  # stop at the same step; the other signals are passed on to it.
+  # JAX's own service listens for SIGTERM where there are several processes, so
+  # that all stop at the same step; the other signals are passed on to it.
   several, ignored = jax.process_count() > 1, signal.SIG_IGN
 
   def handle(number: int, frame: FrameType | None) -> None:

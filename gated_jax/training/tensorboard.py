@@ -37,7 +37,7 @@ class TensorBoard:
       ) from None
     self._events, self._scalar = event_pb2, scalar
     folder.mkdir(parents=True, exist_ok=True)
-    # In nanoseconds: a run may be started twice within a second.
+    # Nanoseconds, because a run may be started twice within a second.
     name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
     self._file: Any = RecordWriter(str(folder / name))
     self._flushed = -FLUSH
