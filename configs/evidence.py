@@ -239,8 +239,8 @@ def _model(model: Any, claim: str, small: bool) -> None:
 def _data(config: Any, small: bool) -> None:
   data = config.data
   data.source = 'tokens'
-  data.paths = 'runs/text/*.npy'
-  data.tokenizer = 'runs/text/tokenizer.json'
+  data.paths = 'runs/text/*.bin'
+  data.tokenizer = 'runs/text'
   data.rows = 'joined'
   # One more than the tokenizer's last: no text has it.
   data.first_token = config.model.vocab - 1

@@ -56,9 +56,9 @@ def columns(from_layer: int) -> list[Measure]:
     Measure(f'heads > {SINK}, T=64', layers('near_first_token', above),
             '{:.0%}'),
     Measure('largest head', layers('first_token', np.max), '{:.2f}'),
-    Measure('activations', layers('activation', np.mean), '{:.0f}',
+    Measure('activations', layers('activation', np.mean), '{:.3g}',
             'max_activation'),
-    Measure('attention logit', layers('attention_logit', np.max), '{:.0f}'),
+    Measure('attention logit', layers('attention_logit', np.max), '{:.3g}'),
     Measure('mean gate', layers('gate_mean', np.mean), '{:.3f}', 'mean_gate'),
   ]  # fmt: skip
 
