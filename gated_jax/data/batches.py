@@ -126,7 +126,9 @@ def _number(
   count, length = begins.shape
   begins[:, 0] = True  # padding may not
   starts = np.flatnonzero(begins)
-  sizes = np.diff(starts, append=count * length)
+  sizes = np.empty_like(starts)
+  np.subtract(starts[1:], starts[:-1], out=sizes[:-1])
+  sizes[-1:] = count * length - starts[-1:]
   per_row = np.count_nonzero(begins, axis=1)
   before = np.repeat(np.cumsum(per_row) - per_row, per_row)
   number = (np.arange(1, len(starts) + 1) - before).astype(np.int32)

@@ -68,9 +68,10 @@ def _encrypt(
     return (rotate(x, 1) & rotate(x, 8)) ^ rotate(x, 2)
 
   left, right = (values >> bits) & mask, values & mask
+  mixed = mix(np.arange(1 << bits))  # far fewer than the values, or as many
   for first, second in (keys[:2], keys[2:]):
-    left = left ^ mix(right) ^ (first & mask)
-    right = right ^ mix(left) ^ (second & mask)
+    left = left ^ mixed[right] ^ (first & mask)
+    right = right ^ mixed[left] ^ (second & mask)
   return (left << bits) | right
 
 

@@ -93,7 +93,10 @@ class TokenSource:
         starts = np.append(begin, begin + ends[:-1])
         count = max(int(np.searchsorted(starts, unit.end)), 1)
         ends = _cut(ends[:count], self._max_document)
-        yield Ids(begin + ends, ids[: ends[-1]], np.diff(ends, prepend=0))
+        ids = ids[: ends[-1]]
+        if ids.dtype.itemsize < 4:
+          ids = ids.astype(np.int32)  # once, for all that comes
+        yield Ids(begin + ends, ids, np.diff(ends, prepend=0))
         begin += int(ends[-1])
 
   def _next_block(
