@@ -6,6 +6,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'docs/examples'
 

@@ -12,6 +12,9 @@ from jax.sharding import PartitionSpec as P
 import gated_jax
 from gated_jax.nnx import GatedAttention
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 D, HEADS = 8, 2
 GATES = ['none', 'elementwise', 'headwise', 'key', 'dense_output']
 

@@ -28,6 +28,9 @@ from gated_jax.model.decoder import Decoder
 from gated_jax.ops.attention import decode as attention
 from gated_jax.ops.attention.api import gated_dot_product_attention
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 BASE = ModelConfig(
   vocab=61,
   length=64,

@@ -24,6 +24,9 @@ from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops.attention import decode
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 BASE = ModelConfig(
   vocab=64,
   length=96,
@@ -170,7 +173,8 @@ from jax.experimental import topologies
 from gated_jax.config import GateConfig, ModelConfig
 from gated_jax.decode.generate import _step
 from gated_jax.decode.sampling import Sampling
-from gated_jax.model.decoder import Decoder, init_cache
+from gated_jax.model.cache import init_cache
+from gated_jax.model.decoder import Decoder
 
 topology = topologies.get_topology_desc(
   platform='tpu', topology_name=sys.argv[1]

@@ -16,6 +16,9 @@ from gated_jax.evals import __main__ as cli
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.decoder import Decoder
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 MODEL = ModelConfig(
   vocab=320,
   length=64,

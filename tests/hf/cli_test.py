@@ -17,6 +17,9 @@ from gated_jax.hf import tokenizer
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.decoder import Decoder
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
 
 

@@ -116,7 +116,15 @@ def test_a_row_without_document_numbers_is_one_document():
   )
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    name
+    if name in ('plain', 'pattern', 'experts')
+    else pytest.param(name, marks=pytest.mark.long)
+    for name in VARIANTS
+  ],
+)
 def test_a_token_sees_its_own_document_up_to_itself(name):
   config = config_of(name)
   model, params = make(config)

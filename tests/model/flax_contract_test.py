@@ -15,6 +15,9 @@ from gated_jax import GateConfig
 from gated_jax import GatedAttention
 from gated_jax import GatedSelfAttention
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 D, HEADS = 8, 2
 FLAX = nn.MultiHeadDotProductAttention
 GATES = ['none', 'elementwise', 'headwise', 'value', 'dense_output']

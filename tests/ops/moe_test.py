@@ -14,6 +14,9 @@ from gated_jax.ops.route import RouteSpec
 from gated_jax.ops.route import route
 from gated_jax.ops.route import router_statistics
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 B, T, D, F, E = 2, 12, 8, 6, 8
 
 

@@ -26,6 +26,9 @@ from gated_jax.evals import diagnostics
 from gated_jax.model.decoder import Decoder
 from gated_jax.training import build
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 B, T, V, D, N, K, H, F, L = 2, 8, 13, 8, 4, 2, 4, 12, 2
 
 MODEL = ModelConfig(

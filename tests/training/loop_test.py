@@ -17,6 +17,9 @@ import pytest
 
 from gated_jax.training import metrics
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[2]
 # Most of a tiny run is compilation, and most runs here compile the same.
 COMPILED = tempfile.TemporaryDirectory()
@@ -259,6 +262,7 @@ def test_data_that_cannot_be_used_costs_no_step_that_was_made(tmp_path):
       tmp_path / 'run',
       data__source='tokens',
       data__paths=tmp_path / 'ids.npy',
+      data__eos=256,
       data__shuffle=False,
       data__validation=0,
       checkpoint__every=0,

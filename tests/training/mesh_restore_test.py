@@ -19,6 +19,9 @@ from gated_jax.model.decoder import Decoder
 from gated_jax.training.build import make_functions
 from gated_jax.training.checkpoints import Checkpoints
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 CONFIG = RunConfig(
   model=ModelConfig(
     vocab=64,

@@ -18,6 +18,9 @@ from gated_jax.model.decoder import Decoder
 from gated_jax.training.warm_start import check_same_function
 from gated_jax.training.warm_start import load_start
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 MODEL = ModelConfig(
   vocab=32,
   length=256,

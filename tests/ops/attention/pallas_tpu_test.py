@@ -29,6 +29,9 @@ from gated_jax.ops.attention.pallas_tpu.blocks import KernelSpec
 from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.gate import GateSpec
 
+# Together most of a minute or more; see CONTRIBUTING.md.
+pytestmark = pytest.mark.long
+
 SMALL = Blocks(
   queries=256,
   keys=128,
