@@ -14,7 +14,11 @@ import os
 import re
 import select
 
-MARK = b'JAX distributed service detected fatal errors'
+# The first words of JAX's that mean the end: process 0 lists who stopped to
+# answer, the others are told that they will be ended.
+MARK = re.compile(
+  rb'tasks are unhealthy|JAX distributed service detected fatal errors'
+)
 TASKS = re.compile(rb'tasks are unhealthy[^\n]*\n((?:[^\n]*?\d+\n)+)')
 # Begins a line that is not copied: JSON, the host of every process.
 HOSTS = b'\0hosts '
@@ -64,10 +68,10 @@ def main() -> None:
   held = b''
   while True:
     # A line that is not whole is held for a moment: it may be a mark's half.
-    if held and MARK not in held and not _wait(0.2):
+    if held and not MARK.search(held) and not _wait(0.2):
       _copy(held)
       held = b''
-    if MARK in held and not _wait(PATIENCE):
+    if MARK.search(held) and not _wait(PATIENCE):
       break
     chunk = os.read(0, 1 << 16)
     if not chunk:
@@ -75,14 +79,14 @@ def main() -> None:
     held += chunk
     while b'\n' in held:
       line, _, rest = held.partition(b'\n')
-      if MARK in line:
+      if MARK.search(line):
         break
       held = rest
       if line.startswith(HOSTS):
         hosts = json.loads(line[len(HOSTS) :])
       else:
         _copy(line + b'\n')
-  if MARK in held:
+  if MARK.search(held):
     _copy(explain(held, hosts).encode() + b'\n')
   _copy(held)
   while chunk := os.read(0, 1 << 16):

@@ -254,16 +254,19 @@ def test_a_run_that_turns_non_finite_stops_and_says_where(tmp_path):
 
 
 def test_data_that_cannot_be_used_costs_no_step_that_was_made(tmp_path):
-  ids = np.tile(np.append(np.arange(49), 256), 40)
-  ids[1000] = 257
-  np.save(tmp_path / 'ids.npy', ids)
+  # Ids are checked as a file is read, so the bad one lies in the second file.
+  ids = np.tile(np.append(np.arange(49), 256), 30)
+  np.save(tmp_path / 'a.npy', ids)
+  ids[0] = 257
+  np.save(tmp_path / 'b.npy', ids)
   code, out, err = wait(
     start(
       tmp_path / 'run',
       data__source='tokens',
-      data__paths=tmp_path / 'ids.npy',
+      data__paths=tmp_path / '*.npy',
       data__eos=256,
       data__shuffle=False,
+      data__shuffle_tokens=128,
       data__validation=0,
       checkpoint__every=0,
     )
@@ -272,6 +275,6 @@ def test_data_that_cannot_be_used_costs_no_step_that_was_made(tmp_path):
   (line,) = err.splitlines()
   found = re.search(r'token id 257 in (\S+) .*; step (\d+) is saved in', line)
   assert found, line
-  assert found[1] == str(tmp_path / 'ids.npy')
-  assert int(found[2]) > 4, '1000 tokens are seven steps and more'
+  assert found[1] == str(tmp_path / 'b.npy')
+  assert int(found[2]) > 4, '1500 tokens are eleven steps'
   assert (tmp_path / 'run' / 'checkpoints' / found[2] / 'params').is_dir()
