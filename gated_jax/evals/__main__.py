@@ -110,7 +110,7 @@ class Batches:
         if self.count == limit:
           break
         self.count += 1
-        size = target_bytes(data, batch, lengths)
+        size = target_bytes(data, [batch], lengths)
         known = known and size > 0
         self.text_bytes = (self.text_bytes + size) * known
         placed = jax.device_put(batch, where)

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -86,22 +87,27 @@ def evaluate(
 
 
 def target_bytes(
-  data: DataConfig, batch: Mapping[str, np.ndarray], lengths: np.ndarray
+  data: DataConfig,
+  batches: Sequence[Mapping[str, np.ndarray]],
+  lengths: np.ndarray,
 ) -> float:
   """Bytes of text that the predicted tokens encode; 0: not known.
 
   Args:
-    data: Says where the batch is from: random ids encode no text.
-    batch: Has targets and their weights.
+    data: Says what the batches are from: random ids stand for no text.
+    batches: With targets and their weights.
     lengths: Bytes of each of the tokenizer's tokens. Ids made elsewhere may
       be of a tokenizer that has more.
   """
   if any(part.source == 'synthetic' for _, part in data.parts()):
     return 0.0
-  targets = batch['targets'][batch['weights'] > 0]
-  if np.any(targets >= len(lengths)):
-    return 0.0
-  return float(np.sum(lengths[targets]))
+  total = 0
+  for batch in batches:
+    targets = batch['targets'][batch['weights'] > 0]
+    if np.any(targets >= len(lengths)):
+      return 0.0
+    total += int(np.sum(lengths[targets]))
+  return float(total)
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from gated_jax.config import to_dict
 from gated_jax.data.batch import arrays_of
 from gated_jax.data.pipeline import Pipeline
 from gated_jax.data.pipeline import make_pipeline
+from gated_jax.evals.likelihood import target_bytes
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.size import check_fits
@@ -36,7 +37,6 @@ from gated_jax.training.checkpoints import Checkpoints
 from gated_jax.training.console import Console
 from gated_jax.training.evaluation import Evaluation
 from gated_jax.training.evaluation import prompt_from
-from gated_jax.training.evaluation import target_bytes
 from gated_jax.training.metrics import Clock
 from gated_jax.training.metrics import Metrics
 from gated_jax.training.optimizer import make_optimizer

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from gated_jax.config import DataConfig
 from gated_jax.data.tokenizer import Tokenizer
 from gated_jax.evals import diagnostics
 from gated_jax.evals import likelihood
@@ -18,30 +17,6 @@ from gated_jax.evals import likelihood
 Tree = Any
 PROMPT = 32  # tokens of a row in which words for a prompt are looked for
 WORDS = 24  # characters of a prompt at most
-
-
-def target_bytes(
-  data: DataConfig,
-  batches: Sequence[dict[str, np.ndarray]],
-  lengths: np.ndarray,
-) -> float:
-  """Bytes of text that the predicted tokens encode; 0: not known.
-
-  Args:
-    data: Says what the batches are from: random ids stand for no text.
-    batches: Held-out ones, with targets and their weights.
-    lengths: Bytes of each of the tokenizer's tokens. Ids made elsewhere may
-      be of a tokenizer that has more.
-  """
-  if any(part.source == 'synthetic' for _, part in data.parts()):
-    return 0.0
-  total = 0
-  for batch in batches:
-    targets = batch['targets'][batch['weights'] > 0]
-    if np.any(targets >= len(lengths)):
-      return 0.0
-    total += int(np.sum(lengths[targets]))
-  return float(total)
 
 
 def prompt_from(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gated_jax.config import DataConfig
-from gated_jax.training.evaluation import target_bytes
+from gated_jax.evals.likelihood import target_bytes
 
 LENGTHS = np.array([1, 2, 3, 0])  # of a tokenizer with four tokens
 MIXTURE = DataConfig(source='mixture', mixture=('1:stdlib', '1:synthetic'))
