@@ -41,7 +41,7 @@ def address(config: ModelConfig, layer: int) -> Address:
 
 def layer_of(config: ModelConfig, path: tuple[str, ...]) -> int | None:
   """The first layer whose subtree holds a path; None: it is in no layer."""
-  for layer in range(min(config.depth, len(config.lead) + len(config.pattern))):
+  for layer in range(config.depth):
     place = address(config, layer).path
     if path[: len(place)] == place:
       return layer
