@@ -93,6 +93,7 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
   """Per array, the sum that `records` describes."""
 
   def total(x: jax.Array) -> jax.Array:
+    """A sum in which each element counts by its place."""
     if x.dtype == jnp.bool_:
       x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
@@ -114,6 +115,7 @@ def _names(tree: Tree, item: str) -> list[str]:
   """'item/path/of/array' for every array, in the order of the leaves."""
 
   def word(key: Any) -> str:
+    """A key of a path, whichever kind of node it is of."""
     for name in ('key', 'idx', 'name'):
       if hasattr(key, name):
         return str(getattr(key, name))

@@ -45,6 +45,7 @@ class Parser(argparse.ArgumentParser):
   """argparse, but a wrong command line is a ValueError and no usage text."""
 
   def error(self, message: str) -> NoReturn:
+    """Raises where argparse would print its usage and exit."""
     raise ValueError(message)
 
 

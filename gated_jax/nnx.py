@@ -204,6 +204,7 @@ class GatedAttention(nnx.Module):
 
     @jax.jit
     def draw(key: Array) -> Any:
+      """The linen module's initial values for these parameters."""
       params = quiet.init(key, *zeros)['params']
       return {name: params[name] for name in names}
 

@@ -214,6 +214,7 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
   """
 
   def place(path: Any, leaf: Any) -> NamedSharding:
+    """Where one array lies."""
     if not isinstance(leaf, meta.Partitioned):
       return NamedSharding(mesh, PartitionSpec())
     name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -230,6 +231,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   sizes = dict(mesh.shape)
 
   def split(name: str) -> tuple[str, ...] | None:
+    """The mesh axes that really split a logical axis."""
     return tuple(a for a in RULES[name] if sizes[a] > 1) or None
 
   return NamedSharding(mesh, PartitionSpec(split('batch'), split('length')))
@@ -250,6 +252,7 @@ def check_batch(
   sizes = dict(mesh.shape)
 
   def check(what: str, size: int, name: str, pieces: int, why: str) -> None:
+    """Refuses a size that the mesh cannot divide into whole pieces."""
     split = [axis for axis in RULES[name] if sizes[axis] > 1]
     parts = math.prod(sizes[axis] for axis in split)
     if parts > 1 and size % (parts * pieces):
@@ -309,14 +312,17 @@ def per_device(
     return function
 
   def is_axes(x: Any) -> bool:
+    """A tuple of axis names is a leaf and no subtree."""
     return isinstance(x, tuple) and all(
       isinstance(a, str) or a is None for a in x
     )
 
   def whole(*arrays: Any) -> Any:
+    """Runs the function on each device's shards."""
     split = _divided(arrays, inputs)
 
     def spec(axes: Axes) -> PartitionSpec:
+      """The mesh axes of an array, where they divide it."""
       return PartitionSpec(*(split.get(name) for name in axes))
 
     in_specs = tuple(

@@ -80,7 +80,10 @@ def gradients(
   """A jitted function of (inputs, gradient of the output) to all gradients."""
 
   def run(inputs: Inputs, d_output: Any) -> Inputs:
+    """The gradients of every input."""
+
     def output(inputs: Inputs) -> Any:
+      """What backward differentiates: attention's output alone."""
       return attend(inputs, masking, case.spec).output
 
     return jax.vjp(output, inputs)[1](d_output)[0]
@@ -100,6 +103,7 @@ class Ours:
     both = gradients(attend, case)
 
     def run(d_output: Any, *packed: Any) -> list[Any]:
+      """The same on packed arrays, as projections give them."""
       arrays = {
         name: x.reshape(shape)
         for (name, shape), x in zip(shapes.items(), packed, strict=True)

@@ -188,6 +188,7 @@ class Module:
     window = i.attribute('window')
 
     def field(key: str) -> list[str]:
+      """The numbers of one field of a convolution's window."""
       found = re.search(rf'\b{key}=([\dx_\-]+)', window)
       return found.group(1).split('x') if found else []
 

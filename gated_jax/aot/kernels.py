@@ -128,7 +128,10 @@ def rotation(
   width = heads * LANES
 
   def run(x: Any, scale: Any, cos: Any, sin: Any, dy: Any) -> Any:
+    """Forward and backward of norm and rotation in one program."""
+
     def rotate(x: Any, scale: Any) -> Any:
+      """The kernel on packed heads [B, T, N H]."""
       by_head = x.reshape(*x.shape[:2], heads, -1)
       rotated = rope_tpu.normalize_and_rotate(
         by_head, scale, rope.Rotation(cos, sin)

@@ -87,15 +87,18 @@ def layer(config: ModelConfig) -> tuple[Callable, tuple[Any, Any]]:
   plain = dataclasses.replace(config, attention='xla')
 
   def context(x: Any) -> Context:
+    """Positions and their rotation, without documents."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     rotation = rope.rotation(positions, config.head_dim, config.rope)
     return Context(rotations=(rotation,))
 
   def start(x: Any) -> Any:
+    """Parameters of one layer; plain attention, which any host can trace."""
     module = Block(plain, plain.layers[0])
     return module.init(jax.random.key(0), x, None, context(x))['params']
 
   def run(parameters: Any, x: Any) -> Any:
+    """The layer's output."""
     module = Block(config, config.layers[0])
     return module.apply({'params': parameters}, x, None, context(x))[0]
 
@@ -127,6 +130,7 @@ def _compile(run: Callable, arguments: tuple[Any, Any], device: Any) -> Program:
   """Forward and backward, with the output that the next layer reads."""
 
   def both(parameters: Any, x: Any, d_output: Any) -> Any:
+    """The output and the gradients of parameters and input."""
     output, pull = jax.vjp(run, parameters, x)
     return output, pull(d_output)
 

@@ -34,6 +34,7 @@ def _both(
   """(q, k, v [B, N, T, H], gradient of the output) to three gradients."""
 
   def run(q: Any, k: Any, v: Any, d_output: Any) -> Any:
+    """Forward and backward of the peer's kernel, a batch at a time."""
     kernel = make(heads, length, options)
     return jax.vjp(jax.vmap(kernel), q, k, v)[1](d_output)
 

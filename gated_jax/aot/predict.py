@@ -150,6 +150,7 @@ def predict(
   """
 
   def time(kernel: Kernel) -> KernelTime:
+    """A kernel's time by its schedule, or by its FLOPs where none is known."""
     known = price(kernel)
     floor = kernel.flops / chip.flops_per_cycle
     cycles = floor if known is None else known

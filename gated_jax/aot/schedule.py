@@ -101,6 +101,7 @@ def find(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
   """The last programs of the kernels whose name has this in it, in order."""
 
   def number(path: pathlib.Path) -> int:
+    """The compiler numbers programs in the order in which it made them."""
     digits = re.search(rf'{name}\w*\.(\d+)-', path.name)
     return int(digits.group(1)) if digits else 0
 
@@ -161,16 +162,19 @@ def _align(
   body, rest = parts[0], parts[1:]
 
   def skip_part(p: Part) -> float:
+    """The cost of a part of the kernel that no stretch stands for."""
     if p.flops and p.runs:
       return float('inf')
     return 1.0 if 0 < p.runs < body.runs else 0.3
 
   def skip_stretch(s: Stretch) -> float:
+    """The cost of a stretch of bundles that belongs to no part."""
     if s.products > _SHORT and not body.flops:
       return float('inf')
     return 0.0 if s.kind == 'rest' else 0.5 if s.bundles < _SHORT else 2.0
 
   def pair(s: Stretch, p: Part) -> float:
+    """The cost of taking this stretch for this part; infinite if unlike."""
     wanted = core.product_cycles(p.flops)
     if bool(wanted) != (s.products > _SHORT):
       return float('inf')
@@ -183,6 +187,7 @@ def _align(
 
   @functools.cache
   def best(i: int, j: int) -> tuple[float, tuple[tuple[int, int], ...]]:
+    """The cheapest pairing of what follows stretch i and part j."""
     choices = []
     if i < len(stretches) and j < len(rest):
       cost, pairs = best(i + 1, j + 1)
@@ -197,12 +202,19 @@ def _align(
 
   cost, pairs = best(0, 0)
   if cost == float('inf'):
-    sides = (
-      [round(s.products) for s in stretches if s.products > _SHORT],
-      [round(core.product_cycles(p.flops)) for p in rest if p.flops and p.runs],
-    )
-    raise ValueError(
-      'the schedule has stretches with {} cycles of matrix products, the '
-      'kernel has parts with {}'.format(*sides)
-    )
+    raise ValueError(_unlike(stretches, rest, core))
   return {i: rest[j] for i, j in pairs}
+
+
+def _unlike(
+  stretches: list[Stretch], parts: list[Part], core: TensorCore
+) -> str:
+  """The message where products of schedule and kernel do not go together."""
+  scheduled = [round(s.products) for s in stretches if s.products > _SHORT]
+  written = [
+    round(core.product_cycles(p.flops)) for p in parts if p.flops and p.runs
+  ]
+  return (
+    f'the schedule has stretches with {scheduled} cycles of matrix products, '
+    f'the kernel has parts with {written}'
+  )

@@ -92,6 +92,7 @@ def search(
 
   @functools.cache
   def price(tensor: int) -> kernels.Price:
+    """Kernels' prices, scheduled once for each split of the heads."""
     return kernels.prices(chip, base, tensor)
 
   found: list[tuple[Choice, Report]] = []

@@ -81,10 +81,12 @@ def functions(case: Case, backend: str) -> dict[str, Any]:
   )
 
   def forward(arrays: dict[str, Any]) -> Any:
+    """The output alone."""
     # The log-sum-exp is not a result, as in evaluation.
     return attend(*Inputs(**arrays)).output
 
   def both(arrays: dict[str, Any], incoming: Any) -> Any:
+    """The output and all gradients."""
     output, pull = jax.vjp(forward, arrays)
     return output, pull(incoming)
 

@@ -152,6 +152,7 @@ def quickest_sdpa(config: ModelConfig, work: Workload, device: str) -> str:
   )
 
   def both() -> None:
+    """Forward and backward of PyTorch's attention."""
     y = F.scaled_dot_product_attention(
       q, k, v, is_causal=True, enable_gqa=config.heads != config.kv_heads
     )
@@ -204,6 +205,7 @@ def bench(work: Workload, rounds: int, steps: int) -> dict[str, Any]:
   narrow = torch.autocast(device, torch.bfloat16)
 
   def step() -> torch.Tensor:
+    """One step of training, as the other side takes it."""
     with narrow, sdpa_kernel(SDPA[backend]):
       loss = compiled(tokens, targets)
     loss.backward()

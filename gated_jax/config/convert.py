@@ -89,6 +89,7 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
   global_rope = model.pop('global_rope', True)
 
   def word(window: int) -> str:
+    """The word for a layer of the old settings."""
     fields = f':window={window}' if window else ''
     if not (window or global_rope):
       fields = ':nope'

@@ -207,6 +207,7 @@ class DocumentStream:
       wanted &= block.lengths >= reading.least
 
       def finish() -> Chunk:
+        """The block's wanted documents, with ids already at hand."""
         encoded = _checked(block, wanted, reading.vocab, origin)
         return Chunk(*encoded, place, before[wanted], after)
 
@@ -219,6 +220,7 @@ class DocumentStream:
     future = reading.pool and reading.pool.submit(reading.encode, texts)
 
     def finish_encoding() -> Chunk:
+      """Waits for the encoder; short documents are left out."""
       ids, lengths = future.result() if future else reading.encode(texts)
       long = lengths >= reading.least
       if not long.all():

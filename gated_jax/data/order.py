@@ -62,9 +62,11 @@ def _encrypt(
   mask = (1 << bits) - 1
 
   def rotate(x, by):
+    """A rotation of the word's bits to the left."""
     return ((x << by) | (x >> (bits - by))) & mask
 
   def mix(x):
+    """Simon's round function, which makes bits depend on each other."""
     return (rotate(x, 1) & rotate(x, 8)) ^ rotate(x, 2)
 
   left, right = (values >> bits) & mask, values & mask
@@ -80,6 +82,7 @@ def _round_keys(seed: int) -> list[int]:
   seed &= _WORD
 
   def scramble(x):
+    """Xors high bits into low ones."""
     return x ^ (x >> 27)
 
   words = [0x8B8B8B8B] * 4

@@ -187,6 +187,7 @@ def end_to_end(
   count = -(-filled // length)
 
   def cut(array: np.ndarray) -> np.ndarray:
+    """The filled rows, [rows, length]; zeros follow the last token."""
     array[filled:] = 0
     return array[: count * length].reshape(count, length)
 

@@ -77,6 +77,7 @@ def batches(
     )
 
   def windows(streams: list[RowStream], weights: list[float]) -> Windows:
+    """Windows of one kind, with this corpus's size and seed."""
     return Windows(streams, weights, size, seed)
 
   if view.split == 'train':
@@ -140,6 +141,7 @@ def documents(part: DataConfig, source: Source, view: View) -> DocumentStream:
   )
 
   def nothing() -> str:
+    """The line for a source that has nothing for this split."""
     return (
       f'data.validation={part.validation} leaves no document of {what!r} for '
       f'{view.split} (process {view.shard} of {view.shards}); '

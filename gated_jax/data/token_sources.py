@@ -176,6 +176,7 @@ class SyntheticSource(Records):
     ]
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
+    """Documents of a repeated span, made from their number alone."""
     for number in range(max(unit.begin, cursor), unit.end):
       random = np.random.default_rng((self._seed, number))
       period = int(random.integers(8, 33))

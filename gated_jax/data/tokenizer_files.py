@@ -117,6 +117,7 @@ class HuggingFaceTokenizer:
     stated = _stated(folder)
 
     def find(key: str, names: tuple[str, ...]) -> int:
+      """The id of a stated token, else of the first name known; or -1."""
       if stated and key in stated:
         return tokens.get(_content(stated[key]), -1)
       return next((tokens[name] for name in names if name in tokens), -1)
@@ -194,6 +195,7 @@ class HuggingFaceTokenizer:
     """See `Tokenizer`."""
 
     def is_text(i: int) -> bool:
+      """Whether the id stands for text."""
       return i in self._pieces and i not in self._no_text
 
     return PieceStream(self.decode, is_text, self._unsettled, before)

@@ -206,6 +206,7 @@ def show(
     print(texts[0], end='', flush=True)
 
   def close(row: int) -> None:
+    """Prints what is left of a row that has ended."""
     open_rows.discard(row)
     rest = streams[row].finish()
     parts[row].append(rest)

@@ -99,6 +99,7 @@ def ours(
   model = Decoder(config)
 
   def run() -> float:
+    """Seconds of all steps after the first, which reads the prompts."""
     steps = generate(model, params, list(prompts), max_tokens=new + 1)
     next(steps)
     start = clock()
@@ -136,6 +137,7 @@ def theirs(
     options['cache_implementation'] = 'static'
 
   def seconds(count: int) -> float:
+    """Seconds for this many new tokens, the prompts' included."""
     start = clock()
     with torch.inference_mode():
       found = model.generate(
@@ -193,6 +195,7 @@ def compare(
 
 
 def main() -> None:
+  """Reads the command line and prints the table."""
   parser = argparse.ArgumentParser(prog='python -m gated_jax.decode.bench')
   parser.add_argument('--transformers', action='store_true')
   parser.add_argument('--cpu_time', action='store_true')

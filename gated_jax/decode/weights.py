@@ -51,6 +51,7 @@ def _convert(config: ModelConfig, params: Params) -> Params:
   facts = parameters.about(boxed_parameters(config))
 
   def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    """A parameter in the type that decoding reads it in."""
     kind = facts[tuple(str(part.key) for part in path)].kind
     return x if kind in parameters.FLOAT32 else x.astype(dtype)
 

@@ -99,6 +99,7 @@ class Report:
     """
 
     def rest(numbers: tuple[int, ...]) -> tuple[int, ...]:
+      """Numbers of layers, counted from this layer on."""
       return tuple(number - layer for number in numbers if number >= layer)
 
     tables = {}
@@ -257,6 +258,7 @@ def _stack(*leaves: Any) -> Any:
   largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
 
   def padded(x: Any) -> Any:
+    """Filled with NaN to the largest shape."""
     missing = zip(x.shape, largest, strict=True)
     widths = [(0, most - size) for size, most in missing]
     return jnp.pad(x, widths, constant_values=jnp.nan)
@@ -302,6 +304,7 @@ def _divide(
   maps: Mapping[int, np.ndarray],
 ) -> Report:
   def mean(name: str) -> np.ndarray:
+    """Sums over tokens divided by their number, by layer."""
     if name not in sums:
       return _none()
     total, number = sums[name].total, sums[name].number

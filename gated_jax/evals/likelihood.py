@@ -121,6 +121,7 @@ def sums_on(kind: str) -> Any:
   def sums(
     model: nn.Module, params: Any, batch: dict[str, Any]
   ) -> tuple[jax.Array, jax.Array]:
+    """Summed losses and weights of every position."""
     loss: Any = model.apply(
       {'params': params}, batch, method='loss', deterministic=True
     )

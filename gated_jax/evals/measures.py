@@ -39,13 +39,17 @@ def columns(from_layer: int) -> list[Measure]:
   """The columns, over layers from this one on where layers are averaged."""
 
   def layers(name: str, reduce: Callable) -> Callable[[Record], float]:
+    """A column that reduces a table's layers to one number."""
+
     def value(record: Record) -> float:
+      """The number for one run; NaN where no layer is left."""
       rows = record.array(name)[from_layer:]
       return float(reduce(rows)) if len(rows) else math.nan
 
     return value
 
   def above(x: np.ndarray) -> float:
+    """The share of heads that are sinks."""
     return float(np.mean(x > SINK))
 
   return [

@@ -46,14 +46,17 @@ class Record:
 
   @property
   def arm(self) -> str:
+    """Which of the compared models this run trains."""
     return str(self.about.get('arm', self.name))
 
   @property
   def seed(self) -> int:
+    """The seed of the run."""
     return int(self.about.get('seed', 0))
 
   @property
   def tokens_per_step(self) -> int:
+    """How many tokens a step reads."""
     return int(self.about.get('tokens_per_step', 1))
 
   def value(self, name: str) -> float:

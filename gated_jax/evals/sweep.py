@@ -54,6 +54,7 @@ class Run:
 
   @property
   def name(self) -> str:
+    """The run's folder, which names it."""
     return self.folder.name
 
   def outcome(self) -> str:
@@ -176,6 +177,7 @@ class Worker:
 
   @property
   def busy(self) -> bool:
+    """Whether a run is being trained here."""
     return self._process is not None
 
   def stop(self) -> None:

@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
   commands = top.add_subparsers(dest='command', required=True)
 
   def command(name: str, text: str, **more: Any) -> argparse.ArgumentParser:
+    """A command with the flags that all commands have."""
     parser = commands.add_parser(
       name, help=text, description=text, allow_abbrev=False, **more
     )
@@ -181,6 +182,7 @@ def write_theirs(
   target, model = expand(args.target), config.model
 
   def more(folder: pathlib.Path) -> None:
+    """Puts the tokenizer's files beside the weights."""
     tokenizer.copy(files, folder)
     if not files and config.data.tokenizer == 'bytes':
       tokenizer.write_bytes(folder, model.length)

@@ -230,6 +230,7 @@ def save(
   listed = {t.name: t for t in tensors(kind.rows, config, shapes)}
 
   def read(name: str) -> np.ndarray:
+    """A tensor as the other side stores it, joined from its arrays."""
     tensor = listed[name]
     return tensor.join([_get(flat[x], tensor.at) for x in tensor.leaves])
 

@@ -224,6 +224,7 @@ class TensorFiles:
       )
 
     def read(name: str) -> np.ndarray:
+      """A tensor as NumPy; bfloat16 by its bits: torch converts none."""
       tensor = tensors[name].detach()
       if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(BFLOAT16)
@@ -318,5 +319,6 @@ def write_tensors(
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+  """Writes JSON with sorted keys, so that equal configs are equal files."""
   text = json.dumps(values, indent=2, sort_keys=True)
   path.write_text(f'{text}\n', encoding='utf-8')

@@ -77,6 +77,7 @@ def repeat_headwise(config: ModelConfig, params: Tree) -> Model:
   )
 
   def repeat(leaf: Any) -> Any:
+    """One score per head becomes the same score for each of its channels."""
     return jnp.repeat(jnp.asarray(leaf)[..., None], config.head_dim, axis=-1)
 
   flat = {

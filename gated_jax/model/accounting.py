@@ -114,6 +114,7 @@ def flops_per_token(config: ModelConfig, length: int) -> dict[str, float]:
   flops: dict[str, float] = {}
 
   def add(part: str, forward: float) -> None:
+    """Counts a part's forward pass, and backward with it."""
     flops[part] = flops.get(part, 0.0) + PASSES * forward
 
   mixers = {layer.mixer for layer in config.layers}

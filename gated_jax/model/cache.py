@@ -28,6 +28,7 @@ def init_cache(
   kind = jnp.dtype(dtype or config.dtype)
 
   def state(layer: LayerSpec, *stacked: int) -> Any:
+    """The state of a layer, or of a stack of equal ones."""
     init = mixer_named(layer.mixer).init_state
     return init(config, layer, batch, length, kind, stacked)
 

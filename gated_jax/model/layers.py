@@ -91,6 +91,7 @@ class MLP(nn.Module):
     c = self.config
 
     def kernel(name: str, shape: tuple[int, ...], axes: Axes) -> Matrix:
+      """A matrix with the model's initial spread."""
       return Kernel(shape, axes, 1, c.init_std, c.param_dtype, name=name)()
 
     shape, axes = (c.width, self.width), ('embed', 'mlp')

@@ -65,6 +65,7 @@ class Kernel(nn.Module):
 
     # Variance scaling reads a matrix's two sides off its shape.
     def flat(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+      """Draws with two sides, and reshapes to the parameter's own axes."""
       return jnp.reshape(init(key, sides, dtype), shape)
 
     axes = self.axes if making.boxed else None
@@ -100,6 +101,7 @@ def row_major(x: Float[Array, '...'], axes: Axes) -> Float[Array, '...']:
   """
 
   def pin(x: Array) -> Array:
+    """Rows innermost on a TPU; elsewhere nothing."""
     return jax.lax.platform_dependent(
       x,
       tpu=lambda x: with_layout_constraint(x, Layout((0, 1, 2))),

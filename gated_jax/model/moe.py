@@ -78,6 +78,7 @@ class MoE(nn.Module):
     swapped = ('experts', 'mlp', 'expert_embed')
 
     def weights(name: str, shape: tuple[int, ...], axes: Axes) -> Array:
+      """A stack of matrices, one for each expert."""
       init, dtype = normal(c.init_std), c.param_dtype
       return parameter(
         self, name, shape, axes, Kind.MATRIX, init=init, dtype=dtype, inputs=1
@@ -124,6 +125,7 @@ class MoE(nn.Module):
     def run(
       x: Array, indices: Array, weights: Array, *matrices: Array
     ) -> Array:
+      """What each device computes, on its tokens and experts."""
       return moe.apply_experts(
         x, indices, weights, moe.ExpertWeights(*matrices), spec
       )

@@ -209,6 +209,7 @@ class GatedAttention(nn.Module):
     """Queries and keys, through the norm that the fields ask for."""
 
     def norm(x: Array, name: str) -> Array:
+      """The norm of either, under Flax's own names."""
       if layer.qk_norm:
         return rms_norm(x, head_scale(layer, f'{name}_norm'), layer.norm_eps)
       return nn.LayerNorm(
@@ -232,6 +233,7 @@ class GatedAttention(nn.Module):
     exists = self.has_variable('cache', 'cached_key')
 
     def variable(name: str, x: Array) -> nn.Variable:
+      """A variable of the cache, zero until it is written."""
       shape = (*batch, *x.shape[1:])
       return self.variable('cache', name, jnp.zeros, shape, x.dtype)
 

@@ -101,6 +101,7 @@ def parameter(
   outputs = len(axes) - inputs - axes.count('experts') if inputs else 0
 
   def boxed(key: Array, *args: Any) -> Box:
+    """The array, in a box that says what it is."""
     return Box(
       init(key, *args), axes, kind=kind, inputs=inputs, outputs=outputs
     )

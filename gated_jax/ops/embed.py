@@ -65,6 +65,7 @@ def embed(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _embed(spec: EmbedSpec, shard: Shard, table: Array, tokens: Array) -> Array:
   def run(table: Array, tokens: Array) -> Array:
+    """What each device computes, on its rows of the table."""
     table = table.astype(jnp.dtype(spec.dtype))
     if spec.width_axes:
       table = jax.lax.all_gather(table, spec.width_axes, axis=1, tiled=True)
@@ -96,6 +97,7 @@ def _backward(
   table, tokens = saved
 
   def run(d_rows: Array, tokens: Array, table: Array) -> Array:
+    """The gradient of a device's rows of the table."""
     wide = jnp.promote_types(table.dtype, jnp.float32)
     ids, known = _local_ids(tokens, table.shape[0], spec)
     terms = jnp.where(known[..., None], d_rows.astype(wide), 0)

@@ -147,12 +147,14 @@ def largest_logit(
   padding = blocks * LOGIT_BLOCK - t
 
   def in_blocks(x: Array) -> Array:
+    """Positions in blocks, [blocks, B, block, ...]."""
     x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
     return jnp.moveaxis(x.reshape(b, blocks, LOGIT_BLOCK, *x.shape[2:]), 1, 0)
 
   keys = jnp.arange(t)
 
   def largest(block: tuple[Array, Array, Array]) -> Array:
+    """The largest logit of each head in one block of queries."""
     queries, numbers, positions = block
     logits = scale * jnp.einsum(
       'BTKGH,BSKH->BKGTS',
@@ -214,6 +216,7 @@ def score_statistics(
   counts = valid[:, :, None, None]
 
   def number(rule: Array) -> Array:
+    """How many of the counted positions follow the rule, by head."""
     return jnp.sum(rule & counts, axis=(0, 1, 3), dtype=jnp.int32)
 
   # How many lie left of each edge; the last edge belongs to its left.

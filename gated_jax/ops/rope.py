@@ -127,6 +127,7 @@ def _attention_factor(spec: RopeSpec) -> float:
     return spec.attention_factor
 
   def scale(mscale: float) -> float:
+    """YaRN's scale of cosines and sines (2309.00071, equation 22)."""
     return 0.1 * mscale * math.log(spec.factor) + 1 if spec.factor > 1 else 1.0
 
   if spec.mscale and spec.mscale_all_dim:

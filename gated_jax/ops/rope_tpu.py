@@ -135,6 +135,7 @@ def _run(
   h, rows = width // spec.heads, spec.rows
 
   def block(size: int) -> pl.BlockSpec:
+    """A block of rows, this wide."""
     return pl.BlockSpec((1, rows, size), lambda b, i: (b, i, 0))
 
   specs = [block(width)] * len(arrays)

@@ -167,6 +167,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def path(self, step: int) -> pathlib.Path:
+    """The folder of a step."""
     return self.folder / str(step)
 
   def save(
@@ -290,6 +291,7 @@ class Checkpoints:
       found |= records(trees[item], item)
 
     def check() -> bool:
+      """Compares what was read with the sums written beside it."""
       check_arrays(self.path(step), found, recorded)
       return True
 

@@ -124,6 +124,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
   several, ignored = jax.process_count() > 1, signal.SIG_IGN
 
   def handle(number: int, frame: FrameType | None) -> None:
+    """Asks the loop to save and end; a second Ctrl-C ends at once."""
     if request and number == signal.SIGINT:
       raise KeyboardInterrupt
     request.name = signal.Signals(number).name

@@ -48,11 +48,13 @@ class Clock:
     self.total: dict[str, float] = {}
 
   def add(self, name: str, seconds: float) -> None:
+    """Adds seconds under a name."""
     for sums in (self._lap, self.total):
       sums[name] = sums.get(name, 0.0) + seconds
 
   @contextlib.contextmanager
   def spent(self, name: str) -> Iterator[None]:
+    """Counts the time that the block takes under a name."""
     start = time.perf_counter()
     try:
       yield
@@ -68,6 +70,7 @@ class Clock:
 
   @property
   def seconds(self) -> float:
+    """Seconds since the lap began."""
     return time.perf_counter() - self._start
 
 

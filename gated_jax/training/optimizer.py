@@ -112,6 +112,7 @@ def make_optimizer(
     del groups['load']  # the state of other models stays as it was
 
   def group(params: Tree) -> Tree:
+    """Which optimizer each parameter has, by its kind."""
     tree = _by_path(facts, params)
     return jax.tree.map(lambda x: RULES[x.kind].group, tree)
 
@@ -139,6 +140,7 @@ def _adamw(
     return optax.set_to_zero()
 
   def decays(params: Tree) -> Tree:
+    """Which parameters decay, by their kind."""
     tree = _by_path(facts, params)
     return jax.tree.map(lambda x: RULES[x.kind].decay, tree)
 
@@ -156,6 +158,7 @@ def _muon(
   config: OptimizerConfig, steps: int, facts: dict[tuple[str, ...], About]
 ) -> optax.GradientTransformation:
   def dimensions(params: Tree) -> Tree:
+    """Which axes of a matrix Muon takes for its two sides."""
     return jax.tree.map(_muon_dimensions, _by_path(facts, params))
 
   # Updates as large as AdamW's (arXiv 2502.16982): one learning rate and one

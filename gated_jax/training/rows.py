@@ -53,9 +53,11 @@ def to_devices(
   places = {row: place for place, row in enumerate(own.rows)}
 
   def place(rows: np.ndarray) -> jax.Array:
+    """A global array from this process's rows."""
     shape = (len(rows) * own.parts, *rows.shape[1:])
 
     def shard(index: Any) -> np.ndarray:
+      """The rows that one device holds."""
       chosen = [places[row] for row in range(shape[0])[index[0]]]
       return rows[(chosen, *index[1:])]
 

@@ -49,6 +49,7 @@ def make_init(
   """A function from a key to the state before the first step."""
 
   def init(key: jax.Array) -> TrainState:
+    """Parameters, optimizer state and keys of step 0."""
     init_key, run_key = jax.random.split(key)
     params = meta.unbox(
       model.init(init_key, jnp.zeros((1, length), jnp.int32))['params']
@@ -89,6 +90,7 @@ def state_shardings(
   }
 
   def of(path, leaf):
+    """The sharding of the parameter whose name ends this path."""
     names = _names(path)
     for start in range(len(names)):
       name = names[start:]
@@ -103,6 +105,7 @@ def _microbatches(batch: Batch, count: int) -> dict[str, Any]:
   """[B, T] as [count, B / count, T]; a device's rows stay on that device."""
 
   def split(x):
+    """One array, cut so that each part takes rows of every device."""
     rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
     return jnp.swapaxes(rows, 0, 1)
 
@@ -123,6 +126,7 @@ def _gradients(
   """
 
   def evaluate(params, part, key):
+    """The loss to differentiate, with what is reported beside it."""
     value = loss(params, part, key)
     metrics = {'loss': value.nll, 'total_loss': value.total, **value.metrics}
     return value.total, (value.weight, metrics)
@@ -133,6 +137,7 @@ def _gradients(
     return found, {**metrics, 'tokens': weight}
 
   def part(carry, x):
+    """Adds one part's gradient, weighted by its targets."""
     index, rows = x
     found, (weight, metrics) = gradient(
       params, rows, jax.random.fold_in(key, index)
@@ -167,6 +172,7 @@ def make_step(
   """The pure function (state, batch) -> (state, metrics); see the file."""
 
   def loss(params, batch, key):
+    """The model's loss for one part of the batch."""
     return model.apply(
       {'params': params},
       batch,
@@ -176,6 +182,7 @@ def make_step(
     )
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One step; a step that is not finite changes no parameter."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     gradient, metrics = _gradients(
       loss, state.params, batch, key, config.accumulate
@@ -188,6 +195,7 @@ def make_step(
     params = optax.apply_updates(state.params, updates)
 
     def keep(new, old):
+      """The new values if the step was finite, else the old."""
       return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
     bad = 1 - good.astype(jnp.int32)

@@ -90,6 +90,7 @@ def _laid_out(
   """Parameters of one layout as another holds them."""
 
   def convert(params: Tree) -> Tree:
+    """Stacks or unstacks layers, and casts."""
     apart = tree.unstack(there, params) if there.scan else params
     laid = tree.stack(here, apart) if here.scan else apart
     return jax.tree.map(lambda x, new: x.astype(new.dtype), laid, abstract)

@@ -85,6 +85,7 @@ def empty_cache(shape: tuple[int, ...], dtype: Any) -> KV:
   axes = (*[None] * stacked, 'batch', 'kv_heads', 'kv_length', None)
 
   def zeros() -> Array:
+    """An empty cache, split as its axes say."""
     return sharding.constrain(jnp.zeros(shape, dtype), *axes)
 
   return KV(zeros(), zeros())  # two arrays, so that both can be donated
@@ -94,9 +95,11 @@ def extend(cache: KV, key: Array, value: Array, index: Array) -> KV:
   """The cache with new keys and values written from each row's index on."""
 
   def row(old: Array, new: Array, start: Array) -> Array:
+    """One row's cache [K, S, H], written from `start` on."""
     return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
 
   def write(old: Array, new: Array) -> Array:
+    """All rows' caches, each from its own index on."""
     new = new.swapaxes(1, 2).astype(old.dtype)
     return jax.vmap(row)(old, new, index)
 
@@ -191,6 +194,7 @@ def _read_pages(
     cache_length: Array,
     skipped: Array,
   ) -> Array:
+    """What each device computes, on its rows and heads."""
     # The cache holds the token itself by now.
     lengths = cache_length + 1
     rows = query[:, 0], key, value, scores[:, 0], lengths, skipped[:, 0]
@@ -237,6 +241,7 @@ def _on_mesh(
     gate: Array | None,
     *masks: Any,
   ) -> tuple[Array | None, ...]:
+    """What each device computes, on its rows and heads."""
     segments, offset, mask, dropout_key = masks
     if dropout_key is not None:  # devices draw different numbers
       for axis in sharding.mesh_axes('batch') + sharding.mesh_axes('heads'):

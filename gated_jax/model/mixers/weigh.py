@@ -53,6 +53,7 @@ def weigh(
   visible = visible_keys(query.shape[1], key.shape[1], masking, spec)
 
   def apart(x: Array) -> Array:
+    """Batch axes apart again, as the caller has them."""
     rows = batch if x.shape[0] == query.shape[0] else (1,) * len(batch)
     return x.reshape(*rows, *x.shape[1:])
 

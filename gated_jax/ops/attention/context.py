@@ -129,6 +129,7 @@ def _on_squares(
     ids: Array | None,
     kv_ids: Array | None,
   ) -> tuple[Array, Array]:
+    """Attends square by square, and gives outputs with their log-sum-exps."""
     output, lse = function(
       Inputs(_flat(q), _flat(k), _flat(v)),
       Masking(
@@ -185,6 +186,7 @@ def _squares(
   chunk = place[j - index * second]
 
   def keys(x: Array) -> Array:
+    """The keys of all devices, in the order of the chunk's positions."""
     gathered = jax.lax.all_gather(x, axis, tiled=True)
     return jnp.take(gathered, chunk, axis=0, mode='clip')
 
@@ -236,6 +238,7 @@ def _join(
   own, own_lse = diagonal
 
   def per_half(reduce: Callable[..., Array], x: Array, nothing: float) -> Array:
+    """Reduces the squares of each half of the queries by themselves."""
     if second is None:
       return x
     mask = second.reshape(-1, *[1] * (x.ndim - 1))

@@ -153,6 +153,7 @@ def _backward(
   query, key, value, gate_logits = inputs
 
   def finish(output: Array, gate_logits: Array | None) -> Array:
+    """The gate, outside of cuDNN's kernel."""
     return _finish(spec, output, lse, gate_logits, masking)[0]
 
   _, pull = jax.vjp(finish, output, gate_logits)

@@ -195,12 +195,14 @@ def _kernel(*refs: Any, grid: _Grid, scale: float, spec: DecodeSpec) -> None:
 
   @pl.when(i == 0)
   def start() -> None:
+    """Clears the running softmax before a row's first page."""
     top[...] = jnp.full_like(top, LOWEST)
     total[...] = jnp.zeros_like(total)
     sums[...] = jnp.zeros_like(sums)
 
   @pl.when(wanted[grid.number(row, head, i)] != 0)
   def mix() -> None:
+    """Takes one page of keys into the running softmax."""
     logits = scale * jax.lax.dot_general(
       query[0, 0],
       key[0, 0],
@@ -228,6 +230,7 @@ def _kernel(*refs: Any, grid: _Grid, scale: float, spec: DecodeSpec) -> None:
 
   @pl.when(i == pl.num_programs(2) - 1)
   def finish() -> None:
+    """Divides by the softmax's sum, gates, and writes the head's output."""
     # A skipped head has read nothing, and its output is zero.
     weight = total[:, :1]
     result = sums[...] / jnp.where(weight == 0, 1.0, weight)

@@ -115,6 +115,7 @@ def gate_backward(
   product = gradient * saved.astype(wide)
 
   def rowsum(x: Array) -> Array:
+    """Sums over a row, in the layout that kernels read."""
     return layout.from_column(jnp.sum(x, axis=-1, keepdims=True))
 
   if gate_logits is None:

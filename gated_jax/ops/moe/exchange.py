@@ -132,6 +132,7 @@ def _loop(
   """start + body(0) + ... + body(rounds - 1), leaf by leaf."""
 
   def step(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+    """Adds one more round."""
     i, total = carry
     return i + 1, jax.tree.map(jnp.add, total, body(i))
 
@@ -161,6 +162,7 @@ def exchange(
   plan = _plan(choices, matrices.down.shape[0], spec)
 
   def body(step: Int[Array, '']) -> Float[Array, 'M D']:
+    """The outputs of one round."""
     return _one_round(x, weights, matrices, choices, plan, step, spec)
 
   return _loop(plan, body, jnp.zeros_like(x))
@@ -180,7 +182,10 @@ def _backward(
   plan = _plan(choices, matrices.down.shape[0], spec)
 
   def body(step: Int[Array, '']) -> Any:
+    """The gradients of one round."""
+
     def forward(x: Array, weights: Array, matrices: Matrices) -> Array:
+      """The round that is differentiated, computed again."""
       return _one_round(x, weights, matrices, choices, plan, step, spec)
 
     return jax.vjp(forward, x, weights, matrices)[1](grad)

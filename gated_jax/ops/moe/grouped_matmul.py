@@ -48,6 +48,7 @@ def _tiling(m: int, k: int, n: int) -> tuple[int, int, int]:
   """Tiles of the kernel: as wide as VMEM holds beside two buffers."""
 
   def widest(size: int, most: int) -> int:
+    """The fewest equal parts below `most`, in whole lanes."""
     parts = -(-size // most)
     return min(size, -(-size // parts // 128) * 128)
 

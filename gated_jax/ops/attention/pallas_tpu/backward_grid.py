@@ -54,9 +54,11 @@ class Grid:
     fetched = self._fetched_queries
 
     def of_query_ids(b: Any, k: Any, j: Any, g: Any, i: Any, *_: Any) -> Any:
+      """The block of document numbers for a step's queries."""
       return b, 0, fetched(j, g, i)[1]
 
     def of_key_ids(b: Any, k: Any, j: Any, g: Any, i: Any, *_: Any) -> Any:
+      """The block of document numbers for a step's keys."""
       return b, 0, self._part_of_keys(j)
 
     row = self._row(fetched)
@@ -117,6 +119,7 @@ class Grid:
     """Packed arrays [B, T, N H]."""
 
     def at(b: Any, k: Any, j: Any, g: Any, i: Any, *_: Any) -> Any:
+      """The block that a step of the grid reads."""
       g, i = which(j, g, i)
       return b, i, k * self.spec.group + g
 
@@ -126,6 +129,7 @@ class Grid:
     """Numbers for each row, [B, N, 1, T]."""
 
     def at(b: Any, k: Any, j: Any, g: Any, i: Any, *_: Any) -> Any:
+      """The block that a step of the grid reads."""
       g, i = which(j, g, i)
       return b, k * self.spec.group + g, 0, i
 
@@ -135,6 +139,7 @@ class Grid:
     """Packed arrays [B, S, K H]."""
 
     def at(b: Any, k: Any, j: Any, g: Any, i: Any, *_: Any) -> Any:
+      """The block that a step of the grid reads."""
       return b, self._part_of_keys(j), k
 
     return pl.BlockSpec((1, self.part, width), at)

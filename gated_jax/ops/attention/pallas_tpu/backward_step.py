@@ -175,6 +175,7 @@ class _Step:
     dtype = refs.saved.dtype
 
     def to_columns(x: Array) -> Array:
+      """A row of numbers as columns as wide as a value."""
       return vectors.broadcast_lanes(vectors.to_column(x), spec.value_dim)
 
     d_output, delta, d_gate_logits = vjp.gate_backward(
@@ -224,9 +225,11 @@ class _Step:
       end = jnp.minimum(place + late, end)
 
     def visit(at: Any) -> None:
+      """Takes a block of queries that needs no mask but documents."""
       self.take(at, step, chunk, (0, block), None)
 
     def visit_unless_hidden(at: Any) -> None:
+      """Leaves out blocks that share no document."""
       refs = self.refs
       tables = (refs.query_spans, refs.key_spans, self.b)
       of_queries = lax.div(self.begin + at, step)

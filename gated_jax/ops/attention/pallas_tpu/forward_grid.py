@@ -50,9 +50,11 @@ class Grid:
     spec, rows = self.spec, self.spec.blocks.queries
 
     def of_queries(width: int) -> pl.BlockSpec:
+      """A block of an array that queries index."""
       return pl.BlockSpec((1, rows, width), lambda b, n, i, j, *_: (b, i, n))
 
     def of_keys(width: int) -> pl.BlockSpec:
+      """A block of an array that keys index, by key head."""
       return pl.BlockSpec(
         (1, self.part, width),
         lambda b, n, i, j, *_: (b, self.at(i, j), lax.div(n, spec.group)),

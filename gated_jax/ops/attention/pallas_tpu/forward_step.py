@@ -133,9 +133,11 @@ class _Step:
       end = jnp.minimum(self.begin + late, end)
 
     def visit(at: Array) -> None:
+      """Takes a block of keys that needs no mask but documents."""
       self.take(at, step, (0, block), None)
 
     def visit_unless_hidden(at: Array) -> None:
+      """Leaves out blocks that share no document."""
       refs = self.refs
       tables = (refs.query_spans, refs.key_spans, self.b)
       of_keys = lax.div(near + at, step)

@@ -121,6 +121,7 @@ def for_each_step(
   """Calls visit(start), visit(start + step), .. below end; maybe never."""
 
   def body(i: Array, _: None) -> None:
+    """One trip; its start is a multiple of the step, as tiles need."""
     visit(pl.multiple_of(start + i * step, step))
 
   lax.fori_loop(0, lax.div(end - start, step), body, None)
