@@ -3,5 +3,5 @@
     python -m gated_jax.hf import|export|add-gate
 
 The functions are `load` and `save` in `gated_jax/hf/convert.py`; the tables
-of names in `gated_jax/hf/names.py` are the place to begin reading.
+in `gated_jax/hf/families/` are the place to begin reading.
 """

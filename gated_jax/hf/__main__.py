@@ -74,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
       '--ignore',
       action='append',
       default=[],
-      help='key of config.json, or tensor, that changes no logits; repeatable',
+      help='key of config.json, or pattern of tensors (mtp.*), that changes no '
+      'logits; repeatable',
     )
     parser.add_argument(
       '--param-dtype',
@@ -144,7 +145,9 @@ def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
   source, mesh = expand(args.source), make_mesh(args.mesh)
   if os.path.lexists(source / 'config.json'):
     files = tokenizer.in_folder(source)
-    model, params = convert.load(source, mesh, args.param_dtype, args.ignore)
+    model, params = convert.load(
+      source, mesh, args.param_dtype, args.ignore, print
+    )
     plain = RunConfig()
     length = min(plain.data.length, model.length)
     data = dataclasses.replace(plain.data, length=length)

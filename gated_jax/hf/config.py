@@ -43,12 +43,39 @@ def find_family(values: Mapping[str, Any]) -> Family:
   if kind is None:
     raise ValueError('config.json has no model_type')
   for family in FAMILIES:
-    if family.model_type == kind and not family.marks:
+    if kind in (family.model_type, family.inside) and not family.marks:
       return family
   known = ', '.join(sorted({family.model_type for family in FAMILIES}))
   raise ValueError(
     f'config.json has model_type {reprlib.repr(kind)}; only {known} can be read'
   )
+
+
+def _language_keys(
+  values: Mapping[str, Any], family: Family, ignore: Sequence[str]
+) -> Keys:
+  """The keys of the language model, which may stand inside `text_config`."""
+  if not family.inside or 'text_config' not in values:
+    return Keys(values)
+  inner = values['text_config']
+  if not isinstance(inner, dict):
+    raise ValueError(
+      f'config.json has text_config={reprlib.repr(inner)}, which is no object'
+    )
+  # Said at the top, inside, or in both places.
+  both = {key: values[key] for key in _OUTSIDE if values.get(key) is not None}
+  for key, value in both.items():
+    if inner.get(key, value) not in (None, value):
+      raise ValueError(
+        f'config.json has {key}={value!r}, and its text_config {inner[key]!r}'
+      )
+  outer = {k: v for k, v in values.items() if k not in _OUTSIDE}
+  Keys(outer).finish({*INERT, *family.around, *ignore, 'text_config'})
+  return Keys(both | {k: v for k, v in inner.items() if v is not None}, _INSIDE)
+
+
+_OUTSIDE = ('tie_word_embeddings', 'dtype', 'torch_dtype')
+_INSIDE = 'text_config of config.json'
 
 
 def read_config(
@@ -70,7 +97,7 @@ def read_config(
     ValueError: a key is missing, of a wrong type, not known, or says what the
       decoder cannot compute.
   """
-  keys = Keys(values)
+  keys = _language_keys(values, family, ignore)
   common = read_common(keys)
   if shapes is not None:
     _check_sizes({'num_hidden_layers': common['depth']}, len(shapes))
@@ -115,15 +142,25 @@ def _check_sizes(sizes: Mapping[str, int], most: int) -> None:
 
 def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
   """A config.json; ValueError naming the settings it has no words for."""
-  values = {
-    'architectures': [family.architecture],
-    'model_type': family.model_type,
+  inner = {
     **write_common(config),
     **write_rope(config.rope),
     **family.write(config),
   }
   if family.fraction == 1:
-    del values['partial_rotary_factor']  # a class that does not read it
+    del inner['partial_rotary_factor']  # a class that does not read it
+  values: dict[str, Any] = {
+    'architectures': [family.architecture],
+    'model_type': family.model_type,
+  }
+  if family.inside:
+    values |= {
+      'text_config': {'model_type': family.inside, **inner},
+      'tie_word_embeddings': config.tie_embeddings,
+      **family.around,
+    }
+  else:
+    values |= inner
   changed = different_function(config, read_config(values, family))
   if changed:
     shown = ', '.join(

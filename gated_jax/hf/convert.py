@@ -7,10 +7,11 @@
 that this process's devices hold, and places one parameter at a time: beside
 the model, memory holds the largest parameter and one tensor. `save` holds
 one shard. Files are read and written by `gated_jax/hf/files.py`, names and
-layouts are the tables of `gated_jax/hf/names.py`.
+layouts are the tables in `gated_jax/hf/families/`.
 """
 
 import dataclasses
+import fnmatch
 import itertools
 import pathlib
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from gated_jax.hf.config import family_named
 from gated_jax.hf.config import find_family
 from gated_jax.hf.config import read_config
 from gated_jax.hf.config import write_config
+from gated_jax.hf.families import Family
 from gated_jax.hf.files import DTYPES
 from gated_jax.hf.files import TensorFiles
 from gated_jax.hf.files import check_free
@@ -48,7 +50,6 @@ from gated_jax.paths import expand
 Tree = Any
 # Of one file, as transformers writes them.
 SHARD_BYTES = 5 * 10**9
-_TIED = ('lm_head.weight', 'model.embed_tokens.weight')
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def load(
   mesh: jax.sharding.Mesh | None = None,
   param_dtype: str = '',
   ignore: Sequence[str] = (),
+  say: Callable[[str], object] = lambda _: None,
 ) -> tuple[ModelConfig, Tree]:
   """The model in a folder of Hugging Face's form.
 
@@ -79,7 +81,8 @@ def load(
     mesh: Where parameters are placed; None: on the first device.
     param_dtype: They are kept in; '': as in the files, and float32 where
       those hold float16 or a mixture.
-    ignore: Keys of config.json and tensors to pass over.
+    ignore: Keys of config.json, and patterns of tensors, to pass over.
+    say: Is told which tensors are passed over, and that they are.
 
   Raises:
     ValueError: something is missing, damaged, of the wrong shape, not known,
@@ -98,7 +101,7 @@ def load(
     abstract = flatten(abstract_parameters(config, mesh))
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
     wanted = tensors(family.rows, config, shapes)
-    _check(wanted, files, ignore)
+    _check(wanted, files, family, ignore, say)
     found: dict[str, jax.Array] = {}
     # All layers of one parameter, or of those that share tensors, together.
     wanted.sort(key=lambda tensor: tensor.leaves)
@@ -109,28 +112,57 @@ def load(
 
 
 def _check(
-  wanted: Iterable[Tensor], files: TensorFiles, ignore: Sequence[str]
+  wanted: Iterable[Tensor],
+  files: TensorFiles,
+  family: Family,
+  ignore: Sequence[str],
+  say: Callable[[str], object],
 ) -> None:
   """The files hold what the table names, in these shapes, and nothing else."""
   shapes = {tensor.name: tensor.shape for tensor in wanted}
+  wrong = []
   for name, shape in shapes.items():
     if name not in files.shapes:
-      raise ValueError(f'{files.folder} has no tensor {name}')
-    if files.shapes[name] != shape:
-      raise ValueError(
-        f'{files.folder}: tensor {name} is of shape '
-        f'{files.shapes[name]}, and config.json makes it {shape}'
+      wrong.append(f'has no tensor {name}')
+    elif files.shapes[name] != shape:
+      wrong.append(
+        f'tensor {name} is of shape {files.shapes[name]}, and config.json '
+        f'makes it {shape}'
       )
-  for name in files.shapes:
-    if name in shapes or name in ignore or name.endswith('.inv_freq'):
-      continue
-    head, embedding = _TIED  # which some write twice
-    if name == head and np.array_equal(files.read(head), files.read(embedding)):
-      continue
-    raise ValueError(
-      f'{files.folder}: tensor {name} of shape {files.shapes[name]} has no '
-      'place in the model that config.json describes'
-    )
+  passed: dict[str, int] = {}
+  for name in sorted(set(files.shapes) - set(shapes)):
+    pattern = _first_match(name, (*family.aside, *ignore, '*.inv_freq'))
+    if pattern:
+      passed[pattern] = passed.get(pattern, 0) + 1
+    elif not _is_tied(name, files, family):
+      wrong.append(
+        f'tensor {name} of shape {files.shapes[name]} has no place in the '
+        'model that config.json describes'
+      )
+  if wrong:
+    rest = f'; and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
+    shown = '; '.join(wrong[:_SHOWN])
+    raise ValueError(f'{files.folder}: {shown}{rest}')
+  for pattern, count in passed.items():
+    say(f'set aside, as no logits of text depend on it: {pattern} ({count})')
+
+
+_SHOWN = 5  # tensors that one message names
+
+
+def _first_match(name: str, patterns: Iterable[str]) -> str:
+  """The pattern that a name is of; '' where it is of none."""
+  matches = (p for p in patterns if fnmatch.fnmatchcase(name, p))
+  return next(matches, '')
+
+
+def _is_tied(name: str, files: TensorFiles, family: Family) -> bool:
+  """True for an output matrix that is the embedding, which some write twice."""
+  by_ours = {row.ours[0]: row.theirs for row in family.rows}
+  embedding = by_ours['embed/embedding']
+  return name == by_ours['unembed/kernel'] and np.array_equal(
+    files.read(name), files.read(embedding)
+  )
 
 
 def _assemble(
@@ -209,7 +241,7 @@ def save(
     folder: New, or empty.
     params: Arrays of any placement, or NumPy's.
     config: Of the model.
-    family: A name in `gated_jax/hf/families.py`; '': the first that can
+    family: A name in `gated_jax/hf/families/`; '': the first that can
       describe the model.
     dtype: Tensors are stored in; '': that of the parameters.
     shard_bytes: A file's size at most, but for a tensor that is larger.

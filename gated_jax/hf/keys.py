@@ -2,7 +2,7 @@
 
 Every key is taken once and must be understood, or known not to matter: a key
 that is passed over in silence is a model with other logits. Read
-`gated_jax/hf/families.py` next.
+`gated_jax/hf/families/` next.
 """
 
 import math

@@ -6,12 +6,14 @@ reading, writing and the expected shape are three views of the same row:
     inputs=1   a weight [rows, columns] is our kernel [columns, ...] transposed
     inputs=2   the same, our first two axes being the columns ([N, H, D])
     inputs=0   stored as it is
-    groups     a weight that holds several kernels has its rows in that many
-               groups, each of them [first | second]
+    vector     a bias [rows], which is our [N, H] or [F] in one piece
+    stack      that many first axes count matrices (experts), in both
+    groups     a weight or a bias that holds several of ours has its rows in
+               that many groups, each of them [first | second]
 
 So the layouts in which others keep the gate within `q_proj` differ by one
 word: the authors' models group rows by kv head, Qwen3-Next by query head.
-Read `gated_jax/hf/families.py` next.
+Read `gated_jax/hf/families/rows.py` next.
 """
 
 import dataclasses
@@ -35,106 +37,16 @@ class Row(NamedTuple):
     theirs: Its name; {layer} and {expert} stand for numbers.
     ours: Paths of the parameters it holds, within the layer where it has
       one. It exists where the first of them does, and holds those that do.
-    inputs, groups: As above; groups is the name of a setting of the model.
+    inputs, stack, vector, groups: As above; groups is the name of a setting
+      of the model.
   """
 
   theirs: str
   ours: tuple[str, ...]
   inputs: int = 1
   groups: str = ''
-
-
-def _layer(*rows: Row) -> tuple[Row, ...]:
-  return tuple(
-    row._replace(theirs=f'model.layers.{{layer}}.{row.theirs}') for row in rows
-  )
-
-
-_COMMON = (
-  Row('model.embed_tokens.weight', ('embed/embedding',), inputs=0),
-  Row('model.norm.weight', ('final_norm/scale',), inputs=0),
-  Row('lm_head.weight', ('unembed/kernel',)),
-  *_layer(
-    Row('input_layernorm.weight', ('attention_norm/scale',), inputs=0),
-    Row('self_attn.k_proj.weight', ('attention/key/kernel',)),
-    Row('self_attn.v_proj.weight', ('attention/value/kernel',)),
-    Row('self_attn.o_proj.weight', ('attention/out/kernel',), inputs=2),
-    Row('self_attn.q_norm.weight', ('attention/query_norm/scale',), inputs=0),
-    Row('self_attn.k_norm.weight', ('attention/key_norm/scale',), inputs=0),
-  ),
-)
-_PLAIN_QUERY = _layer(
-  Row('self_attn.q_proj.weight', ('attention/query/kernel',)),
-)
-_FUSED_QUERY = Row(
-  'self_attn.q_proj.weight',
-  ('attention/query/kernel', 'attention/gate/kernel'),
-)
-_SEPARATE_GATE = _layer(
-  Row('self_attn.gate_proj.weight', ('attention/gate/kernel',)),
-)
-_PRE_NORM = _layer(
-  Row('post_attention_layernorm.weight', ('mlp_norm/scale',), inputs=0),
-)
-_SANDWICH_NORM = _layer(
-  Row(
-    'post_attention_layernorm.weight', ('attention_post_norm/scale',), inputs=0
-  ),
-  Row('pre_mlp_layernorm.weight', ('mlp_norm/scale',), inputs=0),
-  Row('post_mlp_layernorm.weight', ('mlp_post_norm/scale',), inputs=0),
-)
-# Names of SwiGLU's matrices, theirs and ours.
-_SWIGLU = (('gate_proj', 'gate_proj'), ('up_proj', 'up'), ('down_proj', 'down'))
-_MLP = _layer(
-  *(
-    Row(f'mlp.{theirs}.weight', (f'mlp/{ours}/kernel',))
-    for theirs, ours in _SWIGLU
-  )
-)
-_EXPERTS = _layer(
-  *(
-    Row(f'mlp.experts.{{expert}}.{theirs}.weight', (f'moe/{ours}',))
-    for theirs, ours in _SWIGLU
-  )
-)
-
-QWEN3 = (*_COMMON, *_PLAIN_QUERY, *_PRE_NORM, *_MLP)
-QWEN3_MOE = (
-  *_COMMON,
-  *_PLAIN_QUERY,
-  *_PRE_NORM,
-  *_layer(Row('mlp.gate.weight', ('moe/router/kernel',))),
-  *_EXPERTS,
-)
-GATED_QWEN3 = (
-  *_COMMON,
-  *_layer(_FUSED_QUERY._replace(groups='kv_heads')),
-  *_PRE_NORM,
-  *_MLP,
-)
-QWEN3_NEXT = (
-  *_COMMON,
-  *_layer(_FUSED_QUERY._replace(groups='heads')),
-  *_PRE_NORM,
-  *_MLP,
-)
-AFMOE = (
-  *_COMMON,
-  *_PLAIN_QUERY,
-  *_SEPARATE_GATE,
-  *_SANDWICH_NORM,
-  *_MLP,
-  *_layer(
-    Row('mlp.router.gate.weight', ('moe/router/kernel',)),
-    Row('mlp.expert_bias', ('moe/router/bias',), inputs=0),
-    Row(
-      'mlp.shared_experts.gate_proj.weight', ('moe/shared/gate_proj/kernel',)
-    ),
-    Row('mlp.shared_experts.up_proj.weight', ('moe/shared/up/kernel',)),
-    Row('mlp.shared_experts.down_proj.weight', ('moe/shared/down/kernel',)),
-  ),
-  *_EXPERTS,
-)
+  stack: int = 0
+  vector: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +59,8 @@ class Tensor:
     leaves: Full paths of ours.
     at: Into the first axes of each leaf (layer, expert); () for the whole.
     parts: The shape of each leaf at that index.
-    inputs, groups: Of the row, groups as a number.
+    row: What its kind is.
+    groups: Of the row, as a number.
   """
 
   name: str
@@ -155,26 +68,38 @@ class Tensor:
   leaves: tuple[str, ...]
   at: tuple[int, ...]
   parts: tuple[Shape, ...]
-  inputs: int
+  row: Row
   groups: int
+
+  def _grouped(self) -> Shape:
+    """Ours, joined: any stack, columns, groups, and the rows of a group."""
+    stack = self.shape[: self.row.stack]
+    columns = 1 if self.row.vector else self.shape[-1]
+    return (*stack, columns, self.groups, -1)
 
   def split(self, tensor: np.ndarray) -> list[np.ndarray]:
     """Theirs to ours: views of it, one for each leaf."""
-    if not self.inputs:
+    if not (self.row.inputs or self.row.vector):
       return [tensor]
-    columns, groups = self.shape[1], self.groups
-    rows = tensor.T.reshape(columns, groups, -1)
-    widths = [math.prod(p) // columns // groups for p in self.parts]
-    blocks = np.split(rows, np.cumsum(widths)[:-1], axis=2)
+    if not self.row.vector:
+      tensor = tensor.swapaxes(-1, -2)
+    rows = tensor.reshape(self._grouped())
+    outer = math.prod(rows.shape[:-1])
+    widths = [math.prod(part) // outer for part in self.parts]
+    blocks = np.split(rows, np.cumsum(widths)[:-1], axis=-1)
     return [b.reshape(p) for b, p in zip(blocks, self.parts, strict=True)]
 
   def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
     """Ours to theirs: the inverse of `split`."""
-    if not self.inputs:
+    if not (self.row.inputs or self.row.vector):
       return parts[0]
-    blocks = [p.reshape(self.shape[1], self.groups, -1) for p in parts]
-    joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=2)
-    return np.ascontiguousarray(joined.reshape(self.shape[::-1]).T)
+    blocks = [p.reshape(self._grouped()) for p in parts]
+    joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-1)
+    if self.row.vector:
+      return joined.reshape(self.shape)
+    *stack, rows, columns = self.shape
+    joined = joined.reshape(*stack, columns, rows)
+    return np.ascontiguousarray(joined.swapaxes(-1, -2))
 
 
 def _tensor(
@@ -191,21 +116,29 @@ def _tensor(
   if not leaves or leaves[0] != prefix + row.ours[0]:
     return None
   parts = tuple(shapes[leaf][len(index) :] for leaf in leaves)
-  shape = parts[0]
-  if row.inputs:
-    rows = sum(math.prod(p[row.inputs :]) for p in parts)
-    shape = (rows, math.prod(parts[0][: row.inputs]))
   return Tensor(
     name=row.theirs.format(
       **dict(zip(('layer', 'expert'), numbers, strict=False))
     ),
-    shape=shape,
+    shape=_their_shape(row, parts),
     leaves=leaves,
     at=index,
     parts=parts,
-    inputs=row.inputs,
+    row=row,
     groups=getattr(config, row.groups) if row.groups else 1,
   )
+
+
+def _their_shape(row: Row, parts: Sequence[Shape]) -> Shape:
+  """The shape of a tensor that holds parameters of these shapes."""
+  if row.vector:
+    return (sum(math.prod(part) for part in parts),)
+  if not row.inputs:
+    return parts[0]
+  stack = parts[0][: row.stack]
+  first = row.stack + row.inputs
+  rows = sum(math.prod(part[first:]) for part in parts)
+  return (*stack, rows, math.prod(parts[0][row.stack : first]))
 
 
 def tensors(
@@ -221,19 +154,19 @@ def tensors(
   Raises:
     ValueError: a parameter or a tensor is covered by no row, or by two.
   """
-  found: list[Tensor | None] = []
+  named: list[Tensor | None] = []
   tops = [row for row in rows if '{layer}' not in row.theirs]
-  found += [_tensor(row, config, shapes, ()) for row in tops]
+  named += [_tensor(row, config, shapes, ()) for row in tops]
   for layer in range(config.depth):
     for row in rows:
       if '{expert}' in row.theirs:
-        found += [
+        named += [
           _tensor(row, config, shapes, (layer, expert))
           for expert in range(config.moe.experts)
         ]
       elif '{layer}' in row.theirs:
-        found.append(_tensor(row, config, shapes, (layer,)))
-  result = [tensor for tensor in found if tensor is not None]
+        named.append(_tensor(row, config, shapes, (layer,)))
+  result = [tensor for tensor in named if tensor is not None]
   _check(result, shapes)
   return result
 

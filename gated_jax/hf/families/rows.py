@@ -1,0 +1,74 @@
+"""Rows of tensor names that several families share.
+
+A family's own file puts its table together from these and rows of its own.
+"""
+
+from collections.abc import Iterable
+
+from gated_jax.hf.names import Row
+
+
+def layer_rows(*rows: Row) -> tuple[Row, ...]:
+  """The same rows, named as every layer names them."""
+  return tuple(
+    row._replace(theirs=f'model.layers.{{layer}}.{row.theirs}') for row in rows
+  )
+
+
+COMMON = (
+  Row('model.embed_tokens.weight', ('embed/embedding',), inputs=0),
+  Row('model.norm.weight', ('final_norm/scale',), inputs=0),
+  Row('lm_head.weight', ('unembed/kernel',)),
+  *layer_rows(
+    Row('input_layernorm.weight', ('attention_norm/scale',), inputs=0),
+    Row('self_attn.k_proj.weight', ('attention/key/kernel',)),
+    Row('self_attn.v_proj.weight', ('attention/value/kernel',)),
+    Row('self_attn.o_proj.weight', ('attention/out/kernel',), inputs=2),
+    Row('self_attn.q_norm.weight', ('attention/query_norm/scale',), inputs=0),
+    Row('self_attn.k_norm.weight', ('attention/key_norm/scale',), inputs=0),
+  ),
+)
+PLAIN_QUERY = layer_rows(
+  Row('self_attn.q_proj.weight', ('attention/query/kernel',)),
+)
+FUSED_QUERY = Row(
+  'self_attn.q_proj.weight',
+  ('attention/query/kernel', 'attention/gate/kernel'),
+)
+SEPARATE_GATE = layer_rows(
+  Row('self_attn.gate_proj.weight', ('attention/gate/kernel',)),
+)
+PRE_NORM = layer_rows(
+  Row('post_attention_layernorm.weight', ('mlp_norm/scale',), inputs=0),
+)
+SANDWICH_NORM = layer_rows(
+  Row(
+    'post_attention_layernorm.weight', ('attention_post_norm/scale',), inputs=0
+  ),
+  Row('pre_mlp_layernorm.weight', ('mlp_norm/scale',), inputs=0),
+  Row('post_mlp_layernorm.weight', ('mlp_post_norm/scale',), inputs=0),
+)
+# Names of SwiGLU's matrices, theirs and ours.
+SWIGLU = (('gate_proj', 'gate_proj'), ('up_proj', 'up'), ('down_proj', 'down'))
+MLP = layer_rows(
+  *(
+    Row(f'mlp.{theirs}.weight', (f'mlp/{ours}/kernel',))
+    for theirs, ours in SWIGLU
+  )
+)
+EXPERTS = layer_rows(
+  *(
+    Row(f'mlp.experts.{{expert}}.{theirs}.weight', (f'moe/{ours}',))
+    for theirs, ours in SWIGLU
+  )
+)
+
+
+def renamed(rows: Iterable[Row], old: str, new: str) -> tuple[Row, ...]:
+  """The same rows, with another beginning in place of `old`."""
+  return tuple(
+    row._replace(theirs=new + row.theirs.removeprefix(old))
+    if row.theirs.startswith(old)
+    else row
+    for row in rows
+  )
