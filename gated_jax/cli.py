@@ -49,6 +49,17 @@ class Parser(argparse.ArgumentParser):
     raise ValueError(message)
 
 
+def count(text: str) -> int:
+  """A number of things, of which there must be one at least."""
+  try:
+    number = int(text)
+  except ValueError:
+    number = 0
+  if number < 1:
+    raise argparse.ArgumentTypeError(f'{text!r} must be a positive number')
+  return number
+
+
 def run(program: Callable[[], int | None], debug: bool = False) -> int:
   """The exit code of a program whose errors are printed as one line.
 

@@ -1,11 +1,16 @@
 """Exit codes, and one line for every error."""
 
+import copy as copylib
+import importlib
 import subprocess
 import sys
 
+import jax
 import pytest
+from absl import flags
 
 from gated_jax import cli
+from gated_jax import config_flag
 
 
 def raising(error):
@@ -49,6 +54,59 @@ def test_a_wrong_command_line_is_one_line(capsys):
   parser = cli.Parser(prog='x')
   assert cli.run(lambda: parser.parse_args(['--nope'])) == 2
   assert capsys.readouterr().err == 'error: unrecognized arguments: --nope\n'
+
+
+POD = ['--config=configs/smoke.py', '--topology=v5e:16x16']
+WRONG = [
+  ('decode.bench', ['--batch=0'], "argument --batch: '0' must be a positive"),
+  ('decode.bench', ['--rounds=x'], "--rounds: 'x' must be a positive number"),
+  ('decode.bench', ['--dtype=f'], "model.dtype='f' must be one of bfloat16"),
+  (
+    'bench.__main__',
+    ['data', '--rounds=0'],
+    "--rounds: '0' must be a positive",
+  ),
+  ('aot.kernels', ['--length=-1'], "--length: '-1' must be a positive number"),
+  ('aot.attention', ['--gates=no'], '--gates=no must be of: none'),
+  ('aot.layer', ['--target=tpu'], "--target: invalid choice: 'tpu'"),
+  ('aot.__main__', ['aot'], '--config is missing'),
+  (
+    'aot.__main__',
+    ['aot', '--config=no.py'],
+    "there is no config file 'no.py'",
+  ),
+  ('aot.__main__', ['aot', *POD, '--minutes=nan'], '--minutes=nan must be pos'),
+  ('aot.__main__', ['aot', *POD, '--text=no/x'], 'there is no folder no'),
+  (
+    'aot.__main__',
+    ['aot', *POD, '--config.model.widht=1'],
+    'did you mean --config.model.width?',
+  ),
+]
+
+
+@pytest.mark.parametrize(('module', 'words', 'message'), WRONG)
+def test_no_command_answers_a_wrong_word_with_a_traceback(
+  module, words, message, capsys, monkeypatch
+):
+  program = importlib.import_module(f'gated_jax.{module}')
+  if module == 'aot.__main__':
+    monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+    monkeypatch.setattr(config_flag, 'FLAGS', fresh_flags())
+    monkeypatch.setattr(program, 'FLAGS', config_flag.FLAGS)
+  assert program.main(words) == 2
+  out, err = capsys.readouterr()
+  assert out == '' and err.startswith('error: ') and err.count('\n') == 1
+  assert message in err
+
+
+def fresh_flags():
+  """What a new process has: absl's flags remember what was typed before."""
+  copy = flags.FlagValues()
+  copy.append_flag_values(flags.FLAGS)
+  copy = copylib.deepcopy(copy)
+  copy.unparse_flags()
+  return copy
 
 
 PRINT = """

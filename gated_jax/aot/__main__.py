@@ -7,6 +7,7 @@ when it does not, 2 for what the user has to change. Needs libtpu (a wheel
 that `pip install jax[tpu]` brings) and no TPU.
 """
 
+import math
 import os
 import sys
 
@@ -14,19 +15,16 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from gated_jax import cli
+from gated_jax import config_flag
 from gated_jax import sharding
 from gated_jax.aot.topology import chip_of
 from gated_jax.aot.topology import open_topology
 from gated_jax.config import RunConfig
-from gated_jax.config import from_dict
+from gated_jax.paths import expand
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  'config', None, 'File in configs/, with --config.name=value on top.'
-)
 flags.DEFINE_string('topology', '', 'Pod, for example v5e:16x16.')
 flags.DEFINE_bool('evaluation', False, 'The loss of held-out text alone.')
 flags.DEFINE_bool('search', False, 'Try meshes, remat and batches.')
@@ -36,25 +34,24 @@ flags.DEFINE_string('text', '', 'File for the compiled program, to read.')
 
 def read_flags(argv: list[str]) -> RunConfig:
   """Parses the command line; ValueError in one line where it is wrong."""
-  try:
-    rest = FLAGS(argv)[1:]
-    values = None if FLAGS.config is None else FLAGS.config.to_dict()
-  except Exception as error:
-    text = str(error).strip()
-    if 'Traceback' in text:  # the config file itself refused, for a reason
-      text = text.splitlines()[-1].removeprefix('ValueError: ')
-    raise ValueError(' '.join(text.split())) from error
-  if rest:
-    raise ValueError(f'{rest[0]!r} is not a flag: flags begin with --')
-  if values is None:
-    raise ValueError('--config is missing, for example configs/dense_1b7.py')
+  config = config_flag.read(argv, 'configs/dense_1b7.py')
   if not FLAGS.topology:
     raise ValueError('--topology is missing, for example v5e:16x16')
-  return from_dict(values)
+  if not 0 < FLAGS.minutes < math.inf:
+    raise ValueError(f'--minutes={FLAGS.minutes} must be positive and finite')
+  folder = expand(FLAGS.text).parent
+  if FLAGS.text and not folder.is_dir():
+    raise ValueError(f'--text={FLAGS.text}: there is no folder {folder}')
+  return config
 
 
-def run(config: RunConfig) -> int:
-  """Compiles, prints, and says whether it fits."""
+def run(argv: list[str]) -> int:
+  """Compiles, prints, and says whether it fits; or prints the help."""
+  help_text = config_flag.help_wanted(argv, __doc__)
+  if help_text is not None:
+    print(help_text)
+    return cli.DONE
+  config = read_flags(argv)
   devices = open_topology(FLAGS.topology, config.mesh.slices)
   from gated_jax.aot import kernels
   from gated_jax.aot import report
@@ -73,7 +70,7 @@ def run(config: RunConfig) -> int:
     print(f'{report.CAVEAT}\n{error}')
     return 1
   if FLAGS.text:
-    with open(FLAGS.text, 'w') as file:
+    with open(expand(FLAGS.text), 'w') as file:
       file.write(result.compiled.text)
   print(report.describe(result, FLAGS.topology))
   return 1 if result.excess > 0 else 0
@@ -83,7 +80,7 @@ def main(argv: list[str]) -> int:
   """The exit code; see gated_jax/cli.py."""
   # The host compiles; it must not look for a TPU of its own.
   jax.config.update('jax_platforms', 'cpu')
-  return cli.run(lambda: run(read_flags(argv)))
+  return cli.run(lambda: run(argv))
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ import importlib.metadata
 import pathlib
 import sys
 
+from gated_jax import cli
 from gated_jax.aot import peers
 from gated_jax.aot.attention_kernels import GATES
 from gated_jax.aot.attention_kernels import HEADS
@@ -107,9 +108,9 @@ def _versions() -> str:
   )
 
 
-def main(arguments: list[str]) -> int:
-  """Prints the table; 2 for a flag that means nothing."""
-  parser = argparse.ArgumentParser(
+def run(arguments: list[str]) -> int:
+  """Prints the table."""
+  parser = cli.Parser(
     prog=f'python -m {MODULE}',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -133,6 +134,11 @@ def main(arguments: list[str]) -> int:
   for length in lengths:
     print_table(flags.target, int(length), gates, pathlib.Path(flags.dumps))
   return 0
+
+
+def main(arguments: list[str]) -> int:
+  """The exit code; see gated_jax/cli.py."""
+  return cli.run(lambda: run(arguments))
 
 
 if __name__ == '__main__':

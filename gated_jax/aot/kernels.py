@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from gated_jax import chips
+from gated_jax import cli
 from gated_jax.aot import counts
 from gated_jax.aot import schedule
 from gated_jax.aot.attention_kernels import GATES
@@ -176,15 +177,15 @@ def _write(flags: argparse.Namespace) -> None:
   print(json.dumps({'attention': attention, 'rotation': rotations}))
 
 
-def main(arguments: list[str]) -> int:
+def run(arguments: list[str]) -> int:
   """Prints cycles of one head, and of one token in norm and rotation."""
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog='python -m gated_jax.aot.kernels',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--target', default='v5e', choices=TARGETS)
-  parser.add_argument('--length', type=int, default=4096)
+  parser.add_argument('--length', type=cli.count, default=4096)
   parser.add_argument('--gate', default='none', choices=GATES)
   parser.add_argument('--heads', default='16,8')
   parser.add_argument('--dumps', default='', help=argparse.SUPPRESS)
@@ -193,6 +194,11 @@ def main(arguments: list[str]) -> int:
     _write(flags)
     return 0
   return run_with_dumps('gated_jax.aot.kernels', arguments).returncode
+
+
+def main(arguments: list[str]) -> int:
+  """The exit code; see gated_jax/cli.py."""
+  return cli.run(lambda: run(arguments))
 
 
 if __name__ == '__main__':

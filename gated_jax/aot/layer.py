@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from gated_jax import chips
+from gated_jax import cli
 from gated_jax.aot import kernels
 from gated_jax.aot.attention_kernels import TARGETS
 from gated_jax.aot.attention_kernels import compiling_for
@@ -248,9 +249,9 @@ def table(
       )
 
 
-def main(arguments: list[str]) -> int:
+def print_tables(arguments: list[str]) -> int:
   """Prints the table of one kind of chip."""
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog='python -m gated_jax.aot.layer',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -269,6 +270,11 @@ def main(arguments: list[str]) -> int:
     backends = flags.attention or list(BACKENDS)
     table(flags.target, backends, flags.remat or list(REMAT), flags.weights)
   return 0
+
+
+def main(arguments: list[str]) -> int:
+  """The exit code; see gated_jax/cli.py."""
+  return cli.run(lambda: print_tables(arguments))
 
 
 if __name__ == '__main__':

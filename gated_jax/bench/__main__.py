@@ -29,6 +29,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax
 
+from gated_jax import cli
 from gated_jax.bench import attention
 from gated_jax.bench import data
 from gated_jax.bench import profile
@@ -88,16 +89,16 @@ def gates(text: str) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
   """The command line; a workload's fields are flags of their names."""
-  top = argparse.ArgumentParser(
+  top = cli.Parser(
     prog='python -m gated_jax.bench',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   kinds = top.add_subparsers(dest='kind', required=True)
-  shared = argparse.ArgumentParser(add_help=False)
+  shared = cli.Parser(add_help=False)
   shared.add_argument('--out', default='', help='file for the JSON lines')
-  shared.add_argument('--rounds', type=int, default=7)
-  shared.add_argument('--matmul', type=int, default=8192)
+  shared.add_argument('--rounds', type=cli.count, default=7)
+  shared.add_argument('--matmul', type=cli.count, default=8192)
   found = kinds.add_parser('attention', parents=[shared])
   found.add_argument('--shapes', type=shapes, default=['4k', '16k'])
   found.add_argument('--backends', type=words, default=['auto'])
@@ -105,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
   found.add_argument('--gates', type=gates, default=attention.GATES)
   for name in ('step', 'profile', 'peer'):
     found = kinds.add_parser(name, parents=[shared])
-    found.add_argument('--steps', type=int, default=5, help='in a turn')
+    found.add_argument('--steps', type=cli.count, default=5, help='in a turn')
     for field in dataclasses.fields(Workload):
       if field.name == 'gate' and name == 'step':
         found.add_argument('--gates', type=gates, default=attention.GATES)
@@ -119,10 +120,16 @@ def parser() -> argparse.ArgumentParser:
         found.add_argument(
           f'--{field.name}', type=type(field.default), default=field.default
         )
-  found.add_argument('--repeats', type=int, default=2, help='processes of each')
+  found.add_argument(
+    '--repeats', type=cli.count, default=2, help='processes of each'
+  )
   found = kinds.add_parser('data', parents=[shared])
-  found.add_argument('--tokens', type=int, default=20_000_000, help='in arrays')
-  found.add_argument('--text', type=int, default=4_000_000, help='characters')
+  found.add_argument(
+    '--tokens', type=cli.count, default=20_000_000, help='in arrays'
+  )
+  found.add_argument(
+    '--text', type=cli.count, default=4_000_000, help='characters'
+  )
   return top
 
 
@@ -268,8 +275,8 @@ def _cell(name: str, value: Any) -> str:
   return format(value, FORMS.get(name, ',.0f' if value >= 1e4 else '.4g'))
 
 
-def main(arguments: list[str]) -> int:
-  """The exit code."""
+def bench(arguments: list[str]) -> None:
+  """Prints each measurement as it comes, then the table."""
   options = parser().parse_args(arguments)
   run = {
     'attention': run_attention,
@@ -287,7 +294,11 @@ def main(arguments: list[str]) -> int:
       with open(options.out, 'a', encoding='utf-8') as file:
         file.write(line + '\n')
   print(table(records))
-  return 0
+
+
+def main(arguments: list[str]) -> int:
+  """The exit code; see gated_jax/cli.py."""
+  return cli.run(lambda: bench(arguments))
 
 
 if __name__ == '__main__':

@@ -115,6 +115,19 @@ class DataConfig:
       )
     self.parts()
 
+  def names(self) -> tuple[str, ...]:
+    """What metrics call each source: its entry in the mixture, less the weight.
+
+    An entry that stands twice has its place in the mixture before it.
+    """
+    if self.source != 'mixture':
+      return (self.source,)
+    plain = [str(entry).split(':', 1)[1] for entry in self.mixture]
+    return tuple(
+      f'{place}:{name}' if plain.count(name) > 1 else name
+      for place, name in enumerate(plain)
+    )
+
   def parts(self) -> tuple[tuple[float, 'DataConfig'], ...]:
     """Weight and settings of each source of the mixture, or of the only one."""
     if self.source != 'mixture':

@@ -60,7 +60,8 @@ class Pipeline:
     self.tokenizer = view.tokenizer
     self.wait_seconds = 0.0  # that the caller was kept waiting, in all
     self.batches = 0  # given out since the beginning, resumed ones included
-    self.source = 0  # of a validation batch: which part of the mixture it is of
+    self._names = view.config.names()
+    self.source = self._names[0]  # of the last validation batch
 
   def __iter__(self) -> 'Pipeline':
     return self
@@ -68,7 +69,7 @@ class Pipeline:
   def __next__(self) -> Batch:
     start = time.perf_counter()
     try:
-      self.source, batch = next(self._iterator)
+      source, batch = next(self._iterator)
     except ValueError as error:
       # Grain adds notes about its own frames to what is one line.
       error.__dict__.pop('__notes__', None)
@@ -76,6 +77,7 @@ class Pipeline:
     finally:
       self.wait_seconds += time.perf_counter() - start
     self.batches += 1
+    self.source = self._names[source]
     return batch
 
   @property

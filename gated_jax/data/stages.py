@@ -142,9 +142,15 @@ def documents(part: DataConfig, source: Source, view: View) -> DocumentStream:
 
   def nothing() -> str:
     """The line for a source that has nothing for this split."""
+    way_on = (
+      'a smaller one, or more documents'
+      if train
+      else 'a larger one, more documents, a data.max_document that cuts long '
+      'ones, or data.validation=0 to hold out nothing'
+    )
     return (
       f'data.validation={part.validation} leaves no document of {what!r} for '
-      f'{view.split} (process {view.shard} of {view.shards}); '
+      f'{view.split} (process {view.shard} of {view.shards}): set {way_on}; '
       f'{view.skipped.summary()}'
     )
 

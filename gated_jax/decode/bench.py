@@ -14,6 +14,7 @@ the machine too, `taskset -c 0` and --cpu_time compare the work of one core.
 import argparse
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from gated_jax import cli
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.decode.generate import buckets
@@ -194,20 +196,23 @@ def compare(
     )
 
 
-def main() -> None:
-  """Reads the command line and prints the table."""
-  parser = argparse.ArgumentParser(prog='python -m gated_jax.decode.bench')
+def read_flags(argv: list[str]) -> argparse.Namespace:
+  """The command line."""
+  parser = cli.Parser(prog='python -m gated_jax.decode.bench')
   parser.add_argument('--transformers', action='store_true')
   parser.add_argument('--cpu_time', action='store_true')
   parser.add_argument('--gated', action='store_true')
-  parser.add_argument('--batch', type=int, nargs='+', default=[1, 16])
-  parser.add_argument('--new', type=int, default=64)
-  parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--depth', type=int, default=8)
-  parser.add_argument('--width', type=int, default=512)
+  parser.add_argument('--batch', type=cli.count, nargs='+', default=[1, 16])
+  parser.add_argument('--new', type=cli.count, default=64)
+  parser.add_argument('--rounds', type=cli.count, default=5)
+  parser.add_argument('--depth', type=cli.count, default=8)
+  parser.add_argument('--width', type=cli.count, default=512)
   parser.add_argument('--dtype', default='float32')
-  flags = parser.parse_args()
-  skip_absent_tpu()
+  return parser.parse_args(argv)
+
+
+def run(flags: argparse.Namespace) -> None:
+  """Prints a table for each batch."""
   config = settings(flags)
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = jax.jit(Decoder(config).init)(jax.random.key(0), tokens)['params']
@@ -217,5 +222,11 @@ def main() -> None:
     compare(config, params, flags, batch)
 
 
+def main(argv: list[str]) -> int:
+  """The exit code; see gated_jax/cli.py."""
+  skip_absent_tpu()
+  return cli.run(lambda: run(read_flags(argv)))
+
+
 if __name__ == '__main__':
-  main()
+  sys.exit(main(sys.argv[1:]))

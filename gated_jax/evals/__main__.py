@@ -91,6 +91,7 @@ class Batches:
     first: A few of them, for the probes.
     text_bytes: Bytes of text that the targets encode; 0: not known.
     complete: Whether no further batches were left.
+    source: What the last batch was from.
   """
 
   def __init__(self, config: RunConfig, mesh: jax.sharding.Mesh):
@@ -99,6 +100,7 @@ class Batches:
     self.count = 0
     self.text_bytes = 0.0
     self.complete = False
+    self.source = ''
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     data, limit = self._config.data, self._config.eval_batches
@@ -113,6 +115,7 @@ class Batches:
         size = target_bytes(data, [batch], lengths)
         known = known and size > 0
         self.text_bytes = (self.text_bytes + size) * known
+        self.source = batches.source
         placed = jax.device_put(batch, where)
         if len(self.first) < PROBED:
           self.first.append(placed)
@@ -131,6 +134,8 @@ def describe(result: Likelihood, batches: Batches, config: RunConfig) -> str:
     ('loss', f'{result.loss:.4f} nats per token'),
     ('perplexity', f'{result.perplexity:.4f}'),
   ]
+  for name, loss in result.by_source.items():
+    rows.append((f'loss of {name}', f'{loss:.4f}'))
   if not math.isnan(result.bits_per_byte):
     rows.append(('bits per byte', f'{result.bits_per_byte:.4f}'))
   return table(rows)
@@ -200,7 +205,8 @@ def run(flags: argparse.Namespace, config: RunConfig) -> None:
     abstract = abstract_parameters(config.model, mesh)
     params = checkpoint.load_parameters(flags.checkpoint, abstract)
     batches = Batches(config, mesh)
-    sums = evaluate(model, params, batches)
+    sources = iter(lambda: batches.source, None)
+    sums = evaluate(model, params, batches, sources=sources)
     result = dataclasses.replace(sums, text_bytes=batches.text_bytes)
     print(describe(result, batches, config), flush=True)
     report = diagnostics.probe(model, params, batches.first)

@@ -3,8 +3,10 @@
 Bits per byte compare models whose tokenizers differ; nats per token do not.
 """
 
+import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -26,6 +28,8 @@ class Likelihood:
   nats: float
   tokens: float
   text_bytes: float = 0.0  # UTF-8 bytes that the tokens encode; 0: not known
+  # Nats per token of each source; empty where there is only one.
+  by_source: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def loss(self) -> float:
@@ -53,6 +57,7 @@ class Likelihood:
       'validation/loss': self.loss,
       'validation/perplexity': self.perplexity,
       'validation/bits_per_byte': self.bits_per_byte,
+      **{f'validation/loss/{k}': v for k, v in self.by_source.items()},
     }
     return {k: v for k, v in values.items() if not math.isnan(v)}
 
@@ -62,6 +67,7 @@ def evaluate(
   params: Any,
   batches: Iterable[dict[str, Any]],
   text_bytes: float = 0.0,
+  sources: Iterable[str] = itertools.repeat(''),
 ) -> Likelihood:
   """Loss of all batches; each token counts the same, however they are split.
 
@@ -71,19 +77,26 @@ def evaluate(
     params: Its parameters.
     batches: Finitely many.
     text_bytes: Bytes of text that all targets encode; 0: not known.
+    sources: What each batch is from; read after the batch itself.
   """
   arrays = (x for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
   kinds = (d.device_kind for x in arrays for d in x.devices())
   sums = sums_on(next(kinds, ''))
-  nats = tokens = 0.0
-  ahead: tuple[jax.Array, jax.Array] | None = None
-  for batch in batches:
-    behind, ahead = ahead, sums(model, params, batch)
+  totals: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
+  ahead: tuple[str, Any] | None = None
+  for batch, source in zip(batches, sources, strict=False):
+    behind, ahead = ahead, (source, sums(model, params, batch))
     if behind is not None:  # adds while the devices compute the next one
-      nats, tokens = nats + float(behind[0]), tokens + float(behind[1])
+      totals[behind[0]] += [float(x) for x in behind[1]]
   if ahead is not None:
-    nats, tokens = nats + float(ahead[0]), tokens + float(ahead[1])
-  return Likelihood(nats, tokens, text_bytes)
+    totals[ahead[0]] += [float(x) for x in ahead[1]]
+  nats, tokens = (float(x) for x in sum(totals.values(), np.zeros(2)))
+  several = totals if len(totals) > 1 else {}
+  by_source = {
+    name: Likelihood(float(own[0]), float(own[1])).loss
+    for name, own in several.items()
+  }
+  return Likelihood(nats, tokens, text_bytes, by_source)
 
 
 def target_bytes(

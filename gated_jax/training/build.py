@@ -235,10 +235,11 @@ def _evaluation(
   if not config.data.validation:
     return Evaluation(model, [], 0.0)
   with read(config, 'validation', own) as pipeline:
-    batches = [
-      batch
+    named = [
+      (pipeline.source, batch)
       for batch, _ in zip(pipeline, range(config.eval_batches), strict=False)
     ]
+    sources, batches = [list(x) for x in zip(*named, strict=True)]
     known = target_bytes(
       config.data, batches, pipeline.tokenizer.byte_lengths()
     )
@@ -247,4 +248,4 @@ def _evaluation(
     known = float(sums.sum()) * own.parts / jax.process_count()
   prompt = prompt_from(batches, pipeline.tokenizer) if known else ''
   placed = [to_devices(batch, rows, own) for batch in batches]
-  return Evaluation(model, placed, known, prompt=prompt)
+  return Evaluation(model, placed, known, prompt=prompt, sources=sources)

@@ -47,6 +47,7 @@ class Evaluation:
     text_bytes: Bytes of text that all targets encode; 0: not known.
     probed: How many of the batches the probes look at.
     prompt: Text of the kind that is held out; '': not known.
+    sources: What each batch is from.
   """
 
   def __init__(
@@ -56,16 +57,20 @@ class Evaluation:
     text_bytes: float,
     probed: int = 2,
     prompt: str = '',
+    sources: Sequence[str] = (),
   ):
     self.prompt = prompt
+    self._sources = sources or [''] * len(batches)
     self._model = model
     self._batches = batches
     self._bytes = text_bytes
     self._probed = batches[:probed]
 
   def validate(self, params: Tree) -> likelihood.Likelihood:
-    """Mean loss over the tokens of all batches."""
-    return likelihood.evaluate(self._model, params, self._batches, self._bytes)
+    """Mean loss over the tokens of all batches, and of each source's."""
+    return likelihood.evaluate(
+      self._model, params, self._batches, self._bytes, self._sources
+    )
 
   def probe(self, params: Tree) -> Any:
     """The report of `evals.diagnostics`; None without held-out text."""

@@ -439,6 +439,18 @@ def test_a_mixture_is_weighted_by_tokens(tmp_path):
   assert abs(share - 0.75) < 0.02
 
 
+def test_held_out_batches_say_which_source_they_are_from(tmp_path):
+  (tmp_path / 'a.txt').write_text('a' * 900)
+  (tmp_path / 'b.txt').write_text('b' * 90)
+  a, b = (f'1:text:{tmp_path}/{name}.txt' for name in 'ab')
+  config = _config(source='mixture', validation=0.999999, mixture=(a, b, b))
+  assert config.names() == (a[2:], f'1:{b[2:]}', f'2:{b[2:]}')
+  with make_pipeline(config, 'validation') as pipeline:
+    seen = [(pipeline.source, batch['tokens'][0, 0]) for batch in pipeline]
+  assert {name for name, _ in seen} == set(config.names())
+  assert all(chr(first) == name[-5] for name, first in seen)
+
+
 def test_synthetic_documents_repeat_after_their_span():
   config = _config(source='synthetic', length=128, validation=0)
   batches = _take(make_pipeline(config, 'train', vocab=1000), 4)
@@ -504,7 +516,8 @@ def test_a_split_without_documents_is_an_error_that_names_the_share(tmp_path):
   with (
     make_pipeline(config, 'validation') as pipeline,
     pytest.raises(
-      ValueError, match=r'data\.validation=1e-09 leaves no document'
+      ValueError,
+      match=r'validation=1e-09 leaves no document .* or data\.validation=0 to',
     ),
   ):
     next(pipeline)

@@ -47,6 +47,21 @@ def test_every_token_counts_the_same_however_batches_are_cut():
   }
 
 
+def test_each_source_has_a_loss_of_its_own():
+  batches = [
+    batch([[1, 3]], [[1, 1]]),
+    batch([[9]], [[1]]),
+    batch([[5]], [[1]]),
+  ]
+  names = iter(['books', 'code', 'books'])
+  found = likelihood.evaluate(Model(), {}, iter(batches), sources=names)
+  assert found.loss == pytest.approx(18 / 4)
+  assert found.scalars()['validation/loss/books'] == pytest.approx(3.0)
+  assert found.scalars()['validation/loss/code'] == pytest.approx(9.0)
+  alone = likelihood.evaluate(Model(), {}, batches, sources=['books'] * 3)
+  assert not [name for name in alone.scalars() if 'books' in name]
+
+
 def test_without_tokens_or_bytes_nothing_is_claimed():
   empty = likelihood.evaluate(Model(), {}, [])
   assert math.isnan(empty.loss)
