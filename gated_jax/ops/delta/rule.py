@@ -1,0 +1,104 @@
+"""The gated delta rule token by token, and the choice of how to compute it.
+
+The state S [H, V] of a value head maps a key to what was stored under it. Each
+token scales it by exp(g), then corrects what it says of the token's key by a
+share beta of the error, then reads it by the query:
+
+    S <- exp(g) S     d = beta (v - S^T k)     S <- S + k d^T     o = S^T q
+
+A document's first token finds a state of zeros. A token that is padding has
+beta = 0 and g = 0, which leaves the state as it is.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+
+from gated_jax.ops.delta.chunks import by_chunks
+from gated_jax.ops.delta.inputs import Inputs
+from gated_jax.ops.delta.inputs import State
+
+
+class Result(NamedTuple):
+  """Holds what each token reads, and the state after the last token."""
+
+  output: Float[Array, 'B T N V']  # float32
+  state: State
+
+
+def delta_rule(
+  inputs: Inputs,
+  state: State | None = None,
+  first: Bool[Array, 'B T'] | None = None,
+) -> Result:
+  """Reads and updates the state, token after token.
+
+  A single token takes the recurrence, more take the chunked form; they differ
+  by rounding alone.
+
+  Args:
+    inputs: of all tokens.
+    state: before the first token; None: zeros.
+    first: True at the first token of a document, where the state begins anew;
+      None: all tokens belong to the document that the state has seen.
+  """
+  compute = recurrence if inputs.query.shape[1] == 1 else by_chunks
+  state = inputs.empty_state() if state is None else state
+  return Result(*compute(inputs, state, first))
+
+
+def recurrence(
+  inputs: Inputs, state: State, first: Bool[Array, 'B T'] | None = None
+) -> tuple[Float[Array, 'B T N V'], State]:
+  """The rule as it is written above: one token at a time, nothing clever."""
+  wide = state.dtype
+  query, key = (inputs.per_value_head(x) for x in (inputs.query, inputs.key))
+  keep = jnp.exp(inputs.log_decay.astype(wide))
+  if first is not None:
+    keep = jnp.where(first[..., None], 0, keep)
+  product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+  def step(state: State, token: tuple[Array, ...]) -> tuple[State, Array]:
+    query, key, value, keep, beta = token
+    state *= keep[..., None, None]
+    known = product('BNHV,BNH->BNV', state, key)
+    change = beta[..., None] * (value - known)
+    state += key[..., None] * change[..., None, :]
+    return state, product('BNHV,BNH->BNV', state, query)
+
+  arrays = (query, key, inputs.value, keep, inputs.beta)
+  by_token = tuple(jnp.moveaxis(x.astype(wide), 1, 0) for x in arrays)
+  state, output = jax.lax.scan(step, state, by_token)
+  return jnp.moveaxis(output, 0, 1), state
+
+
+def first_tokens(
+  segments: Int[Array, 'B T'], before: Int[Array, ' B'] | None = None
+) -> Bool[Array, 'B T']:
+  """True where a token begins a document.
+
+  Args:
+    segments: document of each token; padding is 0 and begins none.
+    before: document of the token before the row; None: there is none.
+  """
+  if before is None:
+    before = jnp.zeros_like(segments[:, 0])
+  previous = jnp.concatenate([before[:, None], segments[:, :-1]], axis=1)
+  return (segments != previous) & (segments != 0)
+
+
+def normalize(x: Float[Array, '... H'], scale: float) -> Float[Array, '... H']:
+  """scale x / |x| over the last axis, computed in float32.
+
+  The epsilon stands inside the root and is no setting: released models were
+  trained with this one.
+  """
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
+  return (wide * jax.lax.rsqrt(squares + 1e-6) * scale).astype(x.dtype)
