@@ -142,15 +142,12 @@ def documents(part: DataConfig, source: Source, view: View) -> DocumentStream:
 
   def nothing() -> str:
     """The line for a source that has nothing for this split."""
-    way_on = (
-      'a smaller one, or more documents'
-      if train
-      else 'a larger one, more documents, a data.max_document that cuts long '
-      'ones, or data.validation=0 to hold out nothing'
-    )
+    share = 'smaller' if train else 'larger'
     return (
       f'data.validation={part.validation} leaves no document of {what!r} for '
-      f'{view.split} (process {view.shard} of {view.shards}): set {way_on}; '
+      f'{view.split} (process {view.shard} of {view.shards}): it takes a '
+      f'{share} one, more documents, a data.max_document that cuts long ones, '
+      'or data.validation=0 to hold out nothing; '
       f'{view.skipped.summary()}'
     )
 
