@@ -34,7 +34,7 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class TensorCore:
-  """What the compiler's schedule does not say about one core of a TPU."""
+  """Facts about one core of a TPU that the compiler's schedule lacks."""
 
   vmem_mib: int
   matrix_units: int

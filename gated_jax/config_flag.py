@@ -50,7 +50,7 @@ def read(argv: list[str], example: str) -> RunConfig:
 
 
 def help_wanted(argv: list[str], about: str) -> str | None:
-  """What --help, or --help=GROUP of settings, asks for; None without it.
+  """The text that --help, or --help=GROUP, asks for; None without it.
 
   Args:
     argv: with the program's name in front.

@@ -175,7 +175,7 @@ class GatedAttention(nnx.Module):
     )
 
   def _add_gate(self, rngs: nnx.Rngs, metadata: Metadata) -> None:
-    """What Flax's module does not have: the gate, and RMSNorms of heads."""
+    """Adds parts that Flax's module lacks: the gate, and RMSNorms of heads."""
     new = [name for name in self.parts if not hasattr(self, name)]
     arrays = self._initial(rngs.params(), new) if new else {}
     for name in new:
@@ -337,7 +337,7 @@ class GatedAttention(nnx.Module):
     batch_size: int | tuple[int, ...] | None = None,
     max_length: int | None = None,
   ) -> None:
-    """What `nnx.view` changes: dropout, decoding and its cache.
+    """Sets what `nnx.view` can change: dropout, decoding and its cache.
 
     Args:
       deterministic: no dropout.

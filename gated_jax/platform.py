@@ -11,11 +11,11 @@ import pathlib
 
 import jax
 
-GOOGLE = '0x1ae0'  # as PCI vendor
+GOOGLE = '0x1ae0'  # Google's number as a PCI vendor
 
 
 def has_tpu_chip() -> bool:
-  """Whether this machine has TPU chips, or its environment names some."""
+  """Tells whether this machine has TPU chips, or its environment names some."""
   variables = ('TPU_ACCELERATOR_TYPE', 'TPU_WORKER_HOSTNAMES', 'TPU_NAME')
   if any(os.environ.get(name) for name in variables) or glob.glob(
     '/dev/accel*'

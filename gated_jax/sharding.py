@@ -1,4 +1,4 @@
-"""Where arrays lie: the mesh, and one table from logical axes to its axes.
+"""Places of arrays: the mesh, and one table from logical axes to its axes.
 
 Layers name the axes of what they make by meaning ('batch', 'heads'); `RULES`
 says which mesh axes each of them is split over, and everything else follows:
@@ -46,7 +46,7 @@ RULES: dict[str, tuple[str, ...]] = {
   # The width axis of parameters. An activation's width is never split; its
   # axis is None.
   'embed': ('fsdp', 'expert', 'context'),
-  'expert_embed': ('fsdp', 'context'),  # where 'expert' splits the experts
+  'expert_embed': ('fsdp', 'context'),  # used where 'expert' splits the experts
   'experts': ('expert',),
   'heads': ('tensor',),
   'kv_heads': ('tensor',),
@@ -143,7 +143,7 @@ def activate(mesh: Mesh) -> Iterator[Mesh]:
 
 
 def is_active() -> bool:
-  """Whether arrays are placed by this module at all."""
+  """Tells whether arrays are placed by this module at all."""
   return _active.get() is not None
 
 
@@ -214,7 +214,7 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
   """
 
   def place(path: Any, leaf: Any) -> NamedSharding:
-    """Where one array lies."""
+    """The place of one array."""
     if not isinstance(leaf, meta.Partitioned):
       return NamedSharding(mesh, PartitionSpec())
     name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -227,7 +227,7 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Where rows of tokens [B, T] lie."""
+  """The place of rows of tokens [B, T]."""
   sizes = dict(mesh.shape)
 
   def split(name: str) -> tuple[str, ...] | None:
@@ -274,7 +274,7 @@ def check_batch(
 
 
 def _lenient(axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
-  """As `spec_of`, but an axis that does not divide is left whole."""
+  """Like `spec_of`, but an axis that does not divide is left whole."""
   sizes = _sizes()
   entries: list[Any] = []
   for name, size in zip(axes, shape, strict=True):

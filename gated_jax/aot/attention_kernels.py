@@ -83,7 +83,7 @@ def gradients(
     """The gradients of every input."""
 
     def output(inputs: Inputs) -> Any:
-      """What backward differentiates: attention's output alone."""
+      """Attention's output alone, which is what backward differentiates."""
       return attend(inputs, masking, case.spec).output
 
     return jax.vjp(output, inputs)[1](d_output)[0]

@@ -142,7 +142,7 @@ class Program:
       del self.loops[before:]
 
     def cost(branch: tuple[list[Visit], list[Loop]]) -> tuple[int, int]:
-      """What a branch costs: cycles first, then FLOPs."""
+      """The cost of a branch: cycles first, then FLOPs."""
       flops = sum(
         self.module.flops(v.computation, v.instruction) * v.times
         for v in branch[0]

@@ -1,4 +1,4 @@
-"""What a run reads."""
+"""Settings of the data that a run reads."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from gated_jax.config.checks import positive
 from gated_jax.config.checks import valid_seed
 from gated_jax.config.roles import setting
 
-# What a run can read; see gated_jax/data/sources.py.
+# Kinds of data that a run can read; see gated_jax/data/sources.py.
 SOURCES = (
   'stdlib',
   'text',
@@ -40,7 +40,7 @@ class DataConfig:
   column: str = 'text'  # field of JSONL, Parquet and ArrayRecord examples
   # For source='mixture': entries 'weight:source:paths', weighted by tokens.
   mixture: tuple[str, ...] = ()
-  tokenizer: str = 'bytes'  # or a path: tokenizer.json, *.model
+  tokenizer: str = 'bytes'  # 'bytes', or a path: tokenizer.json, *.model
   # The id that ends a document in arrays of ids; -1: as the JSON beside them or
   # the tokenizer says; -2: none does, and max_document alone cuts them.
   eos: int = -1
@@ -116,7 +116,7 @@ class DataConfig:
     self.parts()
 
   def names(self) -> tuple[str, ...]:
-    """What metrics call each source: its entry in the mixture, less the weight.
+    """Each source's name in metrics: its entry in the mixture, less the weight.
 
     An entry that stands twice has its place in the mixture before it.
     """

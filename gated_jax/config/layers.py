@@ -72,7 +72,7 @@ class MoEConfig:
   # Hidden channels of an expert that every token takes; 0: there is none.
   shared_width: int = 0
   normalize: bool = True  # the chosen weights sum to one
-  score: str = 'softmax'  # or 'sigmoid'; it makes scores of the router's logits
+  score: str = 'softmax'  # makes scores of the router's logits; or 'sigmoid'
   scale: float = 1.0  # multiplies the chosen weights
   # A bias that only chooses; it is trained by load, not by the loss.
   bias: bool = False

@@ -31,31 +31,31 @@ AS_STATED, NONE = -1, -2
 
 
 class ArrayFile(NamedTuple):
-  """Where the ids of a file are, and which of them ends a document."""
+  """The place of a file's ids, and the one that ends a document."""
 
   path: str
   dtype: np.dtype
   offset: int  # bytes before the first id
   size: int  # ids
   eos: int  # -1: none
-  file_bytes: int  # of the whole file
+  file_bytes: int  # bytes of the whole file
 
 
 class Contradiction(ValueError):
-  """What a file says of itself is not so: to be mended, not to be skipped."""
+  """A file contradicts what it says of itself: mend it, do not skip it."""
 
 
 class Wanted(NamedTuple):
-  """What a run says of its arrays."""
+  """The run's own statements about its arrays."""
 
   eos: int  # the setting data.eos
   tokenizer: str  # its name: 'bytes' unless it was chosen
   tokenizer_eos: int  # -1: it has none
-  digest: str  # of the tokenizer
+  digest: str  # the tokenizer's
 
 
 def open_array(path: str, wanted: Wanted) -> ArrayFile:
-  """What is known of a file before its ids are read.
+  """Everything known of a file before its ids are read.
 
   Raises:
     Contradiction: it is not what the JSON beside it or the settings say.
@@ -173,7 +173,7 @@ def open_ids(array: ArrayFile) -> IntegerFile:
 
 
 def has_end(arrays: list[ArrayFile], most: int) -> bool:
-  """Whether any document ends within the first `most` ids of all files."""
+  """Tells whether a document ends within the first `most` ids of all files."""
   return any(_ends(arrays, most))
 
 

@@ -60,7 +60,7 @@ class Batches(grain.DatasetIterator):
     return self._source, finish(_own(rows, self._size, *self._share))
 
   def _open_window(self) -> bool:
-    """Whether there is a window with rows left; opens the next for them."""
+    """Tells whether a window has rows left; opens the next one for them."""
     while self._window is None or self._used >= len(self._window.order):
       used = self._used if self._window is None else 0
       window = next(self._parent, None)
@@ -70,7 +70,7 @@ class Batches(grain.DatasetIterator):
     return True
 
   def get_state(self) -> dict[str, Any]:
-    """Where the window begins, and how many of its rows are used."""
+    """The window's beginning, and how many of its rows are used."""
     window = self._window
     if window is None or self._used >= len(window.order):
       used = self._used if window is None else 0
@@ -170,7 +170,7 @@ class InTurn(grain.DatasetIterator):
     raise StopIteration
 
   def get_state(self) -> dict[str, Any]:
-    """Where each stream is."""
+    """The place of each stream."""
     return {
       'given': list(self._given),
       'ended': list(self._ended),

@@ -24,7 +24,7 @@ from gated_jax.data.sources import Unit
 PLAN = 'corpus.json'
 PARTIAL = '.partial'
 _ENDING = '.bin'
-# Beside a tokenizer's file, and part of what it means.
+# Files beside a tokenizer's that are part of its meaning.
 TOKENIZER_CONFIG = 'tokenizer_config.json'
 # Bytes of text that one array is made of: little enough that many processes
 # have work, and enough that a large corpus is no heap of small files.
@@ -33,7 +33,7 @@ _SMALLEST, _LARGEST, _ARRAYS = 4 << 20, 512 << 20, 256
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What a folder is made from; a folder serves one request only."""
+  """Sources and settings that a folder is made from; it serves no others."""
 
   source: str
   column: str
@@ -81,12 +81,12 @@ def divide(units: Sequence[Unit]) -> tuple[tuple[int, int], ...]:
 
 
 def array_path(folder: pathlib.Path, number: int) -> pathlib.Path:
-  """Where an array lies."""
+  """The file of an array."""
   return folder / f'{number:05d}{_ENDING}'
 
 
 def is_done(folder: pathlib.Path, number: int) -> bool:
-  """Whether an array is there, whole."""
+  """Tells whether an array is there, whole."""
   return pathlib.Path(f'{array_path(folder, number)}.json').is_file()
 
 

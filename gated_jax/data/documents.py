@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
 
   ids: Int32[np.ndarray, ' T']
   lengths: Int64[np.ndarray, ' N']
-  place: int  # of the unit in the order
+  place: int  # the unit's place in the order
   before: Int64[np.ndarray, ' N']  # the cursor before each
   after: int  # the cursor after the last
 
@@ -72,7 +72,7 @@ class Selection:
   """Which documents belong to a split, and to a process of several."""
 
   held_out: float  # the share that is held out
-  validation: bool  # whether those that are held out are wanted
+  validation: bool  # True: held-out documents are wanted, and no others
   shard: int = 0
   shards: int = 1  # processes that documents are dealt to; 1: all are ours
 
@@ -128,7 +128,7 @@ class DocumentStream:
     self._waiting: collections.deque[Any] = collections.deque()
     self._read_all = False
     self._place = place
-    self._fruitful = cursor > 0  # whether the unit gave a document
+    self._fruitful = cursor > 0  # True once the unit has given a document
     self._fruitless = 0  # units in a row that gave none
 
   def __iter__(self) -> Iterator[Chunk]:
@@ -148,7 +148,7 @@ class DocumentStream:
         return item
 
   def _next_item(self) -> Chunk | _UnitEnd | None:
-    """What was read next; None at the end of the order."""
+    """The next block that was read; None at the end of the order."""
     while not self._read_all and len(self._waiting) <= self._reading.ahead:
       item = next(self._reader, None)
       if item is None:

@@ -53,7 +53,7 @@ def _ends(raw: bytes, longest: int) -> Iterator[int]:
 
 
 def piece_end(raw: bytes, begin: int, size: int) -> int:
-  """Where a document of at most `size` bytes from `begin` on ends."""
+  """The end of a document of at most `size` bytes from `begin` on."""
   if len(raw) - begin <= size:
     return len(raw)
   line = raw.rfind(b'\n', begin, begin + size)

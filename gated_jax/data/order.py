@@ -31,9 +31,9 @@ def _small_permutation(count: int, seed: int) -> Int64[np.ndarray, ' N']:
     return np.zeros(1, np.int64)
   everything = np.arange(_TABLE)
   after = _encrypt(everything, _round_keys(seed), 8)
-  # Where a walk from each value has come: each pass doubles the steps walked,
-  # and who is below the count stays. Some cycles never come there, but those
-  # hold no place that is asked for.
+  # The place that a walk from each value has reached. Each pass doubles the
+  # steps, and a walk ends below the count. Cycles that never come there hold no
+  # place that is asked for.
   ends = np.where(everything < count, everything, after)
   while (ends[after[:count]] >= count).any():
     ends = ends[ends]
@@ -43,7 +43,7 @@ def _small_permutation(count: int, seed: int) -> Int64[np.ndarray, ' N']:
 def _places(
   index: Int[np.ndarray, ' N'], count: int, seed: int
 ) -> Int64[np.ndarray, ' N']:
-  """Where the shuffle of range(count), longer than the table, puts `index`."""
+  """The shuffled place of `index` in range(count), longer than the table."""
   bits = int(np.ceil(np.log2(count - 1)))
   half = (bits + bits % 2) // 2
   keys = _round_keys(seed)
@@ -110,7 +110,7 @@ class Deal:
   """Which units a process reads: every `shards`-th of the shuffled ones."""
 
   count: int  # units of all processes
-  seed: int  # of the shuffle; -1: none
+  seed: int  # seed of the shuffle; -1: none
   shard: int = 0
   shards: int = 1
 

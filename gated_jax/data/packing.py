@@ -31,11 +31,11 @@ from gated_jax.data.documents import DocumentStream
 
 
 class Position(NamedTuple):
-  """Where a stream of rows goes on, after a row and before the next."""
+  """The place at which a stream of rows goes on, between two rows."""
 
-  place: int  # of a unit in the order
-  cursor: int  # in the unit, before the document that is open
-  used: int  # of that document already
+  place: int  # the unit's place in the order
+  cursor: int  # place in the unit, before the document that is open
+  used: int  # tokens of that document already used
 
 
 class Rows(NamedTuple):
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
   tokens: Int32[np.ndarray, 'N T']
   targets: Int32[np.ndarray, 'N T']
-  # Where a document begins, or goes on from another row; the first place of a
+  # True where a document begins, or goes on from another row; the first of a
   # row always does. None: nothing divides the row.
   begins: Bool[np.ndarray, 'N T'] | None
   filled: Int64[np.ndarray, ' N']  # places of each row that have a target
@@ -63,10 +63,10 @@ class RowStream(Protocol):
 
 
 class Items(NamedTuple):
-  """What the documents of a chunk give to a row, laid end to end."""
+  """A chunk's documents as they enter rows, laid end to end."""
 
   values: tuple[Int32[np.ndarray, ' M'], ...]
-  starts: Int64[np.ndarray, ' N']  # where each document begins
+  starts: Int64[np.ndarray, ' N']  # the beginning of each document
 
 
 def pairs(chunk: Chunk) -> Items:
@@ -104,7 +104,7 @@ class Stream:
     self._offset = 0
 
   def position(self) -> Position:
-    """Where the next item comes from."""
+    """The place that the next item comes from."""
     chunk = self._chunk
     if chunk is None:
       return self._start

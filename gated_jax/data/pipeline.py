@@ -58,10 +58,12 @@ class Pipeline:
     self._view = view
     self._about = _about(view.config, sources, view)
     self.tokenizer = view.tokenizer
-    self.wait_seconds = 0.0  # that the caller was kept waiting, in all
+    self.wait_seconds = 0.0  # seconds that the caller was kept waiting, in all
     self.batches = 0  # given out since the beginning, resumed ones included
     self._names = view.config.names()
-    self.source = self._names[0]  # of the last validation batch
+    self.source = self._names[
+      0
+    ]  # the name of the last validation batch's source
 
   def __iter__(self) -> 'Pipeline':
     return self

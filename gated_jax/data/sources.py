@@ -1,4 +1,4 @@
-"""Where documents come from: files, cut into units that can be read alone.
+"""Sources of documents: files, cut into units that can be read alone.
 
 A source lists its units without reading them: a unit is a file, or a part of
 one that is small enough to hold in memory and can be found without reading what
@@ -32,7 +32,7 @@ _LOG = logging.getLogger(__name__)
 _LOGGED = 10  # files that are named in the log; all are in the report
 # Characters, or ids, that are read at once, and at most so many documents.
 _BLOCK, _BLOCK_DOCUMENTS = 1 << 18, 1024
-# What damaged or vanished files raise; a UnicodeDecodeError is a ValueError.
+# Errors of damaged or vanished files; a UnicodeDecodeError is a ValueError.
 READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError)
 
 
@@ -147,7 +147,7 @@ class Skipped:
       _LOG.warning('further skipped files are counted, but not logged')
 
   def report(self) -> dict[str, str]:
-    """What was skipped so far: name to reason, in the order met."""
+    """Everything skipped so far: name to reason, in the order met."""
     with self._lock:
       return dict(self._reasons)
 

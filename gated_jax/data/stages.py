@@ -54,8 +54,10 @@ class View:
 
   @property
   def ids_below(self) -> int:
-    """What ids must lie below; without a model's vocabulary, the tokenizer's,
-    which knows nothing of ids that were made elsewhere."""
+    """The bound of ids: the model's vocabulary, or else the tokenizer's.
+
+    A tokenizer knows nothing of ids that were made elsewhere.
+    """
     return self.vocab or self.tokenizer.vocab
 
 

@@ -136,14 +136,14 @@ def _cut(
 
 
 def _is_start(file: IntegerFile, place: int, array: ArrayFile) -> bool:
-  """Whether a document starts there, or the array ends."""
+  """Tells whether a document starts there, or the array ends."""
   if place in (0, array.size):
     return True
   return file[place - 1] == array.eos
 
 
 def _first_start(file: IntegerFile, unit: Unit, array: ArrayFile) -> int:
-  """Where the first document that starts inside the unit starts."""
+  """The start of the first document that starts inside the unit."""
   # One that ends just before the unit starts the unit.
   begin = max(unit.begin - 1, 0)
   if begin == unit.begin:

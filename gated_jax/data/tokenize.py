@@ -37,12 +37,12 @@ from gated_jax.data.train_tokenizer import train_tokenizer
 from gated_jax.paths import expand
 
 _BLOCK = 1 << 20  # characters of text that are encoded at once
-_BLOCK_DOCUMENTS = 1024  # and at most so many documents
+_BLOCK_DOCUMENTS = 1024  # documents of a block at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What to tokenise; `python -m gated_jax.data tokenize --help` explains."""
+  """A request; `python -m gated_jax.data tokenize --help` explains it."""
 
   out: str
   paths: str = ''
@@ -65,7 +65,7 @@ class Work:
 
   @property
   def folder(self) -> pathlib.Path:
-    """Where the arrays go."""
+    """The folder of the arrays."""
     return expand(self.out)
 
 
@@ -111,7 +111,7 @@ def tokenize(work: Work) -> Counts:
 
 
 def read_counts(array: pathlib.Path) -> Counts:
-  """What the JSON beside an array says of it."""
+  """The contents of the JSON beside an array."""
   about = json.loads(pathlib.Path(f'{array}.json').read_text(encoding='utf-8'))
   names = (field.name for field in dataclasses.fields(Counts))
   return Counts(**{name: about[name] for name in names})

@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
     """Ids of `text` alone, without the ends of a document."""
 
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' _']]:
-    """What `encode` gives of each, outside Python's lock where it can."""
+    """`encode` of each text, outside Python's lock where it can."""
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of `ids`, without the ends of a document."""

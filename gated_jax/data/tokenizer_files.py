@@ -195,7 +195,7 @@ class HuggingFaceTokenizer:
     """See `Tokenizer`."""
 
     def is_text(i: int) -> bool:
-      """Whether the id stands for text."""
+      """Tells whether the id stands for text."""
       return i in self._pieces and i not in self._no_text
 
     return PieceStream(self.decode, is_text, self._unsettled, before)

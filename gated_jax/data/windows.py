@@ -23,7 +23,7 @@ from gated_jax.data.packing import RowStream
 
 
 class Start(NamedTuple):
-  """Where a window begins."""
+  """The beginning of a window."""
 
   window: int  # its number
   mixed: int  # rows of all sources before it
@@ -101,7 +101,7 @@ class Windows(grain.DatasetIterator):
     return Window(rows, order, start)
 
   def get_state(self) -> Start:
-    """Where the next window begins."""
+    """The beginning of the next window."""
     positions = tuple(stream.position() for stream in self._streams)
     return Start(self._window, self._mixed, positions)
 

@@ -104,7 +104,7 @@ def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def make_mesh(tensor: int, fsdp: int) -> jax.sharding.Mesh:
-  """As many devices as the flags ask for."""
+  """The mesh of as many devices as the flags ask for."""
   for name, size in (('tensor', tensor), ('fsdp', fsdp)):
     if size < 1:
       raise ValueError(f'--{name}={size} must be a number of devices')

@@ -42,7 +42,7 @@ LARGEST_SCORE = {'sigmoid': 1.0, 'ns_sigmoid': 1.0, 'two_sigmoid': 2.0}
 class Buckets:
   """The shapes that prompts are padded to; all count tokens of one row."""
 
-  chunk: int  # in one call of prefill
+  chunk: int  # tokens of one call of prefill
   chunks: int  # calls
   cache: int  # room of the cache
 

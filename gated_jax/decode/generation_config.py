@@ -1,4 +1,4 @@
-"""What a model's authors say of sampling from it: generation_config.json."""
+"""Authors' own settings for sampling from a model: generation_config.json."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What skipping nearly shut heads saves of the cache, and what it costs.
+"""The share of the cache that skipping nearly shut heads saves, and its cost.
 
     python -m gated_jax.decode.skip_report --checkpoint=runs/smoke
 

@@ -95,7 +95,7 @@ def final_loss(record: Record) -> float:
 
 
 def is_stable(record: Record, group: Sequence[Record]) -> bool:
-  """Whether there is no spike, and a loss near that of the best rate."""
+  """Tells whether there is no spike, and a loss near that of the best rate."""
   best = min(final_loss(r) for r in group)
   return final_loss(record) < best + STABLE and not record.spikes
 
@@ -139,7 +139,7 @@ def gains(runs: Sequence[Record], group: Sequence[Record]) -> list[float]:
 
 
 def paper_of(group: Sequence[Record], column: Measure) -> float:
-  """What the paper measured of that arm; NaN where it did not."""
+  """The paper's figure for that arm; NaN where it has none."""
   figures = group[0].about.get('paper') or {}
   return float(figures.get(column.paper, math.nan))
 

@@ -169,7 +169,7 @@ class Worker:
     self.run, self._process = run, process
 
   def finished(self) -> bool:
-    """Whether a run has ended since this was last asked."""
+    """Tells whether a run has ended since this was last asked."""
     if self._process is None or self._process.poll() is None:
       return False
     self._process = None
@@ -177,7 +177,7 @@ class Worker:
 
   @property
   def busy(self) -> bool:
-    """Whether a run is being trained here."""
+    """Tells whether a run is being trained here."""
     return self._process is not None
 
   def stop(self) -> None:

@@ -48,7 +48,7 @@ from gated_jax.model.size import check_fits
 from gated_jax.paths import expand
 
 Tree = Any
-# Of one file, as transformers writes them.
+# Bytes of one file, as transformers writes them.
 SHARD_BYTES = 5 * 10**9
 
 
@@ -187,7 +187,7 @@ def _placed(place: jax.ShapeDtypeStruct, parts: dict[Any, Any]) -> jax.Array:
     place.sharding,
     lambda index: parts[_spans(index, place.shape)],
   )
-  parts.clear()  # what the array still needs it holds itself
+  parts.clear()  # the array itself holds what it still needs
   return array
 
 

@@ -31,7 +31,7 @@ DTYPES = {
   'float16': np.dtype(np.float16),
   'bfloat16': BFLOAT16,
 }
-# And in safetensors. What is not here is quantised, or no weight at all.
+# Types in safetensors. One that is not here is quantised, or no weight at all.
 _STORED = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 
 JSON_BYTES = 1 << 28  # no config or index is nearly as large

@@ -66,7 +66,7 @@ class Keys:
 
   def __init__(self, values: Mapping[str, Any], where: str = 'config.json'):
     self._left = dict(values)
-    self.taken: dict[str, Any] = {}  # what has been taken so far
+    self.taken: dict[str, Any] = {}  # keys that were taken so far
     self.where = where
 
   def take(self, key: str, *default: Any) -> Any:
@@ -171,7 +171,7 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_rope(keys: Keys, length: int, fraction: float) -> dict[str, Any]:
-  """From rope_parameters, or from the older rope_theta and rope_scaling.
+  """The rotary settings, from rope_parameters or the older pair of keys.
 
   Args:
     keys: Of config.json.

@@ -63,7 +63,7 @@ def _fused(
   """Both in one kernel, on each device's heads and tokens."""
 
   def run(x: Array, scale: Array | None, cos: Array, sin: Array) -> jax.Array:
-    """What each device computes."""
+    """Each device's share of the work."""
     return rope_tpu.normalize_and_rotate(x, scale, rope.Rotation(cos, sin), eps)
 
   rows = ('batch', 'length', None)

@@ -43,8 +43,8 @@ class Making:
 
   kernel_init: Any = None  # None: normal, with the layer's standard deviation
   bias_init: Any = None  # None: there is no bias
-  precision: Any = None  # as jax.lax.dot_general has it
-  boxed: bool = True  # whether parameters carry their axes and their kind
+  precision: Any = None  # precision of jax.lax.dot_general
+  boxed: bool = True  # True: parameters carry their axes and their kind
 
 
 class Kernel(nn.Module):

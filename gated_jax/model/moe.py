@@ -125,7 +125,7 @@ class MoE(nn.Module):
     def run(
       x: Array, indices: Array, weights: Array, *matrices: Array
     ) -> Array:
-      """What each device computes, on its tokens and experts."""
+      """Each device's share of the work: its tokens and experts."""
       return moe.apply_experts(
         x, indices, weights, moe.ExpertWeights(*matrices), spec
       )

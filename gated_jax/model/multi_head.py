@@ -60,14 +60,16 @@ class GatedAttention(nn.Module):
   """
 
   num_heads: int
-  dtype: Any = None  # of the computation; None: from inputs and parameters
+  dtype: Any = (
+    None  # type of the computation; None: that of inputs and parameters
+  )
   param_dtype: Any = jnp.float32
   qkv_features: int | None = None  # all query heads; None: as the input
   out_features: int | None = None  # None: as the input
   broadcast_dropout: bool = True  # one dropout mask for all rows and heads
-  dropout_rate: float = 0.0  # of attention weights
+  dropout_rate: float = 0.0  # share of attention weights dropped
   deterministic: bool | None = None
-  precision: Any = None  # as jax.lax.dot_general has it
+  precision: Any = None  # precision of jax.lax.dot_general
   kernel_init: Initializer = nn.initializers.lecun_normal()
   out_kernel_init: Initializer | None = None  # None: kernel_init
   bias_init: Initializer = nn.initializers.zeros_init()

@@ -1,4 +1,4 @@
-"""What callers of `GatedAttention` may pass, brought into one form."""
+"""Everything that callers of `GatedAttention` may pass, in one form."""
 
 import difflib
 import math
@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from gated_jax.config import GateConfig
 
-# What a gate can be called: none at all, one of the granularities on the
+# Names of gates: none at all, one of the granularities on the
 # attention output, or one of the other positions.
 GateWord = Literal[
   'none',
@@ -56,7 +56,7 @@ def three_inputs(
   inputs_v: Array | None,
   inputs_kv: Array | None,
 ) -> tuple[Array, Array, Array]:
-  """What queries, keys and values are made of, with one batch axis each.
+  """The inputs of queries, keys and values, with one batch axis each.
 
   An array that is given twice comes back as one.
 

@@ -65,7 +65,7 @@ def embed(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _embed(spec: EmbedSpec, shard: Shard, table: Array, tokens: Array) -> Array:
   def run(table: Array, tokens: Array) -> Array:
-    """What each device computes, on its rows of the table."""
+    """Each device's share of the work: its rows of the table."""
     table = table.astype(jnp.dtype(spec.dtype))
     if spec.width_axes:
       table = jax.lax.all_gather(table, spec.width_axes, axis=1, tiled=True)

@@ -221,7 +221,7 @@ def _cross_entropy(
   def run(
     x: Array, matrix: Array, targets: Array, weights: Array
   ) -> tuple[Array, ...]:
-    """What each device computes: the sums alone."""
+    """Each device's share of the sums."""
     return tuple(local_loss(x, matrix, targets, weights, spec, False)[0])
 
   return LossSums(*shard(run, False)(x, matrix, targets, weights))
@@ -238,7 +238,7 @@ def _forward(
   def run(
     x: Array, matrix: Array, targets: Array, weights: Array
   ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """What each device computes: the sums and their gradients."""
+    """Each device's share of the sums, and their gradients."""
     sums, gradients = local_loss(x, matrix, targets, weights, spec, True)
     assert gradients is not None
     return tuple(sums), tuple(gradients)

@@ -77,7 +77,7 @@ class RopeSpec(Protocol):
 
   @property
   def truncate(self) -> bool:
-    """Whether the range of interpolation is rounded to whole pairs."""
+    """Tells whether the range of interpolation is rounded to whole pairs."""
     ...
 
 

@@ -148,7 +148,7 @@ class Loop:
       self._look()
 
     def due(every: int) -> bool:
-      """Whether something happens after this step."""
+      """Tells whether something happens after this step."""
       return self.done == config.steps or bool(every and self.done % every == 0)
 
     if due(config.eval_every):

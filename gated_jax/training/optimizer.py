@@ -1,4 +1,4 @@
-"""What updates which parameter: Optax transformations chosen by its kind.
+"""Updates of parameters: Optax transformations chosen by their kind.
 
 `RULES` is the whole policy as a table. A parameter says its kind where it is
 made (`gated_jax/model/parameters.py`), so that a new layer comes with its rule.
@@ -26,7 +26,7 @@ class Rule(NamedTuple):
   """How one kind of parameter is updated."""
 
   group: str  # 'matrix', 'vector', 'gate' or 'load'; see `make_optimizer`
-  decay: bool  # whether weight decay applies
+  decay: bool  # True: weight decay applies
 
 
 RULES: dict[Kind, Rule] = {

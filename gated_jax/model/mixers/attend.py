@@ -194,7 +194,7 @@ def _read_pages(
     cache_length: Array,
     skipped: Array,
   ) -> Array:
-    """What each device computes, on its rows and heads."""
+    """Each device's share of the work: its rows and heads."""
     # The cache holds the token itself by now.
     lengths = cache_length + 1
     rows = query[:, 0], key, value, scores[:, 0], lengths, skipped[:, 0]
@@ -241,7 +241,7 @@ def _on_mesh(
     gate: Array | None,
     *masks: Any,
   ) -> tuple[Array | None, ...]:
-    """What each device computes, on its rows and heads."""
+    """Each device's share of the work: its rows and heads."""
     segments, offset, mask, dropout_key = masks
     if dropout_key is not None:  # devices draw different numbers
       for axis in sharding.mesh_axes('batch') + sharding.mesh_axes('heads'):

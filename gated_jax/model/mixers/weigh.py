@@ -21,7 +21,7 @@ from gated_jax.ops.attention.spec import Masking
 
 
 class Weighing(NamedTuple):
-  """What `nn.dot_product_attention` is told beside the layer."""
+  """Arguments of `nn.dot_product_attention` that are not the layer's."""
 
   broadcast_dropout: bool = True
   dropout_rng: Any = None
