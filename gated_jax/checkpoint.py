@@ -282,10 +282,10 @@ def read_arrays(
   handler = ocp.CompositeCheckpointHandler()
   args = {k: ocp.args.StandardRestore(tree) for k, tree in items.items()}
   try:
-    found = handler.restore(
+    restored = handler.restore(
       epath.Path(folder.absolute()), args=ocp.args.Composite(**args)
     )
-    return {item: found[item] for item in items}
+    return {item: restored[item] for item in items}
   finally:
     handler.close()
 

@@ -214,10 +214,10 @@ class GatedAttention(nnx.Module):
     """The parameters as `gated_jax.GatedAttention` has them."""
     tree = {}
     for part in self.parts:
-      found = {
+      arrays = {
         name: getattr(getattr(self, part), name, None) for name in PARAMETERS
       }
-      tree[part] = {n: x[...] for n, x in found.items() if x is not None}
+      tree[part] = {n: x[...] for n, x in arrays.items() if x is not None}
     return tree
 
   def __call__(  # noqa: PLR0913

@@ -58,9 +58,9 @@ def run(argv: list[str]) -> int:
   from gated_jax.aot import search
 
   if FLAGS.search:
-    found = search.search(config, devices, 60 * FLAGS.minutes, print)
-    print(f'\n{report.CAVEAT}\n{search.table(found)}')
-    return 0 if found else 1
+    reports = search.search(config, devices, 60 * FLAGS.minutes, print)
+    print(f'\n{report.CAVEAT}\n{search.table(reports)}')
+    return 0 if reports else 1
   try:
     mesh = sharding.make_mesh(config.mesh, devices)
     kind, tensor = chip_of(devices).name, mesh.shape['tensor']

@@ -64,11 +64,11 @@ def kernels(function: Callable, *arguments: Any) -> list[Kernel]:
 def _inner(eqn: Any) -> Any:
   """The closed jaxpr that an equation stands for, or None."""
   for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
-    found = eqn.params.get(key)
-    if isinstance(found, core.Jaxpr):
-      return core.ClosedJaxpr(found, ())
-    if found is not None:
-      return found
+    inner = eqn.params.get(key)
+    if isinstance(inner, core.Jaxpr):
+      return core.ClosedJaxpr(inner, ())
+    if inner is not None:
+      return inner
   return None
 
 

@@ -79,10 +79,10 @@ class Instruction:
 
   def attribute(self, key: str) -> str:
     """The text after `key=`, '' where there is none."""
-    found = re.search(
+    match = re.search(
       rf'\b{key}=(%[^\s,{{}}]+|\{{[^{{}}]*\}}|[^\s,]+)', self.attributes
     )
-    return found.group(1) if found else ''
+    return match.group(1) if match else ''
 
   @property
   def calls(self) -> str:
@@ -92,14 +92,14 @@ class Instruction:
   @property
   def op_name(self) -> str:
     """Its origin in the Python program."""
-    found = re.search(r'op_name="([^"]*)"', self.attributes)
-    return found.group(1) if found else ''
+    match = re.search(r'op_name="([^"]*)"', self.attributes)
+    return match.group(1) if match else ''
 
   @property
   def target(self) -> str:
     """The function that a custom call calls; '' for other instructions."""
-    found = re.search(r'custom_call_target="([^"]+)"', self.attributes)
-    return found.group(1) if found else ''
+    match = re.search(r'custom_call_target="([^"]+)"', self.attributes)
+    return match.group(1) if match else ''
 
   @property
   def channel(self) -> str:
@@ -109,8 +109,8 @@ class Instruction:
   @functools.cached_property
   def cycles(self) -> int | None:
     """The compiler's estimate, None where it makes none."""
-    found = re.search(r'"estimated_cycles":"?(\d+)', self.attributes)
-    cycles = int(found.group(1)) if found else _NO_ESTIMATE
+    match = re.search(r'"estimated_cycles":"?(\d+)', self.attributes)
+    cycles = int(match.group(1)) if match else _NO_ESTIMATE
     return cycles if cycles < _NO_ESTIMATE else None
 
 
@@ -189,8 +189,8 @@ class Module:
 
     def field(key: str) -> list[str]:
       """The numbers of one field of a convolution's window."""
-      found = re.search(rf'\b{key}=([\dx_\-]+)', window)
-      return found.group(1).split('x') if found else []
+      match = re.search(rf'\b{key}=([\dx_\-]+)', window)
+      return match.group(1).split('x') if match else []
 
     size = [int(n) for n in field('size')]
     ones = ['1'] * len(size)
@@ -251,8 +251,8 @@ def parse(text: str) -> Module:
       start = computation
   if not start:
     raise ValueError(f'no ENTRY in this text: {text[:80]!r}')
-  found = re.search(r'num_partitions=(\d+)', text[:200_000])
-  return Module(computations, start, int(found.group(1)) if found else 1)
+  match = re.search(r'num_partitions=(\d+)', text[:200_000])
+  return Module(computations, start, int(match.group(1)) if match else 1)
 
 
 def without_layout(text: str) -> str:

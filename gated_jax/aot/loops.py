@@ -58,10 +58,10 @@ class Loops:
     )
     if known:
       return int(known.group(1))
-    found = self._comparison(self.inner(scope, loop, 'condition'))
-    if found is None:
+    comparison = self._comparison(self.inner(scope, loop, 'condition'))
+    if comparison is None:
       return None
-    direction, left, right = found
+    direction, left, right = comparison
     for counter, bound, way in (
       (left, right, direction),
       (right, left, _MIRROR.get(direction, '')),
@@ -110,8 +110,8 @@ class Loops:
 
   def _start(self, scope: Scope, loop: Instruction, element: int) -> int | None:
     """The value an element of the state begins with."""
-    found = self._element(scope, loop.operands[0], element)
-    return None if found is None else self._fixed(found)
+    value = self._element(scope, loop.operands[0], element)
+    return None if value is None else self._fixed(value)
 
   def _step(self, scope: Scope, loop: Instruction, element: int) -> int | None:
     """The number that a trip adds to an element of the state."""

@@ -211,7 +211,7 @@ class Program:
 
   def without_estimate(self) -> dict[str, int]:
     """Runs of operations with a cost that no estimate covers, by op."""
-    found: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for v in self.visits:
       i = v.instruction
       covered = i.cycles is not None or i.target in (
@@ -226,8 +226,8 @@ class Program:
         'gather',
         'custom-call',
       ):
-        found[i.target or re.sub(r'[.\d]+$', '', i.name[1:])] += v.times
-    return dict(found)
+        counts[i.target or re.sub(r'[.\d]+$', '', i.name[1:])] += v.times
+    return dict(counts)
 
   def kernels(self) -> list[Kernel]:
     """Pallas kernels, equal calls together."""
@@ -274,5 +274,5 @@ def _copied(i: Instruction) -> int:
 
 
 def _kernel_name(i: Instruction) -> str:
-  found = re.search(r'kernel_name\W+([\w.<>]+)', i.attributes)
-  return found.group(1) if found else re.sub(r'[.\d]+$', '', i.name[1:])
+  match = re.search(r'kernel_name\W+([\w.<>]+)', i.attributes)
+  return match.group(1) if match else re.sub(r'[.\d]+$', '', i.name[1:])

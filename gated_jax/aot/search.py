@@ -95,14 +95,14 @@ def search(
     """Kernels' prices, scheduled once for each split of the heads."""
     return kernels.prices(chip, base, tensor)
 
-  found: list[tuple[Choice, Report]] = []
+  reports: list[tuple[Choice, Report]] = []
   for choice in choices(base, len(devices)):
     rows = len(devices) // (choice.mesh.context * choice.mesh.tensor)
     batch = rows
     while batch <= LARGEST * rows:
       if time.monotonic() - start > seconds:
         say(f'stopped after {seconds:.0f} s: not everything was tried')
-        return _ranked(found)
+        return _ranked(reports)
       try:
         cost = price(choice.mesh.tensor)
         report = examine(choice.config(base, batch), devices, cost)
@@ -113,9 +113,9 @@ def search(
         say(f'{choice.flags(batch)}: too large by {report.excess:,.0f} bytes')
         break
       say(f'{choice.flags(batch)}: {report.tokens_per_second:,.0f} tokens/s')
-      found.append((choice, report))
+      reports.append((choice, report))
       batch *= 2
-  return _ranked(found)
+  return _ranked(reports)
 
 
 def _ranked(found: list[tuple[Choice, Report]]) -> list[tuple[Choice, Report]]:

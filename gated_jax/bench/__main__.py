@@ -99,35 +99,35 @@ def parser() -> argparse.ArgumentParser:
   shared.add_argument('--out', default='', help='file for the JSON lines')
   shared.add_argument('--rounds', type=cli.count, default=7)
   shared.add_argument('--matmul', type=cli.count, default=8192)
-  found = kinds.add_parser('attention', parents=[shared])
-  found.add_argument('--shapes', type=shapes, default=['4k', '16k'])
-  found.add_argument('--backends', type=words, default=['auto'])
-  found.add_argument('--rows', choices=('whole', 'packed'), default='whole')
-  found.add_argument('--gates', type=gates, default=attention.GATES)
+  kind = kinds.add_parser('attention', parents=[shared])
+  kind.add_argument('--shapes', type=shapes, default=['4k', '16k'])
+  kind.add_argument('--backends', type=words, default=['auto'])
+  kind.add_argument('--rows', choices=('whole', 'packed'), default='whole')
+  kind.add_argument('--gates', type=gates, default=attention.GATES)
   for name in ('step', 'profile', 'peer'):
-    found = kinds.add_parser(name, parents=[shared])
-    found.add_argument('--steps', type=cli.count, default=5, help='in a turn')
+    kind = kinds.add_parser(name, parents=[shared])
+    kind.add_argument('--steps', type=cli.count, default=5, help='in a turn')
     for field in dataclasses.fields(Workload):
       if field.name == 'gate' and name == 'step':
-        found.add_argument('--gates', type=gates, default=attention.GATES)
+        kind.add_argument('--gates', type=gates, default=attention.GATES)
       elif type(field.default) is bool:
-        found.add_argument(
+        kind.add_argument(
           f'--{field.name}',
           action=argparse.BooleanOptionalAction,
           default=field.default,
         )
       else:
-        found.add_argument(
+        kind.add_argument(
           f'--{field.name}', type=type(field.default), default=field.default
         )
-  found.add_argument(
+  kind.add_argument(
     '--repeats', type=cli.count, default=2, help='processes of each'
   )
-  found = kinds.add_parser('data', parents=[shared])
-  found.add_argument(
+  kind = kinds.add_parser('data', parents=[shared])
+  kind.add_argument(
     '--tokens', type=cli.count, default=20_000_000, help='in arrays'
   )
-  found.add_argument(
+  kind.add_argument(
     '--text', type=cli.count, default=4_000_000, help='characters'
   )
   return top
@@ -171,9 +171,9 @@ def run_step(options: argparse.Namespace) -> Iterator[Record]:
 
 def run_profile(options: argparse.Namespace) -> Iterator[Record]:
   """The largest kernels, then the groups that they all belong to."""
-  found = profile.kernels(workload(options))
-  yield from found[:40]
-  yield from profile.groups(found)
+  kernels = profile.kernels(workload(options))
+  yield from kernels[:40]
+  yield from profile.groups(kernels)
 
 
 def run_peer(options: argparse.Namespace) -> Iterator[Record]:
@@ -240,14 +240,14 @@ def _measure(
     check=False,
   )
   text = lines.read_text() if lines.exists() else done.stdout
-  found = [
+  records = [
     json.loads(line) for line in text.splitlines() if line.startswith('{')
   ]
   if done.returncode:
-    found.append(
+    records.append(
       {'bench': 'step', 'name': name, 'failed': f'exit {done.returncode}'}
     )
-  yield from (record for record in found if 'bench' in record)
+  yield from (record for record in records if 'bench' in record)
 
 
 def table(records: list[Record]) -> str:

@@ -112,7 +112,7 @@ def bench(
   for direction, factor in (('forward', 1.0), ('both', 3.5)):
     times = interleaved({gate: made[gate][direction] for gate in gates}, rounds)
     for gate in gates:
-      found = times[gate]
+      seconds = times[gate]
       yield {
         'bench': 'attention',
         'shape': f'B{plain.B} T{plain.T} N{plain.N} K{plain.K} H{plain.H}',
@@ -121,9 +121,9 @@ def bench(
         'backend': backend,
         'gate': gate,
         'direction': direction,
-        'ms': 1e3 * found.median,
-        'spread': found.spread,
-        'tflops': factor * flops(plain) / found.median / 1e12,
+        'ms': 1e3 * seconds.median,
+        'spread': seconds.spread,
+        'tflops': factor * flops(plain) / seconds.median / 1e12,
         **_overhead(times, gate),
       }
 
@@ -143,12 +143,12 @@ def matmul(size: int, rounds: int) -> dict[str, Any]:
     for key in jax.random.split(jax.random.key(1))
   )
   product = jax.jit(jnp.matmul)
-  found = interleaved({'matmul': lambda: product(a, b)}, rounds)['matmul']
+  seconds = interleaved({'matmul': lambda: product(a, b)}, rounds)['matmul']
   return {
     'bench': 'matmul',
     'shape': f'{size} x {size} x {size}',
     'dtype': 'bfloat16',
-    'ms': 1e3 * found.median,
-    'spread': found.spread,
-    'tflops': 2 * size**3 / found.median / 1e12,
+    'ms': 1e3 * seconds.median,
+    'spread': seconds.spread,
+    'tflops': 2 * size**3 / seconds.median / 1e12,
   }

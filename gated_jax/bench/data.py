@@ -201,11 +201,11 @@ def arrays(rounds: int, tokens: int) -> Iterator[Record]:
           kind: functools.partial(speed, batches, 2 * WINDOW)
           for kind, batches in turns.items()
         }
-        found = in_turns(functions, rounds)
-    record = {'bench': 'data', 'source': 'tokens', 'mean': mean, **found}
+        times = in_turns(functions, rounds)
+    record = {'bench': 'data', 'source': 'tokens', 'mean': mean, **times}
     record |= {'files': files, 'first_s': first}
-    if 'loop' in found:
-      record['ratio'] = found['ours'] / found['loop']
+    if 'loop' in times:
+      record['ratio'] = times['ours'] / times['loop']
     yield record
 
 
@@ -272,11 +272,11 @@ def text(rounds: int, size: int) -> Iterator[Record]:
         if kind != 'bytes':
           encode = _library(tokenizer, texts)
           turns['library'] = functools.partial(_encoding_speed, encode)
-        found = in_turns(turns, rounds)
-      record = {'bench': 'data', 'source': 'jsonl', 'tokenizer': kind, **found}
+        times = in_turns(turns, rounds)
+      record = {'bench': 'data', 'source': 'jsonl', 'tokenizer': kind, **times}
       record |= {'mean': size // len(texts), 'first_s': first}
-      if 'library' in found:
-        record['ratio'] = found['ours'] / found['library']
+      if 'library' in times:
+        record['ratio'] = times['ours'] / times['library']
       yield record
 
 

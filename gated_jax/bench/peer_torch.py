@@ -158,13 +158,13 @@ def quickest_sdpa(config: ModelConfig, work: Workload, device: str) -> str:
     )
     y.backward(y.detach())
 
-  found = {}
+  times = {}
   for name in ('cudnn', 'flash'):
     # A backend that refuses the shape says so by RuntimeError.
     with contextlib.suppress(RuntimeError), sdpa_kernel(SDPA[name]):
-      found[name] = seconds_of(both, 10, device)
-  print(json.dumps({'sdpa_ms': {n: 1e3 * s for n, s in found.items()}}))
-  return min(found, key=lambda name: found[name])
+      times[name] = seconds_of(both, 10, device)
+  print(json.dumps({'sdpa_ms': {n: 1e3 * s for n, s in times.items()}}))
+  return min(times, key=lambda name: times[name])
 
 
 def ceiling_of(device: str, size: int = 8192) -> float:
@@ -173,8 +173,8 @@ def ceiling_of(device: str, size: int = 8192) -> float:
     return 0.0
   kinds: Any = {'device': device, 'dtype': torch.bfloat16}
   a, b = (torch.randn(size, size, **kinds) for _ in range(2))
-  found = [seconds_of(lambda: a @ b, 20, device) for _ in range(5)]
-  return 2 * size**3 / statistics.median(found)
+  times = [seconds_of(lambda: a @ b, 20, device) for _ in range(5)]
+  return 2 * size**3 / statistics.median(times)
 
 
 def bench(work: Workload, rounds: int, steps: int) -> dict[str, Any]:

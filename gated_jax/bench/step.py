@@ -149,11 +149,11 @@ class Compiled:
 
   def memory(self) -> float:
     """GiB that the step holds at once, by the compiler's own account."""
-    found = self.step.memory_analysis()
-    if found is None:
+    memory = self.step.memory_analysis()
+    if memory is None:
       return 0.0
-    held = found.argument_size_in_bytes + found.temp_size_in_bytes
-    new = found.output_size_in_bytes - found.alias_size_in_bytes
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return (held + new) / 2**30
 
   def turn(self, steps: int) -> tuple[float, float, float]:
@@ -199,7 +199,7 @@ def bench(
       samples[name].append(seconds)
   records = []
   for name, compiled in made.items():
-    found = summary(samples[name])
+    times = summary(samples[name])
     work = compiled.work
     records.append(
       {
@@ -207,8 +207,8 @@ def bench(
         'framework': 'gated_jax',
         'name': name,
         **dataclasses.asdict(work),
-        **rates(work, found.median, ceiling),
-        'spread': found.spread,
+        **rates(work, times.median, ceiling),
+        'spread': times.spread,
         'memory_gib': compiled.memory(),
         'compile_s': compiled.compile_seconds,
         'losses': losses[name],

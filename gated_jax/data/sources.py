@@ -169,7 +169,7 @@ def find_files(paths: str) -> list[str]:
   Raises:
     ValueError: a glob matches no file.
   """
-  found: set[str] = set()
+  matches: set[str] = set()
   for pattern in filter(None, (part.strip() for part in paths.split(','))):
     where = str(expand(pattern))
     names = glob.glob(where, recursive=True)
@@ -181,10 +181,10 @@ def find_files(paths: str) -> list[str]:
       )
     if not files:
       raise ValueError(f'no data files match {pattern!r}')
-    found.update(files)
-  if not found:
+    matches.update(files)
+  if not matches:
     raise ValueError(f'no data files match {paths!r}')
-  return sorted(found)
+  return sorted(matches)
 
 
 def byte_units(files: Sequence[str], size: int, skipped: Skipped) -> list[Unit]:

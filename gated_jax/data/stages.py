@@ -85,7 +85,7 @@ def batches(
   if view.split == 'train':
     made = [windows(streams, weights)]
     own = config.batch // view.shards
-    found: grain.DatasetIterator = Batches(Ahead(made[0], 1), own)
+    iterator: grain.DatasetIterator = Batches(Ahead(made[0], 1), own)
   else:
     # Each source is a held-out set of its own.
     share = (view.shard, view.shards)
@@ -94,8 +94,8 @@ def batches(
       Batches(Ahead(one, 1), config.batch, share, source)
       for source, one in enumerate(made)
     ]
-    found = each[0] if len(each) == 1 else InTurn(each, weights)
-  return Ahead(found, config.prefetch), made
+    iterator = each[0] if len(each) == 1 else InTurn(each, weights)
+  return Ahead(iterator, config.prefetch), made
 
 
 def make_source(part: DataConfig, view: View) -> Source:

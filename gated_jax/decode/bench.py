@@ -142,10 +142,10 @@ def theirs(
     """Seconds for this many new tokens, the prompts' included."""
     start = clock()
     with torch.inference_mode():
-      found = model.generate(
+      ids = model.generate(
         tokens, max_new_tokens=count, min_new_tokens=count, **options
       )
-    assert found.shape[1] == tokens.shape[1] + count
+    assert ids.shape[1] == tokens.shape[1] + count
     return clock() - start
 
   return lambda: seconds(new + 1) - seconds(1)

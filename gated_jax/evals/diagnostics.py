@@ -352,17 +352,17 @@ def attention_maps(
     layers: which ones, negative from the end; (): a few over the depth.
   """
   sown = _run(model, params, batch, 'attention_maps')
-  found = {
+  values = {
     layer: value
     for layer in range(model.config.depth)
     for name, value in _sown(tree.subtree(sown, model.config, layer))
     if name == WEIGHTS
   }
-  if not found:
+  if not values:
     return {}
-  numbers = list(found)
+  numbers = list(values)
   if not layers:
     few = np.linspace(0, len(numbers) - 1, min(len(numbers), 4)).round()
     layers = [numbers[int(i)] for i in few]
   chosen = [layer % model.config.depth for layer in layers]
-  return {i: np.asarray(found[i][0], np.float32) for i in chosen}
+  return {i: np.asarray(values[i][0], np.float32) for i in chosen}

@@ -236,12 +236,12 @@ def _series(
   records: list[dict[str, Any]], name: str
 ) -> tuple[list[Any], list[Any]]:
   """Steps and values where a metric was written and is a number."""
-  found = [
+  paths = [
     (r['step'], r[name])
     for r in records
     if isinstance(r.get(name), int | float) and math.isfinite(r[name])
   ]
-  return [step for step, _ in found], [value for _, value in found]
+  return [step for step, _ in paths], [value for _, value in paths]
 
 
 def blank(

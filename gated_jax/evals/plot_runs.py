@@ -47,16 +47,16 @@ def figures(
   """
   paths = []
   for claim in sorted({str(r.about.get('claim', 'runs')) for r in runs}):
-    some = [r for r in runs if str(r.about.get('claim', 'runs')) == claim]
-    several = len({r.about.get('rate') for r in some}) > 1
+    chosen = [r for r in runs if str(r.about.get('claim', 'runs')) == claim]
+    several = len({r.about.get('rate') for r in chosen}) > 1
     drawn: dict[str, Figure | None] = (
-      {'rates': loss_by_rate(some), 'loss': loss_curves(some, by_rate=True)}
+      {'rates': loss_by_rate(chosen), 'loss': loss_curves(chosen, by_rate=True)}
       if several
       else {
-        'loss': loss_curves(some),
-        'sinks': over_training(some, from_layer),
-        'layers': by_layer(some),
-        'gates': gate_histograms(some),
+        'loss': loss_curves(chosen),
+        'sinks': over_training(chosen, from_layer),
+        'layers': by_layer(chosen),
+        'gates': gate_histograms(chosen),
       }
     )
     for name, figure in drawn.items():

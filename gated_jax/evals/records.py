@@ -219,7 +219,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   """The object in a file; {} where there is no file."""
   if not path.is_file():
     return {}
-  found = json.loads(path.read_text(encoding='utf-8'))
-  if not isinstance(found, dict):
+  values = json.loads(path.read_text(encoding='utf-8'))
+  if not isinstance(values, dict):
     raise ValueError(f'{path} holds no JSON object')
-  return found
+  return values

@@ -115,10 +115,10 @@ def report(runs: Sequence[Record], from_layer: int) -> str:
   """All of it, a section for each claim."""
   sections = []
   for claim in sorted({str(r.about.get('claim', 'runs')) for r in runs}):
-    some = [r for r in runs if str(r.about.get('claim', 'runs')) == claim]
+    chosen = [r for r in runs if str(r.about.get('claim', 'runs')) == claim]
     sections.append(f'## {claim}')
-    if len({measures.rate_of(r) for r in some}) > 1:
-      sections.append(rate_table(some))
+    if len({measures.rate_of(r) for r in chosen}) > 1:
+      sections.append(rate_table(chosen))
       continue
     sections.append(
       f'Means over layers from {from_layer} on; of several seeds the mean and '
@@ -127,15 +127,15 @@ def report(runs: Sequence[Record], from_layer: int) -> str:
     sections += [
       part
       for part in (
-        arm_table(some, from_layer),
-        paper_table(some, from_layer),
-        correlations(some, from_layer),
+        arm_table(chosen, from_layer),
+        paper_table(chosen, from_layer),
+        correlations(chosen, from_layer),
       )
       if part
     ]
     sections += [
       f'{record.name}: {record.outcome} at step {record.value("step"):.0f}'
-      for record in some
+      for record in chosen
       if record.outcome != 'done'
     ]
   return '\n\n'.join(sections) + '\n'

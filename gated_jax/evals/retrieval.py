@@ -140,7 +140,7 @@ def _read(
   targets = texts.tokens[:, -last:]
   asked = jnp.arange(last) >= last - texts.answers[:, None]
   right = jnp.argmax(logits, axis=-1) == targets
-  found = jnp.all(right | ~asked, axis=1)
+  correct = jnp.all(right | ~asked, axis=1)
   costs = jax.nn.log_softmax(logits, axis=-1)
   costs = -jnp.take_along_axis(costs, targets[..., None], axis=-1)[..., 0]
-  return found, jnp.sum(costs, where=asked) / jnp.sum(asked)
+  return correct, jnp.sum(costs, where=asked) / jnp.sum(asked)

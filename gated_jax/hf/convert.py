@@ -102,13 +102,13 @@ def load(
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
     wanted = tensors(family.rows, config, shapes)
     _check(wanted, files, family, ignore, say)
-    found: dict[str, jax.Array] = {}
+    arrays: dict[str, jax.Array] = {}
     # All layers of one parameter, or of those that share tensors, together.
     wanted.sort(key=lambda tensor: tensor.leaves)
     for leaves, group in itertools.groupby(wanted, lambda t: t.leaves):
       places = {leaf: abstract[leaf] for leaf in leaves}
-      found |= _assemble(places, group, files)
-  return config, unflatten(found)
+      arrays |= _assemble(places, group, files)
+  return config, unflatten(arrays)
 
 
 def _check(
@@ -203,10 +203,10 @@ def _spans(index: Any, shape: Shape) -> Spans:
 def _buffers(place: jax.ShapeDtypeStruct) -> dict[Spans, np.ndarray]:
   """Room for each part of a parameter that devices here hold."""
   indices = place.sharding.addressable_devices_indices_map(place.shape)
-  found = {_spans(index, place.shape) for index in indices.values()}
+  distinct = {_spans(index, place.shape) for index in indices.values()}
   return {
     spans: np.empty([end - begin for begin, end in spans], place.dtype)
-    for spans in found
+    for spans in distinct
   }
 
 

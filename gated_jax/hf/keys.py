@@ -125,11 +125,11 @@ class Keys:
 
   def expect(self, key: str, value: Any, why: str = '') -> None:
     """ValueError where a key says anything else; absent says the same."""
-    found = self.take(key, value)
-    if found != value:
+    taken = self.take(key, value)
+    if taken != value:
       reason = f': {why}' if why else ''
       raise ValueError(
-        f'{self.where} has {key}={reprlib.repr(found)}, and the decoder only '
+        f'{self.where} has {key}={reprlib.repr(taken)}, and the decoder only '
         f'{value!r}{reason}'
       )
 

@@ -286,13 +286,13 @@ class Checkpoints:
     )
     if trees is None:
       return None
-    found: dict[str, Any] = {}
+    sums: dict[str, Any] = {}
     for item in _split(abstract):
-      found |= records(trees[item], item)
+      sums |= records(trees[item], item)
 
     def check() -> bool:
       """Compares what was read with the sums written beside it."""
-      check_arrays(self.path(step), found, recorded)
+      check_arrays(self.path(step), sums, recorded)
       return True
 
     if not self._together(step, check):

@@ -133,34 +133,34 @@ def _gradients(
 
   gradient = jax.grad(evaluate, has_aux=True)
   if accumulate == 1:
-    found, (weight, metrics) = gradient(params, batch, key)
-    return found, {**metrics, 'tokens': weight}
+    grads, (weight, metrics) = gradient(params, batch, key)
+    return grads, {**metrics, 'tokens': weight}
 
   def part(carry, x):
     """Adds one part's gradient, weighted by its targets."""
     index, rows = x
-    found, (weight, metrics) = gradient(
+    grads, (weight, metrics) = gradient(
       params, rows, jax.random.fold_in(key, index)
     )
     new = jax.tree.map(
-      lambda a: a.astype(jnp.float32) * weight, (found, metrics)
+      lambda a: a.astype(jnp.float32) * weight, (grads, metrics)
     )
     return jax.tree.map(jnp.add, carry, (*new, weight)), None
 
   rows = _microbatches(batch, accumulate)
   first = jax.tree.map(lambda x: x[0], rows)
   shapes = jax.eval_shape(gradient, params, first, key)
-  found, (weight, metrics) = shapes
+  grads, (weight, metrics) = shapes
   zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, jnp.float32), (found, metrics, weight)
+    lambda x: jnp.zeros(x.shape, jnp.float32), (grads, metrics, weight)
   )
-  (found, metrics, weight), _ = jax.lax.scan(
+  (grads, metrics, weight), _ = jax.lax.scan(
     part, zeros, (jnp.arange(accumulate), rows)
   )
-  found, metrics = jax.tree.map(
-    lambda a: a / jnp.maximum(weight, 1e-9), (found, metrics)
+  grads, metrics = jax.tree.map(
+    lambda a: a / jnp.maximum(weight, 1e-9), (grads, metrics)
   )
-  return found, {**metrics, 'tokens': weight}
+  return grads, {**metrics, 'tokens': weight}
 
 
 def make_step(

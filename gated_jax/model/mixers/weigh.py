@@ -73,6 +73,6 @@ def weigh(
   )
   output = output.reshape(query.shape).astype(query.dtype)
   if visible is not None:
-    some = jnp.any(visible, axis=-1).swapaxes(1, 2)
-    output = jnp.where(some[..., None], output, 0)
+    seen = jnp.any(visible, axis=-1).swapaxes(1, 2)
+    output = jnp.where(seen[..., None], output, 0)
   return output if logits is None else apply_gate(layer.gate, output, logits)
