@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
+from gated_jax.config import RopeConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
+from gated_jax.config import different_function
 from gated_jax.config import from_dict
 from gated_jax.config import names_with
 from gated_jax.config import to_dict
@@ -192,6 +194,55 @@ REFUSED = [
     'has no rotary embedding (nope), so rope_base would do nothing',
   ),
   (
+    {'model.pattern': ('attention:nope,rope_scaling=none',)},
+    'so rope_scaling would do nothing',
+  ),
+  (
+    {'model.pattern': ('attention:rope_scaling=yarn',)},
+    "rope_scaling='yarn' can only be none",
+  ),
+  (
+    {'model.pattern': ('attention+moe:shared_limit=7',)},
+    'has no shared expert (moe.shared_width=0), so shared_limit would do noth',
+  ),
+  (
+    {'model.pattern': ('attention+mlp:limit=-7',)},
+    'limit=-7.0 must not be negative',
+  ),
+  (
+    {'model.pattern': ('attention+mlp:limit=nan',)},
+    'limit=nan must not be negative',
+  ),
+  ({'model.moe.softcap': -1.0}, 'moe.softcap=-1.0 must not be negative'),
+  ({'model.logit_softcap': -1.0}, 'logit_softcap=-1.0 must not be negative'),
+  ({'model.output_scale': 0.0}, 'output_scale=0.0 must be positive'),
+  ({'model.query_scale': -1.0}, 'query_scale=-1.0 must be positive'),
+  (
+    {'model.post_norm_eps': 1e-8},
+    "post_norm_eps=1e-08 does nothing without model.norm='sandwich'",
+  ),
+  (
+    {'model.final_norm_plain': True},
+    'final_norm_plain=True does nothing without model.norm_zero_centered=True',
+  ),
+  (
+    {'model.qk_norm_scale': False, 'model.qk_norm': False},
+    'qk_norm_scale=False does nothing without model.qk_norm=True',
+  ),
+  (
+    {'model.gate.source': 'parameter', 'model.gate.bias': True},
+    "adds to logits that source='parameter' stores already",
+  ),
+  ({'model.rope.scaling': 'llama3'}, "'llama3' needs rope.original_length"),
+  (
+    {
+      'model.rope.scaling': 'llama3',
+      'model.rope.original_length': 8,
+      'model.rope.low_turns': 4.0,
+    },
+    'rope.low_turns=4.0 must lie between 0 and rope.high_turns=4.0',
+  ),
+  (
     {'model.pattern': ('attention+mo',)},
     "layer 'attention+mo' has no feed-forward block 'mo'; did you mean moe?",
   ),
@@ -330,6 +381,7 @@ def test_every_gate_of_the_paper_that_means_something_is_taken():
     activation='sigmoid',
     source='hidden',
     channels=0,
+    bias=False,
     init='normal',
     dtype='float32',
   )
@@ -344,3 +396,23 @@ def test_differences_show_both_values():
   }
   assert not differences(json.loads(json.dumps(old)), old)
   assert differences({'gone': 1}, {}) == {'gone': (1, '(none)')}
+
+
+def test_how_a_model_is_said_does_not_decide_its_function():
+  long = RopeConfig(scaling='yarn', factor=2.0, original_length=8)
+  short = RopeConfig(base=100.0)
+  said = ModelConfig(
+    depth=2,
+    rope=long,
+    pattern=('attention', 'attention:heads=8,rope_scaling=none,rope_base=100'),
+  )
+  again = dataclasses.replace(
+    said,
+    heads=8,
+    lead=('attention:heads=16',),
+    pattern=('attention:rope_base=100,rope_scaling=none',),
+  )
+  assert said.layers == again.layers and said.layers[1].rope == short
+  assert different_function(said, again) == {}
+  other = dataclasses.replace(said, rope=dataclasses.replace(long, factor=3.0))
+  assert different_function(said, other) == {'rope.factor': (2.0, 3.0)}

@@ -15,22 +15,51 @@ from gated_jax.config.stack import word_of
 
 def canonical(model: ModelConfig) -> ModelConfig:
   """The same model in the fewest words, settings without effect at default."""
-  words = [word_of(layer, model) for layer in model.layers]
-  rope, gate = model.rope, model.gate
-  if rope.scaling != 'yarn':
-    rope = RopeConfig(
-      base=rope.base,
-      fraction=rope.fraction,
-      scaling=rope.scaling,
-      factor=rope.factor,
-    )
-  return dataclasses.replace(
+  first, gate = model.layers[0], model.gate
+  plain = dataclasses.replace(
     model,
+    heads=first.heads,
+    kv_heads=first.kv_heads,
+    head_dim=first.head_dim,
+    rope=_rope(model),
     lead=(),
+    pattern=('attention+moe' if model.has_experts else 'attention',),
+  )
+  words = [word_of(layer, plain) for layer in model.layers]
+  return dataclasses.replace(
+    plain,
     pattern=shortest_pattern(words),
-    rope=rope,
     gate=gate if gate.position != 'none' else GateConfig(position='none'),
   )
+
+
+def _rope(model: ModelConfig) -> RopeConfig:
+  """The rotary embedding that words can take away from but not add to."""
+  used = [layer.rope for layer in model.layers if layer.rope is not None]
+  stretched = [rope for rope in used if rope.scaling != 'none']
+  rope = next(iter(stretched or used), RopeConfig())
+  decisive = {
+    name: getattr(rope, name)
+    for name in ('base', 'fraction', 'scaling', 'factor', *_OF[rope.scaling])
+  }
+  return RopeConfig(**decisive)
+
+
+# Settings that decide something only for one kind of scaling.
+_OF: dict[str, tuple[str, ...]] = {
+  'none': (),
+  'linear': (),
+  'llama3': ('original_length', 'low_turns', 'high_turns'),
+  'yarn': (
+    'original_length',
+    'beta_fast',
+    'beta_slow',
+    'attention_factor',
+    'mscale',
+    'mscale_all_dim',
+    'truncate',
+  ),
+}
 
 
 def different_function(

@@ -45,6 +45,7 @@ class GateConfig:
   activation: str = 'sigmoid'
   source: str = 'hidden'  # 'parameter': the same scores for every token
   channels: int = 0  # the scores read only these first channels; 0: all
+  bias: bool = False  # on the gate logits
   init: str = setting('normal', 'execution')  # 'zeros' is the other
   init_std: float = setting(0.02, 'execution')
   # 'model': scores are rounded as the rest of the layer.
@@ -104,6 +105,10 @@ class GateConfig:
       raise ValueError(
         f"gate.channels={self.channels} chooses inputs, and source='parameter'"
         ' has none'
+      )
+    if self.source == 'parameter' and self.bias:
+      raise ValueError(
+        "gate.bias=True adds to logits that source='parameter' stores already"
       )
 
   @property

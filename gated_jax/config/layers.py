@@ -9,6 +9,8 @@ from gated_jax.config.checks import not_negative
 from gated_jax.config.checks import positive
 from gated_jax.config.roles import setting
 
+SCALINGS = ('none', 'linear', 'yarn', 'llama3')
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -18,9 +20,10 @@ class RopeConfig:
 
   base: float = 10_000.0
   fraction: float = 1.0  # share of head_dim that rotates (partial rotary)
-  scaling: str = 'none'  # 'linear' and 'yarn' stretch it
+  scaling: str = 'none'  # 'linear', 'yarn' and 'llama3' stretch it
   factor: float = 1.0  # new length over original_length
-  original_length: int = 0  # the length the weights were trained with (yarn)
+  # The length that the weights were trained with (yarn, llama3).
+  original_length: int = 0
   # Channels that turn more often than beta_fast in original_length stay as they
   # are; those that turn less often than beta_slow are interpolated (yarn).
   beta_fast: float = 32.0
@@ -29,10 +32,14 @@ class RopeConfig:
   mscale: float = 0.0
   mscale_all_dim: float = 0.0
   truncate: bool = True  # round the correction range to whole channels
+  # Channels that turn less than low_turns times in original_length are slowed
+  # by `factor`, those that turn more than high_turns times are not (llama3).
+  low_turns: float = 1.0
+  high_turns: float = 4.0
 
   def __post_init__(self) -> None:
     finite('rope.', self)
-    choice('rope.scaling', self.scaling, ('none', 'linear', 'yarn'))
+    choice('rope.scaling', self.scaling, SCALINGS)
     positive(**{'rope.base': self.base, 'rope.fraction': self.fraction})
     if self.fraction > 1:
       raise ValueError(f'rope.fraction={self.fraction} must be at most 1')
@@ -42,16 +49,21 @@ class RopeConfig:
       raise ValueError(
         f"rope.factor={self.factor} does nothing with rope.scaling='none'"
       )
+    if self.scaling in ('yarn', 'llama3') and self.original_length <= 0:
+      raise ValueError(
+        f'rope.scaling={self.scaling!r} needs rope.original_length, the length '
+        f'the weights were trained with, not {self.original_length}'
+      )
     if self.scaling == 'yarn':
       self._check_yarn()
+    if self.scaling == 'llama3' and not 0 < self.low_turns < self.high_turns:
+      raise ValueError(
+        f'rope.low_turns={self.low_turns} must lie between 0 and '
+        f'rope.high_turns={self.high_turns}'
+      )
 
   def _check_yarn(self) -> None:
     """Refuses what YaRN would take the logarithm of in vain."""
-    if self.original_length <= 0:
-      raise ValueError(
-        "rope.scaling='yarn' needs rope.original_length, the length the "
-        f'weights were trained with, not {self.original_length}'
-      )
     for name, least in (('base', 1), ('beta_fast', 0), ('beta_slow', 0)):
       if getattr(self, name) <= least:
         raise ValueError(
@@ -73,6 +85,8 @@ class MoEConfig:
   shared_width: int = 0
   normalize: bool = True  # the chosen weights sum to one
   score: str = 'softmax'  # makes scores of the router's logits; or 'sigmoid'
+  # c: those logits become c tanh(logits / c); 0: they stay as they are.
+  softcap: float = 0.0
   scale: float = 1.0  # multiplies the chosen weights
   # A bias that only chooses; it is trained by load, not by the loss.
   bias: bool = False
@@ -89,6 +103,7 @@ class MoEConfig:
     not_negative(
       **{
         'moe.shared_width': self.shared_width,
+        'moe.softcap': self.softcap,
         'moe.balance_loss': self.balance_loss,
         'moe.router_z_loss': self.router_z_loss,
       }

@@ -36,11 +36,22 @@ class ModelConfig:
   head_dim: int = 128
   mlp_width: int = 6144
   tie_embeddings: bool = True
+  embed_norm: bool = False  # RMSNorm, without a scale, of each token's row
   embed_scale: float = 1.0  # multiplies embeddings (muP)
+  output_scale: float = 1.0  # multiplies logits (muP)
+  logit_softcap: float = (
+    0.0  # c: logits become c tanh(logits / c); 0: they stay
+  )
   norm: str = 'pre'  # 'sandwich': also on each block's output
   norm_eps: float = 1e-6
+  post_norm_eps: float = 0.0  # of norms on a block's output; 0: norm_eps
   norm_zero_centered: bool = False  # scale stored as its distance from one
+  final_norm_plain: bool = False  # but the last norm's is stored as it is
   qk_norm: bool = True
+  qk_norm_scale: bool = True  # False: the norms of heads own no scale
+  query_scale: float = 1.0  # multiplies queries, beside head_dim ** -0.5
+  qkv_bias: bool = False  # on the projections of queries, keys and values
+  out_bias: bool = False  # on attention's output projection
   # On attention weights and on each block's output.
   dropout: float = setting(0.0, 'execution')
   dtype: str = setting('bfloat16', 'execution')  # stored activations
@@ -74,6 +85,8 @@ class ModelConfig:
           'mlp_width',
           'norm_eps',
           'embed_scale',
+          'output_scale',
+          'query_scale',
           'init_std',
         )
       }
@@ -90,8 +103,31 @@ class ModelConfig:
     choice('model.remat', self.remat, ('none', 'full', 'attention', 'minimal'))
     below_one(**{'model.dropout': self.dropout})
     not_negative(
-      **{'model.z_loss': self.z_loss, 'model.logit_chunk': self.logit_chunk}
+      **{
+        f'model.{name}': getattr(self, name)
+        for name in ('z_loss', 'logit_chunk', 'logit_softcap', 'post_norm_eps')
+      }
     )
+    self._refuse_idle()
+
+  def _refuse_idle(self) -> None:
+    """Refuses settings that do nothing beside the others."""
+    idle = {
+      'post_norm_eps': self.post_norm_eps and self.norm != 'sandwich',
+      'final_norm_plain': self.final_norm_plain and not self.norm_zero_centered,
+      'qk_norm_scale': not self.qk_norm_scale and not self.qk_norm,
+    }
+    needs = {
+      'post_norm_eps': "model.norm='sandwich'",
+      'final_norm_plain': 'model.norm_zero_centered=True',
+      'qk_norm_scale': 'model.qk_norm=True',
+    }
+    for name, does_nothing in idle.items():
+      if does_nothing:
+        raise ValueError(
+          f'model.{name}={getattr(self, name)} does nothing without '
+          f'{needs[name]}'
+        )
 
   def _check_shapes(self) -> None:
     """Refuses sizes that do not fit each other."""

@@ -7,6 +7,8 @@ A layer is written as a word, so that a flag can override it:
     attention                       the model's own sizes, then its MLP
     attention:window=512,nope       512 keys, no rotary embedding
     attention:heads=96+moe          more query heads, then experts
+    attention:rope_scaling=none     a rotary embedding that is not stretched
+    attention+moe:limit=7           SwiGLU of the experts clamped at 7
 
 What the word leaves out is the model's: `heads`, `kv_heads`, `head_dim`, `rope`
 and `mlp_width` of ModelConfig, `width` of MoEConfig. Which mixers there are is
@@ -37,11 +39,20 @@ class LayerSpec:
   head_dim: int
   ffn: str  # 'mlp' or 'moe'
   ffn_width: int  # hidden channels of the MLP, or of one expert
+  # SwiGLU's factors are clamped there, those of a shared expert by the second;
+  # 0: they are not. See gated_jax/ops/swiglu.py.
+  limit: float = 0.0
+  shared_limit: float = 0.0
 
   def check(self, word: str) -> None:
     """ValueError where sizes do not fit each other, naming the layer's word."""
     where = f' in layer {word!r}'
-    not_negative(**{f'layer {word!r}: window': self.window})
+    not_negative(
+      **{
+        f'layer {word!r}: {name}': getattr(self, name)
+        for name in ('window', 'limit', 'shared_limit')
+      }
+    )
     positive(
       **{
         f'layer {word!r}: {name}': getattr(self, name)
@@ -74,8 +85,13 @@ _MIXER_FIELDS: dict[str, type] = {
   'head_dim': int,
   'rope_base': float,
   'rope_fraction': float,
+  'rope_scaling': str,
 }
-_FFN_FIELDS: dict[str, type] = {'width': int}
+_FFN_FIELDS: dict[str, type] = {
+  'width': int,
+  'limit': float,
+  'shared_limit': float,
+}
 
 
 def read_word(word: str, model: Any) -> LayerSpec:
@@ -97,6 +113,13 @@ def read_word(word: str, model: Any) -> LayerSpec:
       f'layer {word!r} has no feed-forward block {ffn!r}' + _nearest(ffn, FFNS)
     )
   own_width = model.moe.width if ffn == 'moe' else model.mlp_width
+  if 'shared_limit' in ffn_fields and not (
+    ffn == 'moe' and model.moe.shared_width
+  ):
+    raise ValueError(
+      f'layer {word!r} has no shared expert (moe.shared_width=0), so '
+      'shared_limit would do nothing'
+    )
   return LayerSpec(
     mixer=mixer,
     window=mixer_fields.get('window', 0),
@@ -106,6 +129,8 @@ def read_word(word: str, model: Any) -> LayerSpec:
     head_dim=mixer_fields.get('head_dim', model.head_dim),
     ffn=ffn,
     ffn_width=ffn_fields.get('width', own_width),
+    limit=ffn_fields.get('limit', 0.0),
+    shared_limit=ffn_fields.get('shared_limit', 0.0),
   )
 
 
@@ -121,6 +146,8 @@ def word_of(layer: LayerSpec, model: Any) -> str:
       for name in ('base', 'fraction')
       if getattr(layer.rope, name) != getattr(model.rope, name)
     ]
+    if layer.rope.scaling != model.rope.scaling:
+      fields.append(f'rope_scaling={layer.rope.scaling}')
   fields += [
     f'{name}={getattr(layer, name)}'
     for name in ('heads', 'kv_heads', 'head_dim')
@@ -128,10 +155,15 @@ def word_of(layer: LayerSpec, model: Any) -> str:
   ]
   word = layer.mixer + ':' * bool(fields) + ','.join(fields)
   own_width = model.moe.width if layer.ffn == 'moe' else model.mlp_width
-  width = f':width={layer.ffn_width}' * (layer.ffn_width != own_width)
-  if layer.ffn == 'mlp' and not width:
+  after = [f'width={layer.ffn_width}'] * (layer.ffn_width != own_width)
+  after += [
+    f'{name}={getattr(layer, name)}'
+    for name in ('limit', 'shared_limit')
+    if getattr(layer, name)
+  ]
+  if layer.ffn == 'mlp' and not after:
     return word
-  return f'{word}+{layer.ffn}{width}'
+  return f'{word}+{layer.ffn}' + ':' * bool(after) + ','.join(after)
 
 
 def shortest_pattern(words: Sequence[str]) -> tuple[str, ...]:
@@ -152,12 +184,20 @@ def _rope(
     for name, value in fields.items()
     if name.startswith('rope_')
   }
+  scaling = changes.pop('scaling', rope.scaling)
+  if scaling != rope.scaling:
+    if scaling != 'none':
+      raise ValueError(
+        f'layer {word!r}: rope_scaling={scaling!r} can only be none, which '
+        "takes the model's own away"
+      )
+    rope = RopeConfig(base=rope.base, fraction=rope.fraction)
   if not fields.get('nope'):
     return dataclasses.replace(rope, **changes) if changes else rope
-  if changes:
+  if changes or 'rope_scaling' in fields:
     raise ValueError(
       f'layer {word!r} has no rotary embedding (nope), so '
-      f'rope_{next(iter(changes))} would do nothing'
+      f'rope_{next(iter(changes), "scaling")} would do nothing'
     )
   return None
 

@@ -84,10 +84,12 @@ class Block(nn.Module):
     h = norm(c, 'mlp_norm', x)
     extras: Extras = {}
     if layer.ffn == 'moe':
-      y, losses, logs = MoE(c, layer.ffn_width, name='moe')(h, ctx.valid)
+      limits = layer.limit, layer.shared_limit
+      moe = MoE(c, layer.ffn_width, *limits, name='moe')
+      y, losses, logs = moe(h, ctx.valid)
       extras = {'losses': losses, 'logs': logs}
     else:
-      y = MLP(c, layer.ffn_width, name='mlp')(h)
+      y = MLP(c, layer.ffn_width, layer.limit, name='mlp')(h)
     x = self._add(x, y, 'mlp_post_norm', ctx)
     if self.is_mutable_collection('probes') and not self.is_initializing():
       valid = ctx.valid
@@ -99,7 +101,7 @@ class Block(nn.Module):
     """The residual stream plus a block's output, normed first if sandwich."""
     c = self.config
     if c.norm == 'sandwich':
-      y = norm(c, name, y)
+      y = norm(c, name, y, c.post_norm_eps)
     if c.dropout:
       y = nn.Dropout(c.dropout, deterministic=ctx.deterministic)(y)
     return sharding.constrain(x + y.astype(x.dtype), *sharding.RESIDUAL)

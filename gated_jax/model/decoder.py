@@ -68,7 +68,8 @@ class Decoder(nn.Module):
         self.layers = self._scanned()
     else:
       self.layers = [block(c, layer) for layer in c.layers]
-    self.final_norm = Scale(c.width, c.norm_zero_centered, c.param_dtype)
+    centered = c.norm_zero_centered and not c.final_norm_plain
+    self.final_norm = Scale(c.width, centered, c.param_dtype)
     if not c.tie_embeddings:
       self.unembed = Unembed(c)
 
@@ -130,6 +131,7 @@ class Decoder(nn.Module):
       self._matrix().astype(x.dtype),
       preferred_element_type=wide,
     )
+    logits = losses.softcapped(logits, self.config.logit_softcap)
     logits = sharding.constrain(logits, 'batch', 'length', 'vocab')
     if order is not None:
       logits = logits[:, jnp.argsort(order)]
@@ -209,8 +211,10 @@ class Decoder(nn.Module):
         else jnp.sum(valid, axis=1, dtype=jnp.int32)
       )
       cache = cache._replace(length=cache.length + new)
-    x = rms_norm(x, self.final_norm(), self.config.norm_eps)
-    return x, cache, extras
+    scale = self.final_norm()
+    if self.config.output_scale != 1:  # free here: logits are linear in it
+      scale *= self.config.output_scale
+    return rms_norm(x, scale, self.config.norm_eps), cache, extras
 
   def _rotations(
     self, tokens: Array, positions: Array | None, cache_length: Array | None
@@ -267,6 +271,7 @@ class Decoder(nn.Module):
     spec = losses.LossSpec(
       chunk=c.logit_chunk,
       z_loss=c.z_loss,
+      softcap=c.logit_softcap,
       vocab_first=c.tie_embeddings,
       token_axes=sharding.mesh_axes('batch') + sharding.mesh_axes('length'),
       vocab_axis=''.join(sharding.mesh_axes('vocab')),

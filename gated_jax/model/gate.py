@@ -79,7 +79,18 @@ class Gate(nn.Module):
       dtype=self.param_dtype,
       inputs=1,
     )
-    return Matrix(kernel, axes)
+    if not c.bias:
+      return Matrix(kernel, axes)
+    bias = parameter(
+      self,
+      'bias',
+      shape,
+      axes[1:] if self.boxed else None,
+      Kind.BIAS,
+      init=nn.initializers.zeros,
+      dtype=self.param_dtype,
+    )
+    return Matrix(kernel, axes, bias=bias)
 
 
 def gate_logits(
@@ -114,7 +125,7 @@ def key_and_gate_share_product(gate: GateConfig, implementation: str) -> bool:
   return (
     gate.fused
     and gate.granularity == 'headwise'
-    and not gate.channels
+    and not (gate.channels or gate.bias)
     and axis_size('heads') == 1
     and on_tpu(implementation)
   )

@@ -24,6 +24,7 @@ from gated_jax.model.parameters import Kind
 from gated_jax.model.parameters import normal
 from gated_jax.model.parameters import parameter
 from gated_jax.ops import embed as ops
+from gated_jax.ops import swiglu
 from gated_jax.sharding import Axes
 from gated_jax.sharding import constrain
 from gated_jax.sharding import mesh_axes
@@ -72,12 +73,19 @@ def rms_norm(
 
 
 def norm(
-  config: ModelConfig, name: str, x: Float[Array, '*b D']
+  config: ModelConfig, name: str, x: Float[Array, '*b D'], eps: float = 0.0
 ) -> Float[Array, '*b D']:
-  """RMSNorm by a scale that the calling module owns under this name."""
+  """RMSNorm by a scale that the calling module owns under this name.
+
+  Args:
+    config: of the model.
+    name: of the scale's module.
+    x: input.
+    eps: 0: the config's norm_eps.
+  """
   size, centered = x.shape[-1], config.norm_zero_centered
   scale = Scale(size, centered, config.param_dtype, name=name)
-  return rms_norm(x, scale(), config.norm_eps)
+  return rms_norm(x, scale(), eps or config.norm_eps)
 
 
 class MLP(nn.Module):
@@ -85,6 +93,7 @@ class MLP(nn.Module):
 
   config: ModelConfig
   width: int
+  limit: float = 0.0  # see gated_jax/ops/swiglu.py
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
@@ -97,7 +106,8 @@ class MLP(nn.Module):
     shape, axes = (c.width, self.width), ('embed', 'mlp')
     gate = project(x, kernel('gate_proj', shape, axes), c.dtype, 'mlp_gate')
     up = project(x, kernel('up', shape, axes), c.dtype, 'mlp_up')
-    hidden = constrain(jax.nn.silu(gate) * up, 'batch', 'length', 'mlp')
+    hidden = swiglu.hidden(gate, up, self.limit)
+    hidden = constrain(hidden, 'batch', 'length', 'mlp')
     return project(hidden, kernel('down', shape[::-1], axes[::-1]), c.dtype)
 
 
@@ -126,7 +136,10 @@ class Embed(nn.Module):
       vocab_axis=''.join(mesh_axes('vocab')),
       width_axes=mesh_axes('embed'),
     )
-    return ops.embed(self.embedding, tokens, spec, _on_each_device)
+    x = ops.embed(self.embedding, tokens, spec, _on_each_device)
+    if self.config.embed_norm:
+      x = rms_norm(x, jnp.ones(x.shape[-1:]), self.config.norm_eps)
+    return x
 
 
 def _on_each_device(

@@ -44,6 +44,8 @@ class MoE(nn.Module):
 
   config: ModelConfig
   width: int  # hidden channels of one expert
+  limit: float = 0.0  # see gated_jax/ops/swiglu.py
+  shared_limit: float = 0.0
 
   @nn.compact
   def __call__(
@@ -70,6 +72,7 @@ class MoE(nn.Module):
       scale=c.moe.scale,
       groups=c.moe.groups,
       top_groups=c.moe.top_groups,
+      softcap=c.moe.softcap,
     )
     routing = route(x, kernel, spec, bias, valid)
     statistics = router_statistics(routing, valid)
@@ -92,7 +95,7 @@ class MoE(nn.Module):
     x = x.astype(dtype)
     y = self._apply(x, routing, experts)
     if c.moe.shared_width:
-      y += MLP(c, c.moe.shared_width, name='shared')(x)
+      y += MLP(c, c.moe.shared_width, self.shared_limit, name='shared')(x)
     return MoEOutput(
       output=y,
       losses={
@@ -117,6 +120,7 @@ class MoE(nn.Module):
     split = mesh_axes('experts')
     spec = moe.ExpertSpec(
       implementation=self.config.moe.implementation,
+      limit=self.limit,
       expert_axis=split[0] if split else '',
       token_axes=mesh_axes('batch') + mesh_axes('length'),
       tensor_axis=''.join(mesh_axes('mlp')),

@@ -3,6 +3,8 @@
     nll = lse - logit[target],  lse = log sum exp(x W)
     total = sum w (nll + z_loss lse^2) / sum w
 
+with c tanh(x W / c) in place of x W where there is a softcap c.
+
 Float32 logits of a whole batch would be the largest array of a run. Here they
 exist for one chunk at a time, and since the loss is the end of the forward
 pass, its gradient is made at once, while they do: three matmuls per chunk,
@@ -38,10 +40,16 @@ class LossSpec:
 
   chunk: int = 0  # tokens of one device; 0: by the size of the vocabulary
   z_loss: float = 0.0
+  softcap: float = 0.0  # 0: there is none
   vocab_first: bool = False  # True: the matrix is [V, D], an embedding's
   token_axes: tuple[str, ...] = ()
   vocab_axis: str = ''
   width_axes: tuple[str, ...] = ()
+
+
+def softcapped(logits: Float[Array, '...'], c: float) -> Float[Array, '...']:
+  """c tanh(logits / c), between -c and c; logits as they are where c is 0."""
+  return c * jnp.tanh(logits / c) if c else logits
 
 
 class LossSums(NamedTuple):
@@ -157,6 +165,7 @@ def _one_chunk(
   logits = jax.lax.dot_general(
     x, matrix, (((1,), (width,)), ((), ())), preferred_element_type=wide
   )
+  logits = softcapped(logits, spec.softcap)
   first = jnp.int32(0)
   if spec.vocab_axis:
     first = jax.lax.axis_index(spec.vocab_axis) * logits.shape[1]
@@ -176,7 +185,10 @@ def _one_chunk(
   # d total / d logits = w (softmax (1 + 2 z_loss lse) - one_hot)
   scale = weights * (1 + 2 * spec.z_loss * lse)
   d_logits = jnp.exp(logits - lse[:, None]) * scale[:, None]
-  d_logits = (d_logits - jnp.where(hit, weights[:, None], 0.0)).astype(x.dtype)
+  d_logits -= jnp.where(hit, weights[:, None], 0.0)
+  if spec.softcap:
+    d_logits *= 1 - (logits / spec.softcap) ** 2
+  d_logits = d_logits.astype(x.dtype)
   d_x = jax.lax.dot_general(
     d_logits, matrix, (((1,), (vocab,)), ((), ())), preferred_element_type=wide
   )

@@ -3,9 +3,9 @@
     (a, b) -> (a cos - b sin, b cos + a sin),  angle = position * frequency
 
 Of the R = head_dim * fraction channels that rotate, c pairs with c + R / 2: the
-rotate-half layout of Hugging Face, whose names and formulas for linear
-interpolation and YaRN (arXiv 2309.00071) are used here. `rotation` is made
-once per batch, `rotate` applies it to queries and keys of every layer.
+rotate-half layout of Hugging Face, whose formulas for linear interpolation,
+YaRN (arXiv 2309.00071) and Llama 3 are used here. `rotation` is made once per
+batch, `rotate` applies it to queries and keys of every layer.
 """
 
 import math
@@ -37,7 +37,7 @@ class RopeSpec(Protocol):
 
   @property
   def scaling(self) -> str:
-    """'none', 'linear' or 'yarn'."""
+    """'none', 'linear', 'yarn' or 'llama3'."""
     ...
 
   @property
@@ -80,6 +80,16 @@ class RopeSpec(Protocol):
     """Tells whether the range of interpolation is rounded to whole pairs."""
     ...
 
+  @property
+  def low_turns(self) -> float:
+    """Turns in original_length below which llama3 slows pairs by factor."""
+    ...
+
+  @property
+  def high_turns(self) -> float:
+    """Turns in original_length above which it leaves them as they are."""
+    ...
+
 
 class Rotation(NamedTuple):
   """Cosine and sine for each of the C = R / 2 pairs.
@@ -116,6 +126,11 @@ def _frequencies(channels: int, spec: RopeSpec) -> np.ndarray:
   if spec.scaling == 'yarn':
     share = _yarn_interpolated(channels, spec)
     return plain * (share / spec.factor + 1 - share)
+  if spec.scaling == 'llama3':
+    turns = spec.original_length * plain / (2 * math.pi)
+    share = (turns - spec.low_turns) / (spec.high_turns - spec.low_turns)
+    share = np.clip(share, 0, 1)
+    return plain * ((1 - share) / spec.factor + share)
   return plain
 
 

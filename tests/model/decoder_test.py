@@ -69,6 +69,36 @@ VARIANTS = {
   'yarn': {
     'rope': RopeConfig(scaling='yarn', factor=4.0, original_length=8),
   },
+  'scaled': {
+    'embed_norm': True,
+    'output_scale': 0.5,
+    'logit_softcap': 5.0,
+    'norm': 'sandwich',
+    'norm_zero_centered': True,
+    'post_norm_eps': 1e-3,
+    'final_norm_plain': True,
+    'qk_norm_scale': False,
+    'query_scale': 3.0,
+  },
+  'biases': {
+    'qkv_bias': True,
+    'out_bias': True,
+    'gate': GateConfig(granularity='headwise', bias=True),
+  },
+  'mixed': {
+    'depth': 3,
+    'lead': ('attention+mlp:limit=0.5',),
+    'pattern': (
+      'attention:heads=2,window=3,rope_scaling=none,rope_base=100'
+      '+moe:limit=0.5,shared_limit=0.3',
+      'attention+moe',
+    ),
+    'gate': GateConfig(granularity='headwise', activation='softplus'),
+    'rope': RopeConfig(scaling='llama3', factor=4.0, original_length=8),
+    'moe': MoEConfig(
+      experts=4, top_k=2, width=8, shared_width=8, score='sigmoid', softcap=1.0
+    ),
+  },
 }
 
 

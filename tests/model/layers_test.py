@@ -62,13 +62,16 @@ def test_rms_norm_of_bfloat16_is_made_in_float32_and_rounded_once():
   np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
 
 
-def test_mlp_is_swiglu():
-  module = layers.MLP(CONFIG, CONFIG.mlp_width)
+@pytest.mark.parametrize('limit', [0.0, 0.5])
+def test_mlp_is_swiglu_clamped_where_there_is_a_limit(limit):
+  module = layers.MLP(CONFIG, CONFIG.mlp_width, limit)
   params = drawn(shapes_of(module, X))
   p = {name: np.float64(value['kernel']) for name, value in params.items()}
   x = np.float64(X)
-  g = x @ p['gate_proj']
-  expected = (g / (1 + np.exp(-g)) * (x @ p['up'])) @ p['down']
+  g, most = x @ p['gate_proj'], limit or np.inf
+  g, up = np.minimum(g / (1 + np.exp(-g)), most), x @ p['up']
+  up = np.sign(up) * np.minimum(np.abs(up), most)
+  expected = (g * up) @ p['down']
   found = module.apply({'params': params}, X)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 

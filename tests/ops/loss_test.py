@@ -20,9 +20,11 @@ B, T, D, V = 2, 7, 5, 11
 WEIGHTS = np.array([[1, 1, 0, 1, 0.5, 1, 0], [0, 0, 1, 1, 1, 0.5, 0]])
 
 
-def reference(x, matrix, targets, weights, z_loss):
+def reference(x, matrix, targets, weights, z_loss, softcap=0.0):
   """(total, nll, z); complex arguments pass through."""
   logits = x.reshape(-1, D) @ matrix
+  if softcap:
+    logits = softcap * np.tanh(logits / softcap)
   lse = np.log(np.exp(logits).sum(axis=1))
   nll = lse - logits[np.arange(len(logits)), targets.ravel()]
   share = weights.ravel() / weights.sum()
@@ -66,17 +68,30 @@ def run(x, matrix, targets, weights, spec):
 def test_values_and_gradients_are_those_of_all_logits_at_once(
   chunk, z_loss, vocab_first
 ):
+  check(LossSpec(chunk, z_loss, vocab_first=vocab_first))
+
+
+@pytest.mark.parametrize('chunk', [0, 4])
+def test_and_those_of_capped_logits(chunk):
+  check(LossSpec(chunk, z_loss=0.3, softcap=1.5))
+
+
+def check(spec):
   x, matrix, targets = arrays()
   total = functools.partial(
-    reference, targets=targets, weights=WEIGHTS, z_loss=z_loss
+    reference,
+    targets=targets,
+    weights=WEIGHTS,
+    z_loss=spec.z_loss,
+    softcap=spec.softcap,
   )
   with jax.enable_x64(True):
     sums, (d_x, d_matrix) = run(
       x,
-      matrix.T if vocab_first else matrix,
+      matrix.T if spec.vocab_first else matrix,
       targets,
       WEIGHTS,
-      LossSpec(chunk, z_loss, vocab_first),
+      spec,
     )
   np.testing.assert_allclose(sums[:3], total(x, matrix), rtol=1e-12)
   assert sums.weight == WEIGHTS.sum()
@@ -84,7 +99,7 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(
     d_x, derivative(lambda x: total(x, matrix)[0], x), rtol=0, atol=1e-12
   )
   np.testing.assert_allclose(
-    d_matrix.T if vocab_first else d_matrix,
+    d_matrix.T if spec.vocab_first else d_matrix,
     derivative(lambda m: total(x, m)[0], matrix),
     rtol=0,
     atol=1e-12,

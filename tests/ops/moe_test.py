@@ -40,7 +40,7 @@ def softmax(x):
   return e / e.sum(-1, keepdims=True)
 
 
-def loop(a, top_k, normalize=True):
+def loop(a, top_k, normalize=True, limit=np.inf):
   """Every token, every chosen expert, one after the other, in float64."""
   x = a['x'].reshape(-1, a['x'].shape[-1])
   out = np.zeros_like(x)
@@ -50,7 +50,9 @@ def loop(a, top_k, normalize=True):
     total = sum(p[e] for e in best) if normalize else 1.0
     for e in best:
       g, u = token @ a['gate_proj'][e], token @ a['up'][e]
-      out[m] += p[e] / total * ((g / (1 + np.exp(-g)) * u) @ a['down'][e])
+      g = np.minimum(g / (1 + np.exp(-g)), limit)
+      u = np.minimum(np.maximum(u, -limit), limit)
+      out[m] += p[e] / total * ((g * u) @ a['down'][e])
   return out.reshape(a['x'].shape)
 
 
@@ -101,6 +103,16 @@ def test_values_and_gradients_equal_a_loop_over_experts(
     found = np.sum(np.asarray(grads[name], np.float64) * line)
     scale = np.linalg.norm(grads[name]) * np.linalg.norm(line)
     assert abs(found - slope) < 2e-5 * scale + 1e-6, name
+
+
+@pytest.mark.parametrize('limit', [0.3, 0.8])
+def test_a_limit_clamps_both_factors_of_every_expert(limit):
+  a = make()
+  spec = moe.ExpertSpec(limit=limit)
+  found = jax.jit(functools.partial(apply, top_k=2, spec=spec))(to_float32(a))
+  expected = loop(a, 2, limit=limit)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+  assert np.abs(expected - loop(a, 2)).max() > 0.01
 
 
 def test_permuting_tokens_permutes_outputs():

@@ -26,6 +26,9 @@ CASES = {
   'base_1e6': RopeConfig(base=1e6),
   'base_1e7_quarter': RopeConfig(base=1e7, fraction=0.25),
   'linear': RopeConfig(base=1e6, scaling='linear', factor=8.0),
+  'llama3': RopeConfig(
+    base=5e5, scaling='llama3', factor=8.0, original_length=64
+  ),
   'yarn': yarn(base=1e6, factor=4.0, original_length=32768),
   'yarn_half': yarn(base=1e6, fraction=0.5, factor=4.0, original_length=32768),
   'yarn_not_truncated': yarn(
@@ -48,12 +51,13 @@ CASES = {
 }
 
 # attention_scaling, then inv_freq[::3], of Qwen3NextRotaryEmbedding with
-# head_dim 32 in transformers 5.24.0 (torch 2.13.0).
+# head_dim 32 in transformers 5.24.0 (torch 2.13.0); llama3 of LlamaRotaryEmbedding.
 GOLDEN = {
   'plain': (1.0, 1.0, 0.17782794, 0.031622779, 0.0056234132, 0.001, 1.7782794e-4),
   'base_1e6': (1.0, 1.0, 0.074989416, 0.0056234132, 4.2169649e-4, 3.1622774e-5, 2.3713737e-6),
   'base_1e7_quarter': (1.0, 1.0, 5.6234135e-6),
   'linear': (1.0, 0.125, 0.009373677, 7.0292666e-4, 5.2712061e-5, 3.9528468e-6, 2.9642172e-7),
+  'llama3': (1.0, 1.0, 0.010674638, 0.00091158313, 7.7846555e-05, 6.6478697e-06, 5.6770881e-07),
   'yarn': (1.13862944, 1.0, 0.074989416, 0.0047799014, 1.6867858e-4, 7.9056936e-6, 5.9284343e-7),
   'yarn_half': (1.13862944, 1.0, 0.0042175599, 7.9056936e-6),
   'yarn_not_truncated': (1.34657359, 1.0, 0.10702442, 0.0067949593, 3.8308812e-5, 4.0999785e-6, 4.3879785e-7),
@@ -81,6 +85,19 @@ def formula(spec: RopeConfig, positions) -> tuple[np.ndarray, np.ndarray]:
     frequency = math.exp(-2 * pair / channels * math.log(spec.base))
     if spec.scaling == 'linear':
       frequency /= spec.factor
+    wavelength = 2 * math.pi / frequency
+    if spec.scaling == 'llama3':
+      shortest, longest = (
+        spec.original_length / turns
+        for turns in (spec.high_turns, spec.low_turns)
+      )
+      if wavelength > longest:
+        frequency /= spec.factor
+      elif wavelength > shortest:
+        smooth = (spec.original_length / wavelength - spec.low_turns) / (
+          spec.high_turns - spec.low_turns
+        )
+        frequency *= (1 - smooth) / spec.factor + smooth
     if spec.scaling == 'yarn':
       # A wavelength of L / turns tokens belongs to this (fractional) pair.
       low, high = (

@@ -46,6 +46,8 @@ class AttentionLayer:
   window: int = 0  # keys a query sees, itself included; 0: all
   dropout: float = 0.0  # rate on attention weights
   qk_norm: bool = False  # RMSNorm of each query's and key's head
+  qk_norm_scale: bool = True  # False: without a scale
+  query_scale: float = 1.0  # multiplies queries
   norm_eps: float = 1e-6
   norm_zero_centered: bool = False
   init_std: float = 0.02

@@ -13,6 +13,7 @@ other people's models). The mathematics is in `gated_jax/ops/gate.py` and
 """
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
@@ -64,8 +65,8 @@ def gated_attention(
     The output, as wide as the first input, and the cache with these tokens.
   """
   query, key, value, logits = project_inputs(module, layer, inputs, call.valid)
-  query = _norm_and_rotate(layer, query, rotation, 'query_norm', 'heads')
-  key = _norm_and_rotate(layer, key, rotation, 'key_norm', 'kv_heads')
+  query = _norm_and_rotate(layer, query, rotation, QUERY)
+  key = _norm_and_rotate(layer, key, rotation, KEY)
   # The gate at sdpa_output is applied inside.
   arrays = (query, key, value, logits)
   output, cache = attention.attend(module, layer, arrays, call)
@@ -163,11 +164,19 @@ def _norm_and_rotate(
   layer: AttentionLayer,
   y: Float[Array, 'B T N H'],
   rotation: rope.Rotation | None,
-  norm: str,
-  axis: str,
+  axes: sharding.Axes,
 ) -> Float[Array, 'B T N H']:
-  scale = head_scale(layer, norm) if layer.qk_norm else None
-  kind = layer.implementation
+  """Queries or keys, as far as their norm, factor and rotation go."""
+  name, factor = 'key_norm', 1.0
+  if axes == QUERY:
+    name, factor = 'query_norm', layer.query_scale
+  scale = None
+  if layer.qk_norm:
+    owns = layer.qk_norm_scale
+    scale = head_scale(layer, name) if owns else jnp.ones(layer.head_dim)
+  if factor != 1:  # free as a part of the norm's scale
+    scale, y = (None, y * factor) if scale is None else (scale * factor, y)
+  kind, axis = layer.implementation, axes[0] or ''
   return norm_and_rotate(
     y, scale, rotation, kind, eps=layer.norm_eps, axis=axis
   )

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from gated_jax.config import LayerSpec
 from gated_jax.config import ModelConfig
+from gated_jax.model.linear import Making
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixers import attend as attention
 from gated_jax.model.mixers.attend import AttentionLayer
@@ -26,7 +27,7 @@ class SelfAttention(nn.Module):
   def __call__(
     self, x: Float[Array, 'B T D'], ctx: Context, state: attention.KV | None
   ) -> tuple[Float[Array, 'B T D'], attention.KV | None]:
-    c, spec = self.config, self.layer
+    c, spec, zeros = self.config, self.layer, nn.initializers.zeros
     layer = AttentionLayer(
       heads=spec.heads,
       kv_heads=spec.kv_heads,
@@ -35,12 +36,16 @@ class SelfAttention(nn.Module):
       window=spec.window,
       dropout=0.0 if ctx.deterministic else c.dropout,
       qk_norm=c.qk_norm,
+      qk_norm_scale=c.qk_norm_scale,
+      query_scale=c.query_scale,
       norm_eps=c.norm_eps,
       norm_zero_centered=c.norm_zero_centered,
       init_std=c.init_std,
       dtype=c.dtype,
       param_dtype=c.param_dtype,
       implementation=c.attention,
+      making=Making(bias_init=zeros if c.qkv_bias else None),
+      making_out=Making(bias_init=zeros if c.out_bias else None),
     )
     call = attention.Call(
       segments=ctx.segments,

@@ -3,13 +3,13 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
 from gated_jax.ops.moe.grouped_matmul import grouped_matmul
+from gated_jax.ops.swiglu import hidden as product
 
 
 class ExpertWeights(NamedTuple):
@@ -41,6 +41,7 @@ class ExpertSpec:
 
   implementation: str = 'auto'  # see grouped_matmul.py
   interpret: bool = False  # runs 'gmm' on a CPU, for tests
+  limit: float = 0.0  # of SwiGLU's factors; see gated_jax/ops/swiglu.py
   # Rows of an exchange buffer over the mean. A larger buffer seldom needs a
   # second round; a smaller one sends fewer padded bytes.
   slack: float = 1.25
@@ -75,6 +76,6 @@ def swiglu(
   both = grouped_matmul(rows, matrices.into, sizes, *options)
   # Split before widening: in the other order XLA writes a float32 copy.
   gate, up = (h.astype(dtype) for h in jnp.split(both, 2, axis=-1))
-  hidden = jax.nn.silu(gate) * up * weights
+  hidden = product(gate, up, spec.limit) * weights
   hidden = jnp.where(used, hidden, 0).astype(rows.dtype)
   return grouped_matmul(hidden, matrices.down, sizes, *options)
