@@ -39,9 +39,8 @@ class ModelConfig:
   embed_norm: bool = False  # RMSNorm, without a scale, of each token's row
   embed_scale: float = 1.0  # multiplies embeddings (muP)
   output_scale: float = 1.0  # multiplies logits (muP)
-  logit_softcap: float = (
-    0.0  # c: logits become c tanh(logits / c); 0: they stay
-  )
+  # c: logits become c tanh(logits / c); 0: they stay as they are.
+  logit_softcap: float = 0.0
   norm: str = 'pre'  # 'sandwich': also on each block's output
   norm_eps: float = 1e-6
   post_norm_eps: float = 0.0  # of norms on a block's output; 0: norm_eps
