@@ -68,6 +68,7 @@ GATES = {
   'parameter': GateConfig(source='parameter', init='zeros'),
   'rms_norm': GateConfig(kind='rms_norm'),
   'silu': GateConfig(kind='silu'),
+  'exclusive': GateConfig(kind='exclusive'),
   **{
     position: GateConfig(position=position)
     for position in ('query', 'key', 'value', 'dense_output')

@@ -14,6 +14,7 @@ from gated_jax.config.roles import setting
 # The places where a gate can act. In the paper's numbering sdpa_output is G1,
 # value G2, key G3, query G4 and dense_output G5 (arXiv 2505.06708, 2.2).
 POSITIONS = ('none', 'query', 'key', 'value', 'sdpa_output', 'dense_output')
+KINDS = ('gate', 'rms_norm', 'silu', 'exclusive')
 ACTIVATIONS = (
   'sigmoid',
   'silu',
@@ -38,6 +39,8 @@ class GateConfig:
   position: str = 'sdpa_output'
   # 'gate': scores from `source`. 'rms_norm', 'silu': no scores at all, that
   # function of each head's attention output instead (Table 3, rows 5 and 6).
+  # 'exclusive': the output without its part along the token's own value
+  # (arXiv 2603.09078), an alternative that the paper does not have.
   kind: str = 'gate'
   granularity: str = 'elementwise'  # 'headwise': one score per head
   shared: bool = False  # scores averaged over the heads (Table 1, row 12)
@@ -54,7 +57,7 @@ class GateConfig:
   def __post_init__(self) -> None:
     finite('gate.', self)
     choice('gate.position', self.position, POSITIONS)
-    choice('gate.kind', self.kind, ('gate', 'rms_norm', 'silu'))
+    choice('gate.kind', self.kind, KINDS)
     choice('gate.granularity', self.granularity, ('elementwise', 'headwise'))
     choice('gate.mode', self.mode, ('multiplicative', 'additive'))
     choice('gate.activation', self.activation, ACTIVATIONS)

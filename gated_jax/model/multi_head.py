@@ -122,7 +122,7 @@ class GatedAttention(nn.Module):
     layer = self._layer(inputs, deterministic)
     query, key, value, logits = project_inputs(self, layer, inputs)
     query, key = self._normalized(layer, query, key)
-    seen = None
+    own, seen = value, None
     if self.decode:
       key, value, seen = self._remember(batch, key, value)
     if seen is not None:
@@ -143,7 +143,7 @@ class GatedAttention(nn.Module):
       output = weigh(layer, batch, arrays, mask, weighing)
     else:
       output, _ = attend.attend(self, layer, arrays, call)
-    result = project_output(self, layer, (output, inputs[0]), call)
+    result = project_output(self, layer, (output, inputs[0], own), call)
     return result.reshape(*batch, *result.shape[1:])
 
   def _layer(

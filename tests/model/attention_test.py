@@ -25,6 +25,7 @@ GATES = [
   GateConfig(position='none'),
   GateConfig(kind='rms_norm'),
   GateConfig(kind='silu'),
+  GateConfig(kind='exclusive'),
   GateConfig(position='dense_output'),
   *(
     GateConfig(position=position, granularity=granularity)
@@ -111,6 +112,11 @@ def reference(p, x, y, mask, gate, qk_norm=False):
     out = rms(out, 'output_norm')
   if gate.kind == 'silu':
     out = ACT['silu'](out)
+  if gate.kind == 'exclusive':
+    for n in range(N):
+      own = v[:, :, n * K // N]
+      share = np.sum(out[:, :, n] * own, -1) / np.sum(own * own, -1)
+      out[:, :, n] -= share[..., None] * own
   w = p['out']['kernel']
   z = out.reshape(*x.shape[:2], -1) @ w.reshape(N * H, -1)
   return gated('dense_output', z, x)

@@ -64,6 +64,7 @@ def test_parameters_stand_apart_and_are_shaped_as_what_they_gate(
     GateConfig(position='none'),
     GateConfig(kind='silu'),
     GateConfig(kind='rms_norm'),
+    GateConfig(kind='exclusive'),
   ],
 )
 def test_without_scores_there_are_no_parameters_for_them(gate):

@@ -36,6 +36,7 @@ from gated_jax.model.mixers.owned import gate_matrix
 from gated_jax.model.mixers.owned import head_scale
 from gated_jax.model.mixers.owned import kernel
 from gated_jax.ops import rope
+from gated_jax.ops.exclusive import without_own_value
 
 # Logical axes of the heads of queries, and of keys and values.
 QUERY = ('heads', 'head_dim')
@@ -70,7 +71,8 @@ def gated_attention(
   # The gate at sdpa_output is applied inside.
   arrays = (query, key, value, logits)
   output, cache = attention.attend(module, layer, arrays, call)
-  return project_output(module, layer, (output, inputs[0]), call), cache
+  arrays = (output, inputs[0], value)
+  return project_output(module, layer, arrays, call), cache
 
 
 def project_inputs(
@@ -95,16 +97,26 @@ def project_inputs(
 def project_output(
   module: nn.Module,
   layer: AttentionLayer,
-  arrays: tuple[Float[Array, 'B T N H'], Float[Array, 'B T D']],
+  arrays: tuple[Array, Array, Array],
   call: attention.Call,
 ) -> Float[Array, 'B T M']:
-  """The outputs of heads, projected back; `arrays` are they and the input."""
-  output, x = arrays
+  """The outputs of heads, projected back.
+
+  Args:
+    module: the layer's module, for probes.
+    layer: its sizes and kinds.
+    arrays: outputs of heads [B, T, N, H], the layer's input [B, T, D], and the
+      values of the same tokens [B, T, K, H].
+    call: says how wide the result is, and what is padding.
+  """
+  output, x, value = arrays
   if layer.gate.kind == 'rms_norm':
     scale = head_scale(layer, 'output_norm')
     output = rms_norm(output, scale, layer.norm_eps)
   elif layer.gate.kind == 'silu':
     output = jax.nn.silu(output)
+  elif layer.gate.kind == 'exclusive':
+    output = without_own_value(output, value)
   shape = (*output.shape[2:], call.out_features or x.shape[-1])
   out = kernel(layer, 'out', shape, (*QUERY, 'embed'), inputs=2)
   y = project(output, out, layer.dtype)
