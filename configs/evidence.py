@@ -11,9 +11,23 @@ what is left out, so that `sinks` is all of that claim's runs and
 `sinks,headwise` are its three seeds. `small` at the end is the same in a size
 for a CPU.
 
-    sinks       12 layers: attention on the first token, activations, loss
-    variants    the same for the rest of the paper's Tables 1 and 3
-    stability   16 layers, no clipping: the loss against the learning rate
+    sinks         12 layers: attention on the first token, activations, loss
+    variants      shorter, for the losses of every arm of Tables 1 and 3, and of
+                  exclusive self-attention, which is not in the paper
+    stability     16 layers, no clipping: the loss against the learning rate
+    stability_qk  the same with QK-norm, at larger rates
+    context       rows of 512, rotary base 10,000, both arms with QK-norm; a
+                  twentieth of the text is retrieval
+    continued     goes on with `context` in rows of 2048, base 1,000,000;
+                  `gated_jax.evals.context` then reads further, with YaRN
+
+The last two read texts of the retrieval tasks too:
+
+    for size in short:400:1600 long:1000:6000; do IFS=: read name least most \
+      <<< $size; python -m gated_jax.evals.retrieval --documents=40000 \
+      --least=$least --most=$most --out=runs/tasks/$name.jsonl
+    python -m gated_jax.data tokenize --source=jsonl --tokenizer=runs/text \
+      --paths=runs/tasks/$name.jsonl --out=runs/tasks/$name; done
 
 Under these settings a small model without a gate grows sinks
 (docs/experiments.md says what was tried): documents are joined, every row
@@ -46,7 +60,7 @@ class Arm(NamedTuple):
 
   Attributes:
     row: Its row in `gate_sweep.py`, which says how it is gated and what the
-      paper measured.
+      paper measured; '': the paper has none.
     channels: What its gate costs, in channels of the MLP.
     change: Further settings.
   """
@@ -62,10 +76,16 @@ class Claim(NamedTuple):
   Attributes:
     arms: Name of each arm to the number of its seeds.
     rates: Learning rates of each arm; one alone is not part of the words.
+    steps: How many, of 16,384 tokens each.
+    depth: Layers.
+    length: Tokens of a row.
   """
 
   arms: dict[str, int]
   rates: tuple[str, ...]
+  steps: int = 11_000
+  depth: int = 12
+  length: int = 1024
 
 
 _QK_NORM = {'model.qk_norm': True}
@@ -92,13 +112,16 @@ ARMS = {
   'rms_norm': Arm('sdpa_rms_norm'),
   'silu_no_scores': Arm('sdpa_silu_no_scores'),
   'additive_identity': Arm('sdpa_additive_identity', 256),
+  'exclusive': Arm('', 0, {'model.gate.kind': 'exclusive'}),
   'baseline_qk': Arm('baseline', 0, _QK_NORM),
   'elementwise_qk': Arm('sdpa_elementwise', 256, _QK_NORM),
   'headwise_qk': Arm('sdpa_headwise', 0, _QK_NORM),
   'sandwich': Arm('baseline', 0, {'model.norm': 'sandwich'}),
 }
 
-_RATES = ('1e-3', '1.5e-3', '2e-3', '3e-3', '6e-3', '1.2e-2')
+# Arms that answer other questions than Tables 1 and 3.
+_SPECIAL = ('baseline_qk', 'elementwise_qk', 'headwise_qk', 'sandwich')
+_PAIR = {'baseline_qk': 2, 'elementwise_qk': 2}
 
 CLAIMS = {
   'sinks': Claim(
@@ -116,37 +139,25 @@ CLAIMS = {
     ('1e-3',),
   ),
   'variants': Claim(
-    dict.fromkeys(
-      (
-        'key',
-        'query',
-        'dense_output',
-        'value_headwise',
-        'value_shared',
-        'additive_silu',
-        'silu',
-        'rms_norm',
-        'silu_no_scores',
-        'additive_identity',
-      ),
-      2,
-    ),
+    dict.fromkeys([name for name in ARMS if name not in _SPECIAL], 2),
     ('1e-3',),
+    steps=2000,
   ),
   'stability': Claim(
-    dict.fromkeys(
-      (
-        'baseline',
-        'elementwise',
-        'headwise',
-        'sandwich',
-        'baseline_qk',
-        'elementwise_qk',
-      ),
-      1,
-    ),
-    _RATES,
+    dict.fromkeys(('baseline', 'elementwise', 'headwise', 'sandwich'), 1),
+    ('1e-3', '1.5e-3', '2e-3', '3e-3', '6e-3', '1.2e-2'),
+    steps=1500,
+    depth=16,
   ),
+  'stability_qk': Claim(
+    dict.fromkeys(('baseline_qk', 'elementwise_qk', 'headwise_qk'), 1),
+    ('3e-3', '6e-3', '1.2e-2', '2.4e-2'),
+    steps=1500,
+    depth=16,
+  ),
+  'context': Claim(_PAIR, ('1e-3',), steps=3000, length=512),
+  # At the rate at which `context` ends.
+  'continued': Claim(_PAIR, ('1.5e-4',), steps=1000, length=2048),
 }
 
 
@@ -154,11 +165,12 @@ def runs(words: str = '') -> list[str]:
   """The words of every run that the given words stand for."""
   given, small = _split(words)
   found = []
-  for claim, (arms, rates) in CLAIMS.items():
-    for rate in rates:
-      for seed in range(max(arms.values())):
-        for arm, seeds in arms.items():
-          run = [claim, arm, *([rate] if len(rates) > 1 else []), str(seed)]
+  for name, claim in CLAIMS.items():
+    for rate in claim.rates:
+      words_of_rate = [rate] if len(claim.rates) > 1 else []
+      for seed in range(max(claim.arms.values())):
+        for arm, seeds in claim.arms.items():
+          run = [name, arm, *words_of_rate, str(seed)]
           if seed < seeds and run[: len(given)] == given:
             found.append(','.join([*run, *small]))
   if not found:
@@ -169,74 +181,67 @@ def runs(words: str = '') -> list[str]:
 def about(words: str) -> dict[str, Any]:
   """What a report wants to know of one run."""
   claim, arm, rate, seed, _ = _parse(words)
-  row = ARMS[arm].row
+  row = gate_sweep.ROWS.get(ARMS[arm].row)
   return {
     'claim': claim,
     'arm': arm,
     'rate': float(rate),
     'seed': seed,
-    'paper': gate_sweep.ROWS[row].paper if not ARMS[arm].change else {},
+    'paper': row.paper if row and not ARMS[arm].change else {},
   }
 
 
 def get_config(words: str = 'sinks,elementwise,0'):
-  claim, arm, rate, seed, small = _parse(words)
+  name, arm, rate, seed, small = _parse(words)
   row, channels, change = ARMS[arm]
-  config = base.get_config()
+  config, claim = base.get_config(), CLAIMS[name]
   _model(config.model, claim, small)
   config.model.mlp_width -= channels // (8 if small else 1)
-  config.update_from_flattened_dict(gate_sweep.ROWS[row].change)
+  if row:
+    config.update_from_flattened_dict(gate_sweep.ROWS[row].change)
   config.update_from_flattened_dict(change)
-  _data(config, small)
-
-  optimizer = config.optimizer
-  optimizer.learning_rate = float(rate)
-  optimizer.final_learning_rate = 0.15 * float(rate)
-  optimizer.schedule = 'wsd'
-  optimizer.decay_share = 0.15
-  optimizer.warmup_steps = 200
-  if claim == 'stability':
-    optimizer.clip_norm = 0.0
-  else:
-    # Sinks form earlier at a larger decay (arXiv 2410.10781).
-    optimizer.weight_decay = 0.3
+  _data(config)
+  _optimizer(config.optimizer, name, float(rate))
 
   config.seed = config.data.seed = seed
-  config.steps = 1500 if claim == 'stability' else 11_000
+  config.steps = claim.steps
   # A spike may last for one step.
-  config.log_every = 1 if claim == 'stability' else 10
-  config.eval_every = config.probe_every = 500 if claim == 'stability' else 1000
+  config.log_every = 1 if name.startswith('stability') else 10
+  config.eval_every = config.probe_every = 1000 if claim.steps > 2000 else 500
   config.eval_batches = 64
   config.figures = False
   config.checkpoint.every = 2000
   config.checkpoint.keep_last = 1
   config.checkpoint.keep_best = 0
   if small:
-    config.steps, optimizer.warmup_steps = 60, 10
+    config.steps, config.optimizer.warmup_steps = 60, 10
     config.eval_every = config.probe_every = 20
     config.eval_batches = 4
     config.checkpoint.every = 20
+  if name in ('context', 'continued'):
+    _retrieval(config, name, f'{arm},{seed}' + ',small' * small)
   return config
 
 
-def _model(model: Any, claim: str, small: bool) -> None:
+def _model(model: Any, claim: Claim, small: bool) -> None:
   """The sizes that all arms of a claim share; without a gate, so far."""
-  model.length = 128 if small else 1024
+  model.length = claim.length // 8 if small else claim.length
   model.vocab = 512 if small else 16_384
-  model.depth = 4 if small else 16 if claim == 'stability' else 12
+  model.depth = 4 if small else claim.depth
   model.width = 64 if small else 512
   model.heads, model.kv_heads = 6, 3
   model.head_dim = 16 if small else 128  # sinks grow with it
   model.mlp_width = 176 if small else 1408
   model.qk_norm = False
   # Unrolled layers take two thirds of the time, and half a minute more to
-  # compile, which every rate of `stability` would do anew.
-  model.scan = claim == 'stability'
+  # compile: two runs on a GPU, of which one compiles, hide that.
+  model.scan = False
   if small:
     model.dtype = 'float32'
 
 
-def _data(config: Any, small: bool) -> None:
+def _data(config: Any) -> None:
+  """Text in joined rows, 16,384 tokens a step."""
   data = config.data
   data.source = 'tokens'
   data.paths = 'runs/text/*.bin'
@@ -245,8 +250,37 @@ def _data(config: Any, small: bool) -> None:
   # One more than the tokenizer's last: no text has it.
   data.first_token = config.model.vocab - 1
   data.length = config.model.length
-  data.batch = 16
+  data.batch = 16_384 // data.length if data.length > 256 else 16
   data.validation = 0.02
+
+
+def _optimizer(optimizer: Any, claim: str, rate: float) -> None:
+  """A constant rate to near the end."""
+  optimizer.learning_rate = rate
+  optimizer.final_learning_rate = 0.15 * rate
+  optimizer.schedule = 'wsd'
+  optimizer.decay_share = 0.15
+  optimizer.warmup_steps = 200
+  if claim.startswith('stability'):
+    optimizer.clip_norm = 0.0
+  else:
+    # Sinks form earlier at a larger decay (arXiv 2410.10781).
+    optimizer.weight_decay = 0.3
+
+
+def _retrieval(config: Any, claim: str, run: str) -> None:
+  """Mixes the tasks in, and goes on with the shorter rows' model."""
+  data, tasks = config.data, 'long' if claim == 'continued' else 'short'
+  data.source, data.paths = 'mixture', ''
+  data.mixture = (
+    '0.95:tokens:runs/text/*.bin',
+    f'0.05:tokens:runs/tasks/{tasks}/*.bin',
+  )
+  if claim == 'continued':
+    # Where the sweep puts it.
+    config.init_from = f'runs/evidence/context,{run}'.replace(',', '_')
+    config.init_changes = ('model.rope',)
+    config.model.rope.base = 1e6
 
 
 def _split(words: str) -> tuple[list[str], list[str]]:

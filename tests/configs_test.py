@@ -34,6 +34,8 @@ WORDS = {
     'sinks,headwise,0',
     'variants,value_shared,0,small',
     'stability,sandwich,3e-3,0',
+    'stability_qk,headwise_qk,2.4e-2,0',
+    'continued,baseline_qk,1',
   ],
   'evidence_gpu': ['', 'baseline', 'headwise,high', 'elementwise,low'],
   'gate_sweep': [

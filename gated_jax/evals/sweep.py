@@ -299,7 +299,9 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError(f'--devices={options.devices} must be at least 1')
   seconds = duration(options.budget)
   folder = paths.expand(options.runs)
-  runs = [run for text in options.configs for run in expand(text, folder)]
+  # One that is named twice runs once, where it is named first.
+  named = [run for text in options.configs for run in expand(text, folder)]
+  runs = list({run.folder: run for run in named}.values())
   if options.list:
     print('\n'.join(run.config for run in runs))
     return cli.DONE

@@ -67,7 +67,7 @@ def test_depth_places_the_needle(depth, low, high):
 
 def test_a_row_counts_only_when_its_whole_answer_is_right():
   results = [
-    retrieval.passkey(
+    retrieval.recall(
       Copier(wrong), {}, encode, lengths=(128, 200), depths=(0.0, 1.0), rows=4
     )
     for wrong in ((), (1,), (0, 1, 2, 3))
@@ -93,9 +93,9 @@ def test_only_the_tokens_of_an_answer_count_where_answers_differ_in_length():
 
   texts = retrieval.hide(pairs, 200, 0.5, 8, np.random.default_rng(0))
   assert len(set(texts.answers.tolist())) > 1
-  found = retrieval.passkey(Flat(), {}, pairs, (200,), (0.5,))
+  found = retrieval.recall(Flat(), {}, pairs, (200,), (0.5,))
   np.testing.assert_allclose(found.nats, np.log(256), rtol=1e-6)
-  found = retrieval.passkey(Copier(), {}, pairs, (200,), (0.5,))
+  found = retrieval.recall(Copier(), {}, pairs, (200,), (0.5,))
   assert found.accuracy == 1
 
 
@@ -116,7 +116,7 @@ def test_a_decoder_of_zeros_finds_every_token_equally_likely():
   tokens = jnp.zeros((1, 8), jnp.int32)
   shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
   params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes['params'])
-  found = retrieval.passkey(model, params, encode, (100,), (0.5,), rows=2)
+  found = retrieval.recall(model, params, encode, (100,), (0.5,), rows=2)
   assert found.accuracy == 0
   np.testing.assert_allclose(found.nats, np.log(128), rtol=1e-6)
 

@@ -76,7 +76,7 @@ def command(words, *more):
 def test_every_run_ends_in_a_folder_of_its_own_on_a_device_of_its_own(
   folder, capsys
 ):
-  code = command('a+b+c', '--devices=2', '--', '--extra=x')
+  code = command('a+b+c+a', '--devices=2', '--', '--extra=x')
   assert code == cli.DONE
   places = [starts(folder, name) for name in 'abc']
   assert places[:2] == [['0x'], ['1x']]

@@ -71,8 +71,8 @@ def gated_attention(
   # The gate at sdpa_output is applied inside.
   arrays = (query, key, value, logits)
   output, cache = attention.attend(module, layer, arrays, call)
-  arrays = (output, inputs[0], value)
-  return project_output(module, layer, arrays, call), cache
+  given = (output, inputs[0], value)
+  return project_output(module, layer, given, call), cache
 
 
 def project_inputs(
