@@ -22,7 +22,7 @@ SOURCES = (
   'synthetic',
 )
 # How documents become rows; see gated_jax/data/packing.py.
-ROWS = ('cut', 'joined')
+ROWS = ('cut', 'joined', 'whole')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,8 @@ class DataConfig:
   batch: int = 8  # rows per step, over all processes
   length: int = 256  # tokens per row
   # 'cut': documents end to end, each attending to itself alone. 'joined':
-  # attention crosses documents, as in GPT-style runs.
+  # attention crosses documents, as in GPT-style runs. 'whole': no document is
+  # cut that fits into a row, at the price of some padding.
   rows: str = 'cut'
   # For rows='joined': the id that every row begins with; -1: none.
   first_token: int = -1

@@ -93,6 +93,13 @@ class Pipeline:
     return sum(speed.tokens for speed in speeds) / seconds if seconds else 0.0
 
   @property
+  def padding(self) -> float:
+    """The share of the places in rows so far that hold no token."""
+    speeds = [windows.speed for windows in self._windows]
+    places = sum(speed.places for speed in speeds)
+    return 1 - sum(s.tokens for s in speeds) / places if places else 0.0
+
+  @property
   def skipped(self) -> dict[str, str]:
     """Files, or parts of files, left out so far: name to reason."""
     return self._view.skipped.report()

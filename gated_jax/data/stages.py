@@ -32,6 +32,7 @@ from gated_jax.data.text_sources import make_text_source
 from gated_jax.data.token_sources import SyntheticSource
 from gated_jax.data.token_sources import TokenSource
 from gated_jax.data.tokenizer import Tokenizer
+from gated_jax.data.whole import WholeRows
 from gated_jax.data.windows import Windows
 
 # Where rows are not shuffled, they are made by so many tokens at a time, or by
@@ -173,6 +174,8 @@ def rows(part: DataConfig, documents: DocumentStream, view: View) -> RowStream:
   """The rows that `data.rows` asks for."""
   if part.rows == 'cut':
     return CutRows(documents, part.length)
+  if part.rows == 'whole':
+    return WholeRows(documents, part.length)
   if part.first_token >= view.ids_below:
     raise ValueError(
       f'data.first_token={part.first_token} lies outside the vocabulary of '

@@ -44,6 +44,7 @@ class Speed:
   """How fast windows were made, while nothing else was waited for."""
 
   tokens: int = 0
+  places: int = 0  # tokens that the rows had room for
   seconds: float = 0.0
 
   @property
@@ -97,6 +98,7 @@ class Windows(grain.DatasetIterator):
     self._window += 1
     self._mixed += count
     self.speed.tokens += int(rows.filled.sum())
+    self.speed.places += rows.tokens.size
     self.speed.seconds += time.perf_counter() - began
     return Window(rows, order, start)
 

@@ -176,6 +176,7 @@ class Loop:
     return {
       'tokens_per_second': speed,
       **({'mfu': mfu} if mfu else {}),
+      **({'padding': run.data.padding} if run.data.padding else {}),
       'time/data': waited / max(seconds, 1e-9),
       **{
         f'time/{name}': run.clock.total.get(name, 0.0) / total

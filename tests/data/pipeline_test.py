@@ -242,6 +242,7 @@ def _sources(tmp_path):
     ),
     'unshuffled': _config(files, shuffle=False),
     'joined': _config(files, rows='joined', first_token=256),
+    'whole': _config(files, rows='whole', length=256),
     'joined tokens': _config(
       str(tmp_path / 'a.npy'), 'tokens', eos=256, validation=0, rows='joined'
     ),
@@ -260,6 +261,7 @@ def _sources(tmp_path):
     'unshuffled',
     'joined',
     'joined tokens',
+    'whole',
   ],
 )
 def test_a_restored_pipeline_goes_on_with_the_same_batches(tmp_path, source):
@@ -357,7 +359,7 @@ def test_padding_of_joined_rows_repeats_text_without_weight(tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'rows': 'glued'}, "data.rows='glued' must be one of cut, joined"),
+    ({'rows': 'glued'}, "data.rows='glued' must be one of cut, joined, whole"),
     ({'rows': 'joined', 'first_token': -2}, 'must be an id, or -1 for none'),
     ({'first_token': 5}, "does nothing with data.rows='cut'"),
     ({'rows': 'joined', 'first_token': 300}, 'outside the vocabulary of 257'),
