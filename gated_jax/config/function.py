@@ -6,16 +6,21 @@ from typing import Any
 from gated_jax.config.convert import differences
 from gated_jax.config.convert import to_dict
 from gated_jax.config.gate import GateConfig
+from gated_jax.config.layers import DeltaConfig
 from gated_jax.config.layers import RopeConfig
 from gated_jax.config.model import ModelConfig
 from gated_jax.config.roles import names_with
+from gated_jax.config.stack import OWN_SETTINGS
 from gated_jax.config.stack import shortest_pattern
 from gated_jax.config.stack import word_of
 
 
 def canonical(model: ModelConfig) -> ModelConfig:
   """The same model in the fewest words, settings without effect at default."""
-  first, gate = model.layers[0], model.gate
+  gate = model.gate
+  placed = [layer for layer in model.layers if layer.mixer not in OWN_SETTINGS]
+  first = (*placed, *model.layers)[0]
+  has_delta = any(layer.mixer == 'gated_deltanet' for layer in model.layers)
   plain = dataclasses.replace(
     model,
     heads=first.heads,
@@ -29,6 +34,7 @@ def canonical(model: ModelConfig) -> ModelConfig:
   return dataclasses.replace(
     plain,
     pattern=shortest_pattern(words),
+    delta=model.delta if has_delta else DeltaConfig(),
     gate=gate if gate.position != 'none' else GateConfig(position='none'),
   )
 

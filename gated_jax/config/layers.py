@@ -1,4 +1,4 @@
-"""Settings of the parts that layers are made of: positions and experts."""
+"""Settings of the parts that layers are made of."""
 
 import dataclasses
 from typing import ClassVar
@@ -10,6 +10,7 @@ from gated_jax.config.checks import positive
 from gated_jax.config.roles import setting
 
 SCALINGS = ('none', 'linear', 'yarn', 'llama3')
+DELTA_GATES = ('silu', 'sigmoid')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,45 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaConfig:
+  """Gated DeltaNet (arXiv 2412.06464): layers of the word gated_deltanet.
+
+  The sizes are those of the released Qwen3-Next.
+  """
+
+  ROLE: ClassVar[str] = 'model'
+
+  key_heads: int = 16  # each serves value_heads / key_heads value heads
+  value_heads: int = 32
+  key_dim: int = 128  # channels of a query's and a key's head
+  value_dim: int = 128
+  # Inputs that the filter before queries, keys and values sums, each token's
+  # own included.
+  filter_width: int = 4
+  gate: str = 'silu'  # or 'sigmoid'; of the gate on the normed output
+
+  def __post_init__(self) -> None:
+    positive(
+      **{
+        f'delta.{name}': getattr(self, name)
+        for name in (
+          'key_heads',
+          'value_heads',
+          'key_dim',
+          'value_dim',
+          'filter_width',
+        )
+      }
+    )
+    choice('delta.gate', self.gate, DELTA_GATES)
+    if self.value_heads % self.key_heads:
+      raise ValueError(
+        f'delta.value_heads={self.value_heads} must be a multiple of '
+        f'delta.key_heads={self.key_heads}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEConfig:
   """Experts of the layers whose word in the pattern says `+moe`."""
 
@@ -83,6 +123,7 @@ class MoEConfig:
   width: int = 768  # hidden channels of one expert
   # Hidden channels of an expert that every token takes; 0: there is none.
   shared_width: int = 0
+  shared_gate: bool = False  # scales its output by a sigmoid of the token
   normalize: bool = True  # the chosen weights sum to one
   score: str = 'softmax'  # makes scores of the router's logits; or 'sigmoid'
   # c: those logits become c tanh(logits / c); 0: they stay as they are.
@@ -126,6 +167,10 @@ class MoEConfig:
       raise ValueError(
         f'moe.top_k={self.top_k} experts cannot be chosen from '
         f'moe.experts={self.experts}'
+      )
+    if self.shared_gate and not self.shared_width:
+      raise ValueError(
+        'moe.shared_gate=True has no shared expert to scale: moe.shared_width=0'
       )
     self._check_groups()
     if self.top_k == 1 and self.normalize:

@@ -10,6 +10,7 @@ from gated_jax.config.checks import finite
 from gated_jax.config.checks import not_negative
 from gated_jax.config.checks import positive
 from gated_jax.config.gate import GateConfig
+from gated_jax.config.layers import DeltaConfig
 from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
 from gated_jax.config.roles import setting
@@ -67,6 +68,7 @@ class ModelConfig:
   gate: GateConfig = GateConfig()
   rope: RopeConfig = RopeConfig()
   moe: MoEConfig = MoEConfig()
+  delta: DeltaConfig = DeltaConfig()
 
   def __post_init__(self) -> None:
     finite('model.', self)

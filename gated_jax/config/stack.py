@@ -92,6 +92,9 @@ _FFN_FIELDS: dict[str, type] = {
   'limit': float,
   'shared_limit': float,
 }
+# Mixers that take no field and no rotary embedding, and the settings that they
+# take instead.
+OWN_SETTINGS = {'gated_deltanet': 'model.delta'}
 
 
 def read_word(word: str, model: Any) -> LayerSpec:
@@ -108,6 +111,11 @@ def read_word(word: str, model: Any) -> LayerSpec:
   first, plus, second = word.partition('+')
   mixer, mixer_fields = _split(word, first, _MIXER_FIELDS)
   ffn, ffn_fields = _split(word, second, _FFN_FIELDS) if plus else ('mlp', {})
+  if mixer in OWN_SETTINGS and mixer_fields:
+    raise ValueError(
+      f'layer {word!r}: {mixer} has the sizes of {OWN_SETTINGS[mixer]}, so '
+      f'that {next(iter(mixer_fields))} would do nothing'
+    )
   if ffn not in FFNS:
     raise ValueError(
       f'layer {word!r} has no feed-forward block {ffn!r}' + _nearest(ffn, FFNS)
@@ -123,7 +131,9 @@ def read_word(word: str, model: Any) -> LayerSpec:
   return LayerSpec(
     mixer=mixer,
     window=mixer_fields.get('window', 0),
-    rope=_rope(word, mixer_fields, model.rope),
+    rope=None
+    if mixer in OWN_SETTINGS
+    else _rope(word, mixer_fields, model.rope),
     heads=mixer_fields.get('heads', model.heads),
     kv_heads=mixer_fields.get('kv_heads', model.kv_heads),
     head_dim=mixer_fields.get('head_dim', model.head_dim),
@@ -136,11 +146,28 @@ def read_word(word: str, model: Any) -> LayerSpec:
 
 def word_of(layer: LayerSpec, model: Any) -> str:
   """The shortest word that `read_word` turns into this layer."""
-  own = read_word(layer.mixer, model)
+  fields = []
+  if layer.mixer not in OWN_SETTINGS:
+    fields = _mixer_fields(layer, model)
+  word = layer.mixer + ':' * bool(fields) + ','.join(fields)
+  own_width = model.moe.width if layer.ffn == 'moe' else model.mlp_width
+  after = [f'width={layer.ffn_width}'] * (layer.ffn_width != own_width)
+  after += [
+    f'{name}={getattr(layer, name)}'
+    for name in ('limit', 'shared_limit')
+    if getattr(layer, name)
+  ]
+  if layer.ffn == 'mlp' and not after:
+    return word
+  return f'{word}+{layer.ffn}' + ':' * bool(after) + ','.join(after)
+
+
+def _mixer_fields(layer: LayerSpec, model: Any) -> list[str]:
+  """Fields of a layer's mixer that differ from the model's own."""
   fields = [f'window={layer.window}'] if layer.window else []
   if layer.rope is None:
     fields.append('nope')
-  elif layer.rope != own.rope:
+  elif layer.rope != model.rope:
     fields += [
       f'rope_{name}={getattr(layer.rope, name)}'
       for name in ('base', 'fraction')
@@ -153,17 +180,7 @@ def word_of(layer: LayerSpec, model: Any) -> str:
     for name in ('heads', 'kv_heads', 'head_dim')
     if getattr(layer, name) != getattr(model, name)
   ]
-  word = layer.mixer + ':' * bool(fields) + ','.join(fields)
-  own_width = model.moe.width if layer.ffn == 'moe' else model.mlp_width
-  after = [f'width={layer.ffn_width}'] * (layer.ffn_width != own_width)
-  after += [
-    f'{name}={getattr(layer, name)}'
-    for name in ('limit', 'shared_limit')
-    if getattr(layer, name)
-  ]
-  if layer.ffn == 'mlp' and not after:
-    return word
-  return f'{word}+{layer.ffn}' + ':' * bool(after) + ','.join(after)
+  return fields
 
 
 def shortest_pattern(words: Sequence[str]) -> tuple[str, ...]:

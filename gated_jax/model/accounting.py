@@ -53,7 +53,7 @@ def _part(
   }
   if about.kind in by_kind:
     return by_kind[about.kind]
-  if about.kind is not Kind.MATRIX:
+  if about.kind not in (Kind.MATRIX, Kind.FILTER):
     return 'norms'
   layer = tree.layer_of(config, path)
   if layer is None:

@@ -56,6 +56,7 @@ class Kernel(nn.Module):
   init_std: float = 0.02
   param_dtype: Any = 'float32'
   making: Making = Making()
+  kind: Kind = Kind.MATRIX
 
   @nn.compact
   def __call__(self) -> Matrix:
@@ -71,7 +72,7 @@ class Kernel(nn.Module):
     axes = self.axes if making.boxed else None
     kinds: dict[str, Any] = {'dtype': dtype, 'inputs': n}
     value = parameter(
-      self, 'kernel', self.shape, axes, Kind.MATRIX, init=flat, **kinds
+      self, 'kernel', self.shape, axes, self.kind, init=flat, **kinds
     )
     if making.bias_init is None:
       return Matrix(value, self.axes, n, precision=making.precision)

@@ -3,6 +3,7 @@
     router/kernel [D, E]    gate_proj, up [E, D, F]    down [E, F, D]
     router/bias [E]                        (with config.moe.bias)
     shared/{gate_proj, up, down}/kernel    (with config.moe.shared_width)
+    shared_gate/kernel [D, 1]              (with config.moe.shared_gate)
 
 The router's losses go over the whole batch: they stand outside the part that
 runs device by device, where a sum over a sharded axis is a global sum.
@@ -10,6 +11,7 @@ runs device by device, where a sum over a sharded axis is a global sum.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
@@ -18,6 +20,8 @@ from jaxtyping import Float
 
 from gated_jax.config import ModelConfig
 from gated_jax.model.layers import MLP
+from gated_jax.model.linear import Kernel
+from gated_jax.model.linear import project
 from gated_jax.model.parameters import Kind
 from gated_jax.model.parameters import normal
 from gated_jax.model.parameters import parameter
@@ -95,7 +99,7 @@ class MoE(nn.Module):
     x = x.astype(dtype)
     y = self._apply(x, routing, experts)
     if c.moe.shared_width:
-      y += MLP(c, c.moe.shared_width, self.shared_limit, name='shared')(x)
+      y += self._shared(x)
     return MoEOutput(
       output=y,
       losses={
@@ -109,6 +113,24 @@ class MoE(nn.Module):
         'idle_experts': statistics.idle_experts,
       },
     )
+
+  def _shared(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    """The expert that every token takes, scaled where it has a gate."""
+    c = self.config
+    y = MLP(c, c.moe.shared_width, self.shared_limit, name='shared')(x)
+    if not c.moe.shared_gate:
+      return y
+    matrix = Kernel(
+      (c.width, 1),
+      ('embed', None),
+      init_std=c.init_std,
+      param_dtype=c.param_dtype,
+      kind=Kind.GATE,
+      name='shared_gate',
+    )
+    logits = project(x, matrix(), c.dtype)
+    scores = jax.nn.sigmoid(logits.astype(jnp.float32))
+    return (scores * y).astype(y.dtype)
 
   def _apply(
     self,

@@ -26,6 +26,7 @@ class Kind(enum.Enum):
   MATRIX = 'matrix'  # multiplies activations
   EMBEDDING = 'embedding'  # one row for each token of the vocabulary
   VECTOR = 'vector'  # the scale of a norm
+  FILTER = 'filter'  # weighs the last few inputs of each channel
   BIAS = 'bias'  # added to activations
   GATE = 'gate'  # the matrix that makes gate logits
   GATE_SCORES = 'gate_scores'  # gate logits that are the same for every token
@@ -37,7 +38,7 @@ class Kind(enum.Enum):
 # Computed with in float32 as they are stored, whatever the model's dtype.
 FLOAT32 = frozenset({Kind.VECTOR, Kind.ROUTER, Kind.LOAD_BIAS, Kind.DECAY})
 # Multiplied by activations: these cost FLOPs for every token.
-MULTIPLIED = frozenset({Kind.MATRIX, Kind.GATE, Kind.ROUTER})
+MULTIPLIED = frozenset({Kind.MATRIX, Kind.GATE, Kind.ROUTER, Kind.FILTER})
 
 
 @dataclasses.dataclass(frozen=True)

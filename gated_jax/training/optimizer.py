@@ -35,6 +35,7 @@ RULES: dict[Kind, Rule] = {
   Kind.ROUTER: Rule('vector', decay=True),
   Kind.LOAD_BIAS: Rule('load', decay=False),
   Kind.VECTOR: Rule('vector', decay=False),
+  Kind.FILTER: Rule('vector', decay=True),
   Kind.BIAS: Rule('vector', decay=False),
   Kind.DECAY: Rule('vector', decay=False),
   Kind.GATE: Rule('gate', decay=True),

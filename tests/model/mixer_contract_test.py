@@ -17,6 +17,7 @@ from gated_jax import Decoder
 from gated_jax import ModelConfig
 from gated_jax import init_cache
 from gated_jax import sharding
+from gated_jax.config import DeltaConfig
 from gated_jax.config import MeshConfig
 from gated_jax.model.mixers import MIXERS
 
@@ -33,6 +34,7 @@ BASE = ModelConfig(
   dtype='float32',
   init_std=0.3,
   scan=False,
+  delta=DeltaConfig(key_heads=2, value_heads=4, key_dim=4, value_dim=6),
 )
 # A layer of every mixer, and for each mixer what its words can say.
 PATTERNS = [

@@ -78,6 +78,26 @@ def test_output_is_routed_experts_plus_the_shared_one():
   )
 
 
+def test_the_shared_expert_is_scaled_by_a_gate_of_its_own():
+  gated = dataclasses.replace(CONFIG.moe, shared_gate=True)
+  layer, variables = setup(dataclasses.replace(CONFIG, moe=gated))
+  plain, _ = setup()
+  alone, _ = setup(
+    dataclasses.replace(
+      CONFIG, moe=dataclasses.replace(CONFIG.moe, shared_width=0)
+    )
+  )
+  found, whole, routed = (
+    np.asarray(module.apply(variables, X).output)
+    for module in (layer, plain, alone)
+  )
+  kernel = np.asarray(nn_unbox(variables)['params']['shared_gate']['kernel'])
+  assert kernel.shape == (8, 1)
+  score = 1 / (1 + np.exp(-np.asarray(X) @ kernel))
+  expected = routed + score * (whole - routed)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def nn_unbox(tree):
   return jax.tree.map(
     lambda v: v.value, tree, is_leaf=lambda v: hasattr(v, 'names')

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from gated_jax.config import DeltaConfig
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
@@ -33,6 +34,7 @@ POLICY = {
   Kind.ROUTER: ('vector', True),
   Kind.LOAD_BIAS: ('load', False),
   Kind.VECTOR: ('vector', False),
+  Kind.FILTER: ('vector', True),
   Kind.BIAS: ('vector', False),
   Kind.DECAY: ('vector', False),
   Kind.GATE: ('gate', True),
@@ -57,6 +59,20 @@ KINDS = {
   'attention/out/kernel': Kind.MATRIX,
   'attention/gate/kernel': Kind.GATE,
   'attention/gate/scores': Kind.GATE_SCORES,
+  'gated_deltanet_norm/scale': Kind.VECTOR,
+  'gated_deltanet/query/kernel': Kind.MATRIX,
+  'gated_deltanet/key/kernel': Kind.MATRIX,
+  'gated_deltanet/value/kernel': Kind.MATRIX,
+  'gated_deltanet/decay/kernel': Kind.MATRIX,
+  'gated_deltanet/beta/kernel': Kind.MATRIX,
+  'gated_deltanet/out/kernel': Kind.MATRIX,
+  'gated_deltanet/gate/kernel': Kind.GATE,
+  'gated_deltanet/query_filter': Kind.FILTER,
+  'gated_deltanet/key_filter': Kind.FILTER,
+  'gated_deltanet/value_filter': Kind.FILTER,
+  'gated_deltanet/log_rate': Kind.DECAY,
+  'gated_deltanet/step_bias': Kind.DECAY,
+  'gated_deltanet/output_scale': Kind.VECTOR,
   'mlp/gate_proj/kernel': Kind.MATRIX,
   'mlp/up/kernel': Kind.MATRIX,
   'mlp/down/kernel': Kind.MATRIX,
@@ -65,6 +81,7 @@ KINDS = {
   'moe/gate_proj': Kind.MATRIX,
   'moe/up': Kind.MATRIX,
   'moe/down': Kind.MATRIX,
+  'moe/shared_gate/kernel': Kind.GATE,
   'moe/shared/gate_proj/kernel': Kind.MATRIX,
   'moe/shared/up/kernel': Kind.MATRIX,
   'moe/shared/down/kernel': Kind.MATRIX,
@@ -72,6 +89,7 @@ KINDS = {
 MODELS = (
   {'pattern': ('attention', 'attention+moe'), 'norm': 'sandwich'},
   {'scan': False, 'gate': GateConfig(source='parameter')},
+  {'lead': ('gated_deltanet',), 'delta': DeltaConfig(1, 1, 2, 2)},
   {'lead': ('attention',), 'gate': GateConfig(kind='rms_norm')},
 )
 
@@ -86,7 +104,9 @@ def test_every_parameter_of_a_decoder_says_what_it_is():
   seen = set()
   for changes in MODELS:
     experts = 'moe' in str(changes)
-    moe = MoEConfig(experts=4, top_k=2, width=8, shared_width=8, bias=True)
+    moe = MoEConfig(
+      experts=4, top_k=2, width=8, shared_width=8, shared_gate=True, bias=True
+    )
     small = {'vocab': 8, 'length': 8, 'depth': 4}
     config = ModelConfig(
       **{**small, 'width': 8, 'heads': 2, 'kv_heads': 1, 'head_dim': 4},

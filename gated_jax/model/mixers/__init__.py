@@ -3,10 +3,12 @@
 import difflib
 
 from gated_jax.model.mixer import Mixer
+from gated_jax.model.mixers.gated_deltanet import GatedDeltaNet
 from gated_jax.model.mixers.self_attention import SelfAttention
 
 MIXERS: dict[str, type[Mixer]] = {
   'attention': SelfAttention,
+  'gated_deltanet': GatedDeltaNet,
 }
 
 

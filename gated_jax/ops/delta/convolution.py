@@ -18,7 +18,7 @@ def convolve(
   history: Float[Array, 'B H ...'] | None = None,
   first: Bool[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T ...']:
-  """Each channel's own filter over its last W inputs, summed in float32.
+  """Each channel's own filter over its last W inputs, in float32.
 
   Args:
     x: inputs.
@@ -42,7 +42,7 @@ def convolve(
       same = document[:, i : i + length] == document[:, width - 1 :]
       term = jnp.where(same.reshape(*same.shape, *(1,) * (x.ndim - 2)), term, 0)
     y += term
-  return y.astype(x.dtype)
+  return y
 
 
 def extend(

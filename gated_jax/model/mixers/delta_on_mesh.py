@@ -1,0 +1,148 @@
+"""Filters and the gated delta rule on each device's heads, rows and tokens."""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+from gated_jax import sharding
+from gated_jax.model.mixer import Context
+from gated_jax.ops.delta import context
+from gated_jax.ops.delta import rule
+from gated_jax.ops.delta.convolution import convolve
+from gated_jax.ops.delta.inputs import Inputs
+
+KEY = ('kv_heads', 'head_dim')
+VALUE = ('heads', 'head_dim')
+# The three arrays that pass a filter, with the axes of their heads.
+FILTERED = {'query': KEY, 'key': KEY, 'value': VALUE}
+_ROWS = ('batch', 'length')
+_MEMORY = ('batch', 'heads', None, None)
+
+
+class DeltaState(NamedTuple):
+  """A layer's knowledge of the tokens before."""
+
+  memory: Float[Array, '*layers B N H V']  # float32
+  # The last filter_width - 1 inputs of each filter: [*layers, B, I, heads, ...]
+  inputs: tuple[Array, Array, Array]
+
+
+class DeltaArrays(NamedTuple):
+  """Arrays that a layer makes of its input."""
+
+  # Query, key and value before their filters: [B, T, heads, ...].
+  raw: tuple[Array, ...]
+  filters: tuple[Array, ...]  # [W, heads, ...]
+  log_decay: Float[Array, 'B T N']
+  beta: Float[Array, 'B T N']
+
+
+def delta_on_mesh(
+  arrays: DeltaArrays, ctx: Context, state: DeltaState | None
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N H V'] | None]:
+  """Computes what each token reads, in float32, and the new memory.
+
+  Args:
+    arrays: made of the layer's input.
+    ctx: documents and padding.
+    state: before these tokens; None: they are all, and there is no new memory.
+  """
+  parts = 1 if state is not None else sharding.axis_size('length')
+  axis = sharding.mesh_axes('length')[0] if parts > 1 else ''
+  history: Any = (None,) * 3 if state is None else state.inputs
+  memory = None if state is None else state.memory
+  raw, filters, history = (
+    _one_key_head_each(x) for x in (arrays.raw, arrays.filters, history)
+  )
+
+  def run(*shards: Any) -> tuple[Array, Array | None]:
+    """The layer's rule on the shard of one device."""
+    raw, filters, history = shards[:3], shards[3:6], shards[6:9]
+    tokens, memory = shards[9:13], shards[13]
+    if axis:
+      raw = tuple(context.as_rows(x) for x in raw)
+      tokens = tuple(None if x is None else context.as_rows(x) for x in tokens)
+    log_decay, beta, segments, valid = tokens
+    if axis:
+      size = filters[0].shape[0] - 1
+      history = tuple(_inputs_before(x, segments, size, axis) for x in raw)
+    first = None
+    if segments is not None:
+      last = segments[:, -1]
+      before = context.previous_parts(last, axis) if axis else None
+      first = rule.first_tokens(segments, before)
+    filtered = (
+      jax.nn.silu(convolve(x, w, before, first))
+      for x, w, before in zip(raw, filters, history, strict=True)
+    )
+    query, key, value = filtered
+    inputs = Inputs(
+      rule.normalize(query, query.shape[-1] ** -0.5).astype(raw[0].dtype),
+      rule.normalize(key, 1.0).astype(raw[1].dtype),
+      value.astype(raw[2].dtype),
+      log_decay,
+      beta,
+    ).without_padding(valid)
+    if axis:
+      output = context.delta_rule_in_parts(inputs, first, axis)
+      return context.from_rows(output), None
+    output, new = rule.delta_rule(inputs, memory, first)
+    return output, None if memory is None else new
+
+  heads = [axes[0] for axes in FILTERED.values()]
+  heads_of_tokens = (*_ROWS, 'heads')
+  axes = (
+    *[(*_ROWS, name, None) for name in heads],
+    *[(None, name, None) for name in heads],
+    *[('batch', None, name, None) for name in heads],
+    *(heads_of_tokens, heads_of_tokens, _ROWS, _ROWS, _MEMORY),
+  )
+  outputs = ((*heads_of_tokens, None), None if memory is None else _MEMORY)
+  return sharding.per_device(run, axes, outputs)(
+    *(*raw, *filters, *history, arrays.log_decay, arrays.beta),
+    *(ctx.segments, ctx.valid, memory),
+  )
+
+
+def _one_key_head_each(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+  """Query, key and value, the heads of the first two for every device.
+
+  Where there are more devices than key heads, each gets a copy of the one that
+  its value heads are served by.
+  """
+  query, key, value = arrays
+  if query is None:
+    return arrays
+  copies = sharding.axis_size('kv_heads') // query.shape[-2]
+  if copies > 1:
+    query, key = (jnp.repeat(x, copies, axis=-2) for x in (query, key))
+  return query, key, value
+
+
+def _inputs_before(
+  x: Float[Array, 'b t ...'],
+  segments: Int[Array, 'b t'] | None,
+  size: int,
+  axis: str,
+) -> Float[Array, 'b I ...']:
+  """The last inputs of the part before each of this device's parts.
+
+  Those of a document that ended there are zeros.
+  """
+  length = x.shape[1]
+  if length < size:
+    raise ValueError(
+      f'a part of {length} tokens on the mesh axis {axis} is shorter than the '
+      f'{size} inputs that model.delta.filter_width={size + 1} sums before a '
+      'token: use fewer devices or longer rows'
+    )
+  inputs = x[:, length - size :]
+  if segments is not None:
+    same = segments[:, length - size :] == segments[:, -1:]
+    inputs = jnp.where(same[..., None, None], inputs, 0)
+  return context.previous_parts(inputs, axis)
