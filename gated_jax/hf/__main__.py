@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
   export.add_argument(
     '--family',
     default='',
-    choices=['', *(family.name for family in FAMILIES)],
+    choices=['', *(family.name for family in FAMILIES if family.write)],
     help='default: the first that can describe the model',
   )
   export.add_argument(

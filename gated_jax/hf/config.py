@@ -107,9 +107,11 @@ def read_config(
   config = from_dict(common, ModelConfig(), 'model.')
   if shapes is not None:
     axes = (axis for shape in shapes if math.prod(shape) for axis in shape)
+    most = max(axes, default=0)
     if config.has_experts:
-      _check_sizes({'num_experts': config.moe.experts}, len(shapes))
-    _check_sizes(_axes(config), max(axes, default=0))
+      experts = {'num_experts': config.moe.experts}
+      _check_sizes(experts, max(len(shapes), most))
+    _check_sizes(_axes(config), most)
   if family.fraction == 1 and config.rope.fraction != 1:
     raise ValueError(
       f'config.json has partial_rotary_factor={config.rope.fraction}, which '
@@ -121,11 +123,24 @@ def read_config(
 def _axes(config: ModelConfig) -> dict[str, int]:
   """Sizes that are axes of some tensor, by their names in config.json."""
   ffns = {layer.ffn for layer in config.distinct_layers}
+  mixers = {layer.mixer for layer in config.distinct_layers}
+  delta = config.delta
   return {
     'vocab_size': config.vocab,
     'hidden_size': config.width,
     'num_attention_heads x head_dim': config.heads * config.head_dim,
     'num_key_value_heads x head_dim': config.kv_heads * config.head_dim,
+    **(
+      {
+        'linear_num_key_heads x linear_key_head_dim': delta.key_heads
+        * delta.key_dim,
+        'linear_num_value_heads x linear_value_head_dim': delta.value_heads
+        * delta.value_dim,
+        'linear_conv_kernel_dim': delta.filter_width,
+      }
+      if 'gated_deltanet' in mixers
+      else {}
+    ),
     **({'intermediate_size': config.mlp_width} if 'mlp' in ffns else {}),
     **({'moe_intermediate_size': config.moe.width} if 'moe' in ffns else {}),
   }
@@ -142,6 +157,10 @@ def _check_sizes(sizes: Mapping[str, int], most: int) -> None:
 
 def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
   """A config.json; ValueError naming the settings it has no words for."""
+  if family.write is None:
+    raise ValueError(
+      f'{family.name} is only read: its files hold more than a language model'
+    )
   inner = {
     **write_common(config),
     **write_rope(config.rope),
@@ -161,7 +180,12 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     }
   else:
     values |= inner
-  changed = different_function(config, read_config(values, family))
+  try:
+    changed = different_function(config, read_config(values, family))
+  except ValueError as error:
+    raise ValueError(
+      f'{family.name} has no words for this model: {error}'
+    ) from None
   if changed:
     shown = ', '.join(
       f'model.{name}={old!r}' for name, (old, _) in changed.items()
@@ -174,6 +198,8 @@ def choose_family(config: ModelConfig) -> Family:
   """The first that can describe a model; ValueError with all reasons."""
   reasons = []
   for family in FAMILIES:
+    if family.write is None:
+      continue
     try:
       write_config(config, family)
     except ValueError as error:

@@ -100,7 +100,7 @@ def load(
     check_fits(config, list(devices))
     abstract = flatten(abstract_parameters(config, mesh))
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
-    wanted = tensors(family.rows, config, shapes)
+    wanted = _listed(family, config, shapes, files)
     _check(wanted, files, family, ignore, say)
     arrays: dict[str, jax.Array] = {}
     # All layers of one parameter, or of those that share tensors, together.
@@ -109,6 +109,21 @@ def load(
       places = {leaf: abstract[leaf] for leaf in leaves}
       arrays |= _assemble(places, group, files)
   return config, unflatten(arrays)
+
+
+def _listed(
+  family: Family,
+  config: ModelConfig,
+  shapes: Mapping[str, Shape],
+  files: TensorFiles,
+) -> list[Tensor]:
+  """The tensors of that table of the family which the files follow best."""
+  tables = [
+    tensors(rows, config, shapes) for rows in (family.rows, *family.other_rows)
+  ]
+  return min(
+    tables, key=lambda table: sum(t.name not in files.shapes for t in table)
+  )
 
 
 def _check(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 from typing import NoReturn
 
+from gated_jax.config import LayerSpec
 from gated_jax.config import ModelConfig
 from gated_jax.config import RopeConfig
 
@@ -116,6 +117,11 @@ class Keys:
       self._refuse(key, f'a list of {kind.__name__}')
     return self.take(key, default)
 
+  def fill(self, key: str, other: str) -> None:
+    """Gives a key that is absent the value of another one."""
+    if self._peek(key) is None and other in self._left:
+      self._left[key] = self._left[other]
+
   def _peek(self, key: str) -> Any:
     return self._left.get(key)
 
@@ -147,6 +153,8 @@ def read_common(keys: Keys) -> dict[str, Any]:
   """Settings that every family spells alike."""
   for key, value in FIXED.items():
     keys.expect(key, value)
+  # Where all layers have experts there need not be an MLP's width.
+  keys.fill('intermediate_size', 'moe_intermediate_size')
   values = {ours: keys.integer(theirs) for theirs, ours in SAME.items()}
   return values | {
     'norm_eps': keys.number('rms_norm_eps'),
@@ -239,7 +247,11 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
 
 
 def read_layer_types(
-  keys: Keys, default: list[str], window: int | None, full: str = 'attention'
+  keys: Keys,
+  default: list[str],
+  window: int | None,
+  full: str = 'attention',
+  linear: str = '',
 ) -> list[str]:
   """The word of every layer, from a type for each.
 
@@ -248,6 +260,7 @@ def read_layer_types(
     default: The types where the key is absent; as long as there are layers.
     window: Of sliding layers; None: there may be none.
     full: The word of a layer that sees all tokens before it.
+    linear: Of linear attention; '': there may be none.
   """
   types = keys.sequence('layer_types', str, default)
   if len(types) != len(default):
@@ -259,6 +272,8 @@ def read_layer_types(
   if window is not None:
     sliding = f'attention:window={window}' if window else 'attention'
     words['sliding_attention'] = sliding
+  if linear:
+    words['linear_attention'] = linear
   for layer, kind in enumerate(types):
     if kind not in words:
       raise ValueError(
@@ -268,12 +283,16 @@ def read_layer_types(
   return [words[kind] for kind in types]
 
 
+def layer_type(layer: LayerSpec) -> str:
+  """The name of a type of layers."""
+  if layer.mixer == 'gated_deltanet':
+    return 'linear_attention'
+  return 'sliding_attention' if layer.window else 'full_attention'
+
+
 def write_layer_types(config: ModelConfig) -> dict[str, Any]:
   """A type for each layer, and one window, which reading back compares."""
-  windows = [layer.window for layer in config.layers]
   return {
-    'layer_types': [
-      'sliding_attention' if size else 'full_attention' for size in windows
-    ],
-    'sliding_window': max(windows) or None,
+    'layer_types': [layer_type(layer) for layer in config.layers],
+    'sliding_window': max(layer.window for layer in config.layers) or None,
   }

@@ -8,6 +8,8 @@ reading, writing and the expected shape are three views of the same row:
     inputs=0   stored as it is
     vector     a bias [rows], which is our [N, H] or [F] in one piece
     stack      that many first axes count matrices (experts), in both
+    filter     a weight [rows, 1, columns] of a convolution over each channel,
+               which is our filter [columns, ...] transposed
     groups     a weight or a bias that holds several of ours has its rows in
                that many groups, each of them [first | second]
 
@@ -18,6 +20,7 @@ Read `gated_jax/hf/families/rows.py` next.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,8 +40,8 @@ class Row(NamedTuple):
     theirs: Its name; {layer} and {expert} stand for numbers.
     ours: Paths of the parameters it holds, within the layer where it has
       one. It exists where the first of them does, and holds those that do.
-    inputs, stack, vector, groups: As above; groups is the name of a setting
-      of the model.
+    inputs, stack, vector, filter, groups: As above; groups is the name of a
+      setting of the model, dotted where it stands in a group.
   """
 
   theirs: str
@@ -47,6 +50,7 @@ class Row(NamedTuple):
   groups: str = ''
   stack: int = 0
   vector: bool = False
+  filter: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Tensor:
     """Theirs to ours: views of it, one for each leaf."""
     if not (self.row.inputs or self.row.vector):
       return [tensor]
+    if self.row.filter:
+      tensor = tensor.squeeze(-2)
     if not self.row.vector:
       tensor = tensor.swapaxes(-1, -2)
     rows = tensor.reshape(self._grouped())
@@ -97,9 +103,10 @@ class Tensor:
     joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-1)
     if self.row.vector:
       return joined.reshape(self.shape)
-    *stack, rows, columns = self.shape
-    joined = joined.reshape(*stack, columns, rows)
-    return np.ascontiguousarray(joined.swapaxes(-1, -2))
+    *before, columns = self.shape
+    stack, rows = before[: self.row.stack], math.prod(before[self.row.stack :])
+    joined = joined.reshape(*stack, columns, rows).swapaxes(-1, -2)
+    return np.ascontiguousarray(joined.reshape(self.shape))
 
 
 def _tensor(
@@ -125,7 +132,7 @@ def _tensor(
     at=index,
     parts=parts,
     row=row,
-    groups=getattr(config, row.groups) if row.groups else 1,
+    groups=operator.attrgetter(row.groups)(config) if row.groups else 1,
   )
 
 
@@ -138,7 +145,8 @@ def _their_shape(row: Row, parts: Sequence[Shape]) -> Shape:
   stack = parts[0][: row.stack]
   first = row.stack + row.inputs
   rows = sum(math.prod(part[first:]) for part in parts)
-  return (*stack, rows, math.prod(parts[0][row.stack : first]))
+  between = (1,) * row.filter
+  return (*stack, rows, *between, math.prod(parts[0][row.stack : first]))
 
 
 def tensors(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from gated_jax.config import DeltaConfig
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
@@ -38,7 +39,11 @@ QUARTER = RopeConfig(fraction=0.25)
 YARN = RopeConfig(
   base=1e6, scaling='yarn', factor=4.0, original_length=8, beta_fast=16.0
 )
+DELTA = DeltaConfig(2, 4, key_dim=8, value_dim=6)
 NEXT = {'norm_zero_centered': True, 'gate': GATE}
+SHARED = MoEConfig(
+  experts=4, top_k=2, width=24, shared_width=16, shared_gate=True
+)
 # Name of the case: family and model.
 CASES = {
   'qwen3': ('qwen3', plain()),
@@ -72,6 +77,36 @@ CASES = {
   'qwen3_next': ('qwen3_next', plain(**NEXT, rope=QUARTER)),
   'qwen3_next_whole': ('qwen3_next', plain(**NEXT, tie_embeddings=True)),
   'qwen3_5': ('qwen3_5', plain(**NEXT, rope=QUARTER, kv_heads=4)),
+  'qwen3_5_hybrid': (
+    'qwen3_5',
+    plain(
+      **NEXT,
+      rope=QUARTER,
+      delta=DELTA,
+      pattern=('gated_deltanet',) * 3 + ('attention',),
+    ),
+  ),
+  'qwen3_5_moe': (
+    'qwen3_5_moe',
+    plain(
+      **NEXT,
+      rope=QUARTER,
+      delta=DELTA,
+      pattern=('gated_deltanet+moe', 'attention+moe'),
+      moe=SHARED,
+    ),
+  ),
+  'qwen3_next_moe': (
+    'qwen3_next',
+    plain(
+      **NEXT,
+      rope=QUARTER,
+      delta=DELTA,
+      pattern=('gated_deltanet', 'gated_deltanet+moe', 'attention+moe'),
+      depth=6,
+      moe=dataclasses.replace(SHARED, normalize=False),
+    ),
+  ),
   'afmoe': (
     'afmoe',
     plain(

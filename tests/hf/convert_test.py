@@ -122,6 +122,74 @@ def test_shards_are_no_larger_than_asked_and_read_back(
   assert bits(back) == bits(params)
 
 
+def test_experts_in_one_tensor_are_read_as_those_apart(
+  cases, make_params, tmp_path
+):
+  family, config = cases['qwen3_5_moe']
+  params = make_params(config)
+  convert.save(tmp_path / 'apart', params, config, family)
+  tensors = load_file(tmp_path / 'apart/model.safetensors')
+  for layer in range(config.depth):
+    prefix = f'model.layers.{layer}.mlp.experts'
+    gate, up, down = (
+      np.stack(
+        [tensors.pop(f'{prefix}.{e}.{name}_proj.weight') for e in range(4)]
+      )
+      for name in ('gate', 'up', 'down')
+    )
+    tensors[f'{prefix}.gate_up_proj'] = np.concatenate([gate, up], axis=1)
+    tensors[f'{prefix}.down_proj'] = down
+  (tmp_path / 'fused').mkdir()
+  save_file(tensors, tmp_path / 'fused/model.safetensors')
+  text = (tmp_path / 'apart/config.json').read_text()
+  (tmp_path / 'fused/config.json').write_text(text)
+  _, back = convert.load(tmp_path / 'fused')
+  assert bits(back) == bits(params)
+  del tensors[f'{prefix}.down_proj']
+  save_file(tensors, tmp_path / 'fused/model.safetensors')
+  with pytest.raises(
+    ValueError, match=r'no tensor .*3\.mlp.experts.down_proj$'
+  ):
+    convert.load(tmp_path / 'fused')
+
+
+@pytest.mark.parametrize('name', ['qwen3_5_hybrid', 'qwen3_5_moe'])
+def test_the_published_form_is_read_without_its_other_parts(
+  name, cases, make_params, tmp_path
+):
+  family, config = cases[name]
+  params = make_params(config)
+  convert.save(tmp_path / 'text', params, config, family)
+  tensors = {
+    key.replace('model.', 'model.language_model.', 1): x
+    for key, x in load_file(tmp_path / 'text/model.safetensors').items()
+  }
+  for key in ('model.visual.merger.norm.bias', 'mtp.fc.weight', 'mtp.norm.x'):
+    tensors[key] = np.zeros(3, np.float32)
+  inner = json.loads((tmp_path / 'text/config.json').read_text())
+  values = {
+    'architectures': [inner.pop('architectures')[0]],
+    'model_type': inner['model_type'].removesuffix('_text'),
+    'text_config': inner | {'mtp_num_hidden_layers': 1},
+    'vision_config': {'depth': 27},
+    'image_token_id': 5,
+    'tie_word_embeddings': False,
+  }
+  (tmp_path / 'whole').mkdir()
+  save_file(tensors, tmp_path / 'whole/model.safetensors')
+  (tmp_path / 'whole/config.json').write_text(json.dumps(values))
+  lines = []
+  found, back = convert.load(tmp_path / 'whole', say=lines.append)
+  assert bits(back) == bits(params)
+  assert found.layers == config.layers
+  assert [line.rpartition(': ')[2] for line in sorted(lines)] == [
+    'model.visual.* (1)',
+    'mtp.* (2)',
+  ]
+  with pytest.raises(ValueError, match='is only read'):
+    convert.save(tmp_path / 'x', back, found, f'{family}_published')
+
+
 def test_one_tensor_at_a_time_is_read_and_once(
   cases, make_params, tmp_path, monkeypatch
 ):

@@ -11,6 +11,9 @@ from gated_jax.hf.families.qwen3 import GATED_QWEN3
 from gated_jax.hf.families.qwen3 import QWEN3
 from gated_jax.hf.families.qwen3 import QWEN3_MOE
 from gated_jax.hf.families.qwen3_next import QWEN3_5
+from gated_jax.hf.families.qwen3_next import QWEN3_5_MOE
+from gated_jax.hf.families.qwen3_next import QWEN3_5_MOE_PUBLISHED
+from gated_jax.hf.families.qwen3_next import QWEN3_5_PUBLISHED
 from gated_jax.hf.families.qwen3_next import QWEN3_NEXT
 
 FAMILIES: tuple[Family, ...] = (
@@ -18,6 +21,9 @@ FAMILIES: tuple[Family, ...] = (
   QWEN3_MOE,
   GATED_QWEN3,
   QWEN3_5,
+  QWEN3_5_MOE,
+  QWEN3_5_PUBLISHED,
+  QWEN3_5_MOE_PUBLISHED,
   QWEN3_NEXT,
   AFMOE,
 )

@@ -35,9 +35,11 @@ class Family:
   Attributes:
     name: On our command line.
     model_type, architecture: In config.json.
-    rows: Its tensors.
+    rows: Its tensors, as they are written.
+    other_rows: Tables that files may follow instead.
     read: From its own keys and the number of layers, settings of ours.
-    write: Its own keys.
+    write: Its own keys; None: files of this form hold more than a language
+      model, and are only read.
     fraction: partial_rotary_factor where config.json has none.
     inert: Keys of its own that change no logits.
     marks: Keys of which one tells it from another of the same architecture.
@@ -53,13 +55,14 @@ class Family:
   architecture: str
   rows: tuple[Row, ...]
   read: Callable[[Keys, int], dict[str, Any]]
-  write: Callable[[ModelConfig], dict[str, Any]]
+  write: Callable[[ModelConfig], dict[str, Any]] | None = None
   fraction: float = 1.0
   inert: frozenset[str] = frozenset()
   marks: frozenset[str] = frozenset()
   inside: str = ''
   around: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   aside: tuple[str, ...] = ()
+  other_rows: tuple[tuple[Row, ...], ...] = ()
 
 
 def interval(depth: int, every: int, kind: str) -> list[str]:

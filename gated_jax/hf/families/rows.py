@@ -62,6 +62,11 @@ EXPERTS = layer_rows(
     for theirs, ours in SWIGLU
   )
 )
+# The same with all experts of a layer in one tensor.
+FUSED_EXPERTS = layer_rows(
+  Row('mlp.experts.gate_up_proj', ('moe/gate_proj', 'moe/up'), stack=1),
+  Row('mlp.experts.down_proj', ('moe/down',), stack=1),
+)
 
 
 def renamed(rows: Iterable[Row], old: str, new: str) -> tuple[Row, ...]:
