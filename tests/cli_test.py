@@ -69,6 +69,9 @@ WRONG = [
   ('aot.kernels', ['--length=-1'], "--length: '-1' must be a positive number"),
   ('aot.attention', ['--gates=no'], '--gates=no must be of: none'),
   ('aot.layer', ['--target=tpu'], "--target: invalid choice: 'tpu'"),
+  ('data.__main__', ['look'], '--config is missing'),
+  ('data.__main__', ['look', '--rows=0'], "--rows: '0' must be a positive"),
+  ('data.__main__', ['tokenize', '--out=x', '--no'], 'arguments: --no'),
   ('aot.__main__', ['aot'], '--config is missing'),
   (
     'aot.__main__',
@@ -90,10 +93,9 @@ def test_no_command_answers_a_wrong_word_with_a_traceback(
   module, words, message, capsys, monkeypatch
 ):
   program = importlib.import_module(f'gated_jax.{module}')
-  if module == 'aot.__main__':
-    monkeypatch.setattr(jax.config, 'update', lambda *_: None)
-    monkeypatch.setattr(config_flag, 'FLAGS', fresh_flags())
-    monkeypatch.setattr(program, 'FLAGS', config_flag.FLAGS)
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  monkeypatch.setattr(config_flag, 'FLAGS', fresh_flags())
+  monkeypatch.setattr(program, 'FLAGS', config_flag.FLAGS, raising=False)
   assert program.main(words) == 2
   out, err = capsys.readouterr()
   assert out == '' and err.startswith('error: ') and err.count('\n') == 1

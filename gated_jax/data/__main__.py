@@ -1,12 +1,15 @@
-"""Prepares what a run reads.
+"""Prepares what a run reads, and shows it.
 
     python -m gated_jax.data tokenize --paths='text/*.txt' --out=tokens \\
       --train-tokenizer=16000
+    python -m gated_jax.data look --config=configs/smoke.py
 
 Commands:
     tokenize   text to token arrays, so that training need not tokenise
+    look       what a run would read: sources, documents, the first rows
 """
 
+import argparse
 import logging
 import os
 import sys
@@ -46,12 +49,25 @@ def parser() -> cli.Parser:
   )
   add('--max-document', type=int, default=Work.max_document, help='bytes')
   add('--workers', type=int, default=os.cpu_count() or 1, help='processes')
+  shown = commands.add_parser(
+    'look',
+    help='what a run would read',
+    epilog='--config=FILE and --config.name=value follow, as for train.py.',
+    allow_abbrev=False,
+  )
+  shown.add_argument('--tokens', type=int, default=0, help='at most; 0: all')
+  shown.add_argument('--rows', type=cli.count, default=2, help='to print')
   return top
 
 
 def run(argv: list[str]) -> None:
   """One command."""
-  values = vars(parser().parse_args(argv))
+  flags, words = parser().parse_known_args(argv)
+  if flags.command == 'look':
+    return show(flags, words)
+  if words:
+    raise ValueError(f'unrecognized arguments: {" ".join(words)}')
+  values = vars(flags)
   values.pop('command')
   work = Work(**values)
   counts = tokenize(work)
@@ -66,6 +82,18 @@ def run(argv: list[str]) -> None:
     f"--config.data.paths='{work.folder}/*.bin' "
     f'--config.data.tokenizer={work.folder if own else "bytes"}'
   )
+
+
+def show(flags: argparse.Namespace, words: list[str]) -> None:
+  """Prints what the run of a config would read."""
+  from gated_jax import config_flag
+  from gated_jax.data.look import look
+
+  if flags.tokens < 0:
+    raise ValueError(f'--tokens={flags.tokens} must be positive, or 0 for all')
+  config = config_flag.read(['look', *words], 'configs/smoke.py')
+  for line in look(config.data, config.model.vocab, flags.tokens, flags.rows):
+    print(line, flush=True)
 
 
 def main(argv: list[str]) -> int:

@@ -193,6 +193,20 @@ def make_pipeline(
       when it is read: `next` raises ValueError where no file is left to read,
       where a split has no documents, and for an id outside the vocabulary.
   """
+  view = make_view(config, split, shard, shards, vocab)
+  parts = config.parts()
+  sources = [make_source(part, view) for _, part in parts]
+  return Pipeline(sources, [weight for weight, _ in parts], view)
+
+
+def make_view(
+  config: DataConfig,
+  split: str,
+  shard: int = 0,
+  shards: int = 1,
+  vocab: int = 0,
+) -> View:
+  """One process's view of one split; arguments are those of `make_pipeline`."""
   if split not in ('train', 'validation'):
     raise ValueError(f"{split=} must be 'train' or 'validation'")
   if not 0 <= shard < shards:
@@ -204,9 +218,10 @@ def make_pipeline(
       f'data.batch={config.batch} must be a multiple of the {shards} processes'
     )
   tokenizer = make_tokenizer(config.tokenizer, config.special_tokens)
-  parts = config.parts()
-  text = any(part.source not in ('tokens', 'synthetic') for _, part in parts)
-  view = View(
+  text = any(
+    part.source not in ('tokens', 'synthetic') for _, part in config.parts()
+  )
+  return View(
     config,
     split,
     shard,
@@ -219,8 +234,6 @@ def make_pipeline(
     if text and tokenizer.name != 'bytes'
     else None,
   )
-  sources = [make_source(part, view) for _, part in parts]
-  return Pipeline(sources, [weight for weight, _ in parts], view)
 
 
 def _stop(

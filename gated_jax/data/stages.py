@@ -121,8 +121,17 @@ def make_source(part: DataConfig, view: View) -> Source:
   )
 
 
-def documents(part: DataConfig, source: Source, view: View) -> DocumentStream:
-  """The documents of the view's split, this process's own ones only."""
+def documents(
+  part: DataConfig, source: Source, view: View, once: bool = False
+) -> DocumentStream:
+  """The documents of the view's split, this process's own ones only.
+
+  Args:
+    part: the source's own settings.
+    source: what to read.
+    view: which split, and which process.
+    once: end after one epoch of training, too; held-out text always ends.
+  """
   total = len(source.units)
   what = part.paths or part.source
   if not total:
@@ -167,7 +176,9 @@ def documents(part: DataConfig, source: Source, view: View) -> DocumentStream:
     pool=view.pool,
     ahead=view.config.workers + 1 if view.pool else 0,
   )
-  return DocumentStream(source, Order(deal, 0 if train else 1), reading)
+  return DocumentStream(
+    source, Order(deal, 0 if train and not once else 1), reading
+  )
 
 
 def rows(part: DataConfig, documents: DocumentStream, view: View) -> RowStream:

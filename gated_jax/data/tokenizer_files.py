@@ -6,6 +6,7 @@ close a text, and whether one is put before it at all.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -92,6 +93,9 @@ class HuggingFaceTokenizer:
       raise ImportError(
         f'{path} needs the package tokenizers: pip install gated_jax[hf]'
       ) from error
+    # Threads that call the package would wait for each other's threads in it,
+    # and use half as much time again. Users can set it otherwise.
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception

@@ -66,6 +66,7 @@ class Loop:
     )
     self._trained = 0.0  # seconds of steps alone
     self._profiling = False
+    self._compared = False
     self._rows = sharding.batch_sharding(run.mesh)
     self._own = rows_of_process(
       self._rows, run.config.data.batch, run.config.data.length
@@ -184,6 +185,17 @@ class Loop:
       },
     }
 
+  def _compare_with_data(self, speed: float) -> None:
+    """Says, once, where reading is hardly faster than training, or slower."""
+    run = self.run
+    reading = run.data.tokens_per_second * self._own.parts
+    if not self._compared and 0 < reading < 2 * speed:
+      run.console.say(
+        f'data comes at {reading:,.0f} tokens/s where nothing waits for it, '
+        f'steps take {speed:,.0f}: docs/data.md says what makes it faster'
+      )
+    self._compared = True
+
   def _look(self) -> None:
     """Takes in the oldest step whose metrics the host has not seen."""
     run, config = self.run, self.run.config
@@ -202,6 +214,7 @@ class Loop:
     if step == config.steps or step % config.log_every == 0:
       values = {name: np.asarray(x).item() for name, x in metrics.items()}
       values |= self._rates(step)
+      self._compare_with_data(values['tokens_per_second'])
       run.metrics.write(step, values)
       run.console.show(step, config.steps, values)
 

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import numpy as np
 import pytest
 
 from gated_jax.training import metrics
+from gated_jax.training.loop import Loop
 
 # Together most of a minute or more; see CONTRIBUTING.md.
 pytestmark = pytest.mark.long
@@ -144,6 +146,21 @@ def test_a_run_ends_with_what_to_know_and_what_to_type(reference):
     for name in ('loss', 'sink', 'gate', 'activation', 'attention')
   }
   assert list(workdir.glob('profile/**/*.xplane.pb'))
+
+
+@pytest.mark.parametrize(('reading', 'lines'), [(150.0, 1), (201.0, 0), (0, 0)])
+def test_data_that_hardly_keeps_up_is_reported_once(reading, lines):
+  said = []
+  loop = Loop.__new__(Loop)
+  loop.run = types.SimpleNamespace(
+    data=types.SimpleNamespace(tokens_per_second=reading),
+    console=types.SimpleNamespace(say=said.append),
+  )
+  loop._own, loop._compared = types.SimpleNamespace(parts=1), False
+  for _ in range(3):
+    loop._compare_with_data(100.0)
+  assert len(said) == lines
+  assert all('150 tokens/s' in line and '100' in line for line in said)
 
 
 def test_what_it_says_to_type_can_be_typed(reference, tmp_path):
