@@ -59,6 +59,9 @@ class Mixer(Protocol):
   # True where a row may be split over devices. Its parts then come in the order
   # of `gated_jax/ops/attention/context.py`.
   splits_sequence: ClassVar[bool]
+  # True where a state passes from token to token and restarts with a document,
+  # so that rows have to say where documents begin.
+  restarts_by_document: ClassVar[bool]
 
   def __call__(
     self, x: Float[Array, 'B T D'], ctx: Context, state: State | None

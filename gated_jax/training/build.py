@@ -27,6 +27,7 @@ from gated_jax.data.pipeline import make_pipeline
 from gated_jax.evals.likelihood import target_bytes
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.decoder import Decoder
+from gated_jax.model.mixers import mixer_named
 from gated_jax.model.size import check_fits
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
@@ -102,6 +103,18 @@ def check_platform(config: ModelConfig, platform: str) -> None:
     moe.check_platform(config.moe.implementation, platform)
 
 
+def check_rows(config: RunConfig) -> None:
+  """ValueError where a layer needs to know what rows do not say."""
+  if config.data.rows != 'joined':
+    return
+  for layer in config.model.distinct_layers:
+    if mixer_named(layer.mixer).restarts_by_document:
+      raise ValueError(
+        f"data.rows='joined' does not say where documents begin, and the mixer "
+        f"{layer.mixer!r} restarts there: use data.rows='cut' or 'whole'"
+      )
+
+
 def check_memory(config: RunConfig, devices: Sequence[jax.Device]) -> None:
   """ValueError where a model or a batch needs more memory than there is."""
   check_fits(config.model, devices)
@@ -125,6 +138,7 @@ def build(
     CheckpointError: it holds checkpoints, and none of them can be read.
   """
   check_platform(config.model, jax.devices()[0].platform)
+  check_rows(config)
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   clock = Clock()
   shape = (config.data.batch, config.data.length)

@@ -41,6 +41,7 @@ class Average(nn.Module):
   config: ModelConfig
   layer: LayerSpec
   splits_sequence: ClassVar[bool] = False
+  restarts_by_document: ClassVar[bool] = True
 
   @nn.compact
   def __call__(self, x, ctx, state):

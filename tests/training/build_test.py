@@ -2,8 +2,10 @@
 
 import pytest
 
+from gated_jax.config import DataConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
+from gated_jax.config import RunConfig
 from gated_jax.training import build
 
 
@@ -51,3 +53,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
   (tmp_path / 'c' / 'checkpoints').write_text('')
   with pytest.raises(ValueError, match='c/checkpoints: File exists'):
     build.check_workdir(tmp_path / 'c')
+
+
+def test_a_state_that_restarts_by_document_needs_rows_that_say_where():
+  """Joined rows have no document numbers, so a state would leak."""
+  hybrid = ModelConfig(depth=2, pattern=('gated_deltanet', 'attention'))
+  for rows in ('cut', 'whole'):
+    build.check_rows(RunConfig(model=hybrid, data=DataConfig(rows=rows)))
+  joined = DataConfig(rows='joined')
+  build.check_rows(RunConfig(model=ModelConfig(), data=joined))
+  with pytest.raises(ValueError, match="mixer 'gated_deltanet' restarts there"):
+    build.check_rows(RunConfig(model=hybrid, data=joined))

@@ -49,6 +49,7 @@ class GatedDeltaNet(nn.Module):
   config: ModelConfig
   layer: LayerSpec
   splits_sequence: ClassVar[bool] = True
+  restarts_by_document: ClassVar[bool] = True
 
   @nn.compact
   def __call__(

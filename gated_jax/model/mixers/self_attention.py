@@ -22,6 +22,7 @@ class SelfAttention(nn.Module):
   config: ModelConfig
   layer: LayerSpec
   splits_sequence: ClassVar[bool] = True
+  restarts_by_document: ClassVar[bool] = False
 
   @nn.compact
   def __call__(
