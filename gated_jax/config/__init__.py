@@ -28,6 +28,7 @@ from gated_jax.config.run import MeshConfig
 from gated_jax.config.run import OptimizerConfig
 from gated_jax.config.run import RunConfig
 from gated_jax.config.stack import LayerSpec
+from gated_jax.config.stack import lead_and_pattern
 from gated_jax.config.stack import shortest_pattern
 from gated_jax.config.stack import word_of
 
@@ -46,6 +47,7 @@ __all__ = [
   'differences',
   'different_function',
   'from_dict',
+  'lead_and_pattern',
   'names_with',
   'override',
   'shortest_pattern',

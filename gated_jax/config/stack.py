@@ -192,6 +192,25 @@ def shortest_pattern(words: Sequence[str]) -> tuple[str, ...]:
   return words
 
 
+def lead_and_pattern(
+  words: Sequence[str],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """The fewest words of a lead and of a pattern after it that make all these.
+
+  The fewer there are, the fewer layers a compiler sees.
+  """
+  depth, words = len(words), tuple(words)
+  choices = []
+  for period in range(1, depth + 1):
+    lead = depth - period
+    while lead and words[lead - 1] == words[lead - 1 + period]:
+      lead -= 1
+    lead += (depth - lead) % period
+    choices.append((lead + period, lead, period))
+  _, lead, period = min(choices)
+  return words[:lead], words[lead : lead + period]
+
+
 def _rope(
   word: str, fields: dict[str, Any], rope: RopeConfig
 ) -> RopeConfig | None:

@@ -19,9 +19,9 @@ from gated_jax.hf.families import Family
 from gated_jax.hf.keys import INERT
 from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import read_common
-from gated_jax.hf.keys import read_rope
 from gated_jax.hf.keys import write_common
-from gated_jax.hf.keys import write_rope
+from gated_jax.hf.rope import read_rope
+from gated_jax.hf.rope import write_rope
 
 
 def family_named(name: str) -> Family:
@@ -56,7 +56,7 @@ def _language_keys(
 ) -> Keys:
   """The keys of the language model, which may stand inside `text_config`."""
   if not family.inside or 'text_config' not in values:
-    return Keys(values)
+    return Keys(_renamed(values, family))
   inner = values['text_config']
   if not isinstance(inner, dict):
     raise ValueError(
@@ -69,13 +69,20 @@ def _language_keys(
       raise ValueError(
         f'config.json has {key}={value!r}, and its text_config {inner[key]!r}'
       )
-  outer = {k: v for k, v in values.items() if k not in _OUTSIDE}
-  Keys(outer).finish({*INERT, *family.around, *ignore, 'text_config'})
-  return Keys(both | {k: v for k, v in inner.items() if v is not None}, _INSIDE)
+  outer = Keys({k: v for k, v in values.items() if k not in _OUTSIDE})
+  outer.finish({*INERT, *family.around, *ignore, 'text_config'})
+  stated = {k: v for k, v in inner.items() if v is not None}
+  keys = Keys(_renamed(both | stated, family), 'text_config of config.json')
+  keys.refused = outer.refused
+  return keys
+
+
+def _renamed(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+  """The values, older names of keys replaced by those that are read."""
+  return {family.aliases.get(key, key): value for key, value in values.items()}
 
 
 _OUTSIDE = ('tie_word_embeddings', 'dtype', 'torch_dtype')
-_INSIDE = 'text_config of config.json'
 
 
 def read_config(
@@ -98,26 +105,47 @@ def read_config(
       decoder cannot compute.
   """
   keys = _language_keys(values, family, ignore)
-  common = read_common(keys)
-  if shapes is not None:
-    _check_sizes({'num_hidden_layers': common['depth']}, len(shapes))
-  common['rope'] = read_rope(keys, common['length'], family.fraction)
-  common |= family.read(keys, common['depth'])
-  keys.finish({*INERT, *family.inert, *ignore})
-  config = from_dict(common, ModelConfig(), 'model.')
-  if shapes is not None:
-    axes = (axis for shape in shapes if math.prod(shape) for axis in shape)
-    most = max(axes, default=0)
-    if config.has_experts:
-      experts = {'num_experts': config.moe.experts}
-      _check_sizes(experts, max(len(shapes), most))
-    _check_sizes(_axes(config), most)
-  if family.fraction == 1 and config.rope.fraction != 1:
-    raise ValueError(
-      f'config.json has partial_rotary_factor={config.rope.fraction}, which '
-      f'{family.architecture} does not read'
-    )
+  try:
+    settings = _read_settings(keys, family, shapes)
+    keys.finish({*INERT, *family.inert, *ignore})
+    config = from_dict(settings, ModelConfig(), 'model.')
+    if shapes is not None:
+      axes = (axis for shape in shapes if math.prod(shape) for axis in shape)
+      most = max(axes, default=0)
+      if config.has_experts:
+        experts = {'num_experts': config.moe.experts}
+        _check_sizes(experts, max(len(shapes), most))
+      _check_sizes(_axes(config), most)
+  except ValueError as error:
+    # What stops the reading comes first; what it had refused before, after it.
+    raise ValueError('; '.join([str(error), *keys.refused])) from None
+  if keys.refused:
+    raise ValueError('; '.join(keys.refused))
   return config
+
+
+def _read_settings(
+  keys: Keys, family: Family, shapes: Collection[Sequence[int]] | None
+) -> dict[str, Any]:
+  """Settings as plain values; what is refused stands in `keys` afterwards."""
+  outside, keys.refused = keys.refused, []
+  settings = read_common(keys, family.inert)
+  depth, length = settings['depth'], settings['length']
+  if shapes is not None:
+    _check_sizes({'num_hidden_layers': depth}, len(shapes))
+  if not family.rope_by_type:
+    rope = read_rope(keys, length, family.fraction)
+    settings['rope'] = rope
+    if family.fraction == 1 and rope.get('fraction', 1) != 1:
+      keys.refuse(
+        f' has partial_rotary_factor={rope["fraction"]}, which '
+        f'{family.architecture} does not read'
+      )
+  # What a family refuses weighs more than what all of them do.
+  common, keys.refused = keys.refused, []
+  settings |= family.read(keys, depth)
+  keys.refused += common + outside
+  return settings
 
 
 def _axes(config: ModelConfig) -> dict[str, int]:
@@ -163,11 +191,11 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     )
   inner = {
     **write_common(config),
-    **write_rope(config.rope),
+    **({} if family.rope_by_type else write_rope(config.rope)),
     **family.write(config),
   }
-  if family.fraction == 1:
-    del inner['partial_rotary_factor']  # a class that does not read it
+  if family.fraction == 1:  # a class that does not read it
+    inner.pop('partial_rotary_factor', None)
   values: dict[str, Any] = {
     'architectures': [family.architecture],
     'model_type': family.model_type,

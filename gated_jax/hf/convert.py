@@ -101,7 +101,15 @@ def load(
     abstract = flatten(abstract_parameters(config, mesh))
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
     wanted = _listed(family, config, shapes, files)
-    _check(wanted, files, family, ignore, say)
+    after = range(config.depth, config.depth + _LAYERS_AFTER)
+    aside = [
+      *family.aside,
+      *(p.format(layer=layer) for p in family.after for layer in after),
+      *ignore,
+      '*.inv_freq',
+    ]
+    for line in _check(wanted, files, family, aside):
+      say(line)
     arrays: dict[str, jax.Array] = {}
     # All layers of one parameter, or of those that share tensors, together.
     wanted.sort(key=lambda tensor: tensor.leaves)
@@ -130,10 +138,19 @@ def _check(
   wanted: Iterable[Tensor],
   files: TensorFiles,
   family: Family,
-  ignore: Sequence[str],
-  say: Callable[[str], object],
-) -> None:
-  """The files hold what the table names, in these shapes, and nothing else."""
+  aside: Sequence[str],
+) -> list[str]:
+  """The files hold what the table names, in these shapes, and nothing else.
+
+  Args:
+    wanted: What the table names.
+    files: Of the folder.
+    family: Of the model.
+    aside: Patterns of tensors that need no place in the model.
+
+  Returns:
+    What is set aside, in lines.
+  """
   shapes = {tensor.name: tensor.shape for tensor in wanted}
   wrong = []
   for name, shape in shapes.items():
@@ -146,7 +163,7 @@ def _check(
       )
   passed: dict[str, int] = {}
   for name in sorted(set(files.shapes) - set(shapes)):
-    pattern = _first_match(name, (*family.aside, *ignore, '*.inv_freq'))
+    pattern = _first_match(name, aside)
     if pattern:
       passed[pattern] = passed.get(pattern, 0) + 1
     elif not _is_tied(name, files, family):
@@ -158,11 +175,14 @@ def _check(
     rest = f'; and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
     shown = '; '.join(wrong[:_SHOWN])
     raise ValueError(f'{files.folder}: {shown}{rest}')
-  for pattern, count in passed.items():
-    say(f'set aside, as no logits of text depend on it: {pattern} ({count})')
+  return [
+    f'set aside, as no logits of text depend on it: {pattern} ({count})'
+    for pattern, count in passed.items()
+  ]
 
 
 _SHOWN = 5  # tensors that one message names
+_LAYERS_AFTER = 16  # numbers of layers after the last one that a file may have
 
 
 def _first_match(name: str, patterns: Iterable[str]) -> str:

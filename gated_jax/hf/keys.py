@@ -14,7 +14,6 @@ from typing import NoReturn
 
 from gated_jax.config import LayerSpec
 from gated_jax.config import ModelConfig
-from gated_jax.config import RopeConfig
 
 # Their key to our setting, where the value is the same.
 SAME = {
@@ -31,7 +30,6 @@ LARGEST = 2**31 - 1  # devices count in int32
 # Keys with the only value that the decoder computes; absent means that too.
 FIXED = {
   'hidden_act': 'silu',
-  'attention_bias': False,
   'attention_dropout': 0.0,
   'is_encoder_decoder': False,
   'quantization_config': None,
@@ -58,16 +56,22 @@ INERT = {
   'label2id',
   'problem_type',
 }
-# Those of rope_parameters; of three equal positions (text) a mixture is one.
-_ROPE_INERT = {'mrope_section', 'mrope_interleaved'}
 
 
 class Keys:
-  """A config.json whose keys are taken one by one, so that none is missed."""
+  """A config.json whose keys are taken one by one, so that none is missed.
+
+  Attributes:
+    taken: Keys that were taken so far.
+    refused: What the decoder cannot compute, each in words, so that all of it
+      can be said at once.
+    where: What is read, in words.
+  """
 
   def __init__(self, values: Mapping[str, Any], where: str = 'config.json'):
     self._left = dict(values)
-    self.taken: dict[str, Any] = {}  # keys that were taken so far
+    self.taken: dict[str, Any] = {}
+    self.refused: list[str] = []
     self.where = where
 
   def take(self, key: str, *default: Any) -> Any:
@@ -82,7 +86,7 @@ class Keys:
 
   def integer(self, key: str, *default: Any, least: int = 1) -> Any:
     """An integer of at least `least`; a default may be of any type."""
-    value = self._peek(key)
+    value = self.peek(key)
     if value is not None and not (
       type(value) is int and least <= value <= LARGEST
     ):
@@ -91,7 +95,7 @@ class Keys:
 
   def number(self, key: str, *default: Any) -> Any:
     """A finite number, as a float; a default may be of any type."""
-    value = self._peek(key)
+    value = self.peek(key)
     if value is None:
       return self.take(key, *default)
     try:
@@ -104,13 +108,13 @@ class Keys:
 
   def flag(self, key: str, default: bool) -> bool:
     """True or false."""
-    if not isinstance(self._peek(key), bool | None):
+    if not isinstance(self.peek(key), bool | None):
       self._refuse(key, 'true or false')
     return self.take(key, default)
 
   def sequence(self, key: str, kind: type, default: list[Any]) -> list[Any]:
     """A list of values of one type."""
-    value = self._peek(key)
+    value = self.peek(key)
     if value is not None and not (
       isinstance(value, list) and all(type(item) is kind for item in value)
     ):
@@ -119,44 +123,82 @@ class Keys:
 
   def fill(self, key: str, other: str) -> None:
     """Gives a key that is absent the value of another one."""
-    if self._peek(key) is None and other in self._left:
+    if self.peek(key) is None and other in self._left:
       self._left[key] = self._left[other]
 
-  def _peek(self, key: str) -> Any:
+  def numbers(self, key: str, default: list[float]) -> list[float]:
+    """A list of finite numbers, as floats; a null in it is zero."""
+    value = self.peek(key)
+    if value is None:
+      return self.take(key, default)
+    plain = isinstance(value, list) and all(
+      item is None or (type(item) in (int, float) and abs(item) <= LARGEST)
+      for item in value
+    )
+    if not plain:
+      self._refuse(key, 'a list of finite numbers')
+    return [float(item or 0) for item in self.take(key)]
+
+  def inner(self, key: str) -> 'Keys':
+    """The keys of an object inside; none where it is absent."""
+    value = self.peek(key)
+    if not isinstance(value, dict | None):
+      self._refuse(key, 'an object')
+    return Keys(self.take(key, {}), f'{key} of {self.where}')
+
+  def rest(self) -> dict[str, Any]:
+    """What nobody has taken."""
+    return dict(self._left)
+
+  def peek(self, key: str) -> Any:
+    """The value of a key, which is not taken; None where it is absent."""
     return self._left.get(key)
 
   def _refuse(self, key: str, expected: str) -> NoReturn:
-    value = reprlib.repr(self._peek(key))
+    value = reprlib.repr(self.peek(key))
     raise ValueError(f'{self.where} has {key}={value}, which is not {expected}')
 
   def expect(self, key: str, value: Any, why: str = '') -> None:
-    """ValueError where a key says anything else; absent says the same."""
+    """Refuses a key that says anything else; absent says the same."""
     taken = self.take(key, value)
     if taken != value:
       reason = f': {why}' if why else ''
-      raise ValueError(
+      self.refused.append(
         f'{self.where} has {key}={reprlib.repr(taken)}, and the decoder only '
         f'{value!r}{reason}'
       )
 
+  def refuse(self, reason: str) -> None:
+    """Notes what the decoder cannot compute, in words."""
+    self.refused.append(f'{self.where}{reason}')
+
   def finish(self, inert: Collection[str]) -> None:
-    """ValueError for what nobody took."""
+    """Refuses what nobody took."""
     for key, value in self._left.items():
       if key not in inert and value is not None:
-        raise ValueError(
+        self.refused.append(
           f'{self.where} has {key}={reprlib.repr(value)}, which is not known '
           f'here; if it changes no logits, name it with --ignore={key}'
         )
 
 
-def read_common(keys: Keys) -> dict[str, Any]:
-  """Settings that every family spells alike."""
+def read_common(keys: Keys, inert: Collection[str]) -> dict[str, Any]:
+  """Settings that every family spells alike.
+
+  Args:
+    keys: Of config.json.
+    inert: Keys that the family does not read.
+  """
   for key, value in FIXED.items():
-    keys.expect(key, value)
+    if key not in inert:
+      keys.expect(key, value)
   # Where all layers have experts there need not be an MLP's width.
   keys.fill('intermediate_size', 'moe_intermediate_size')
   values = {ours: keys.integer(theirs) for theirs, ours in SAME.items()}
+  biases = keys.flag('attention_bias', False)
   return values | {
+    'qkv_bias': biases,
+    'out_bias': biases,
     'norm_eps': keys.number('rms_norm_eps'),
     'tie_embeddings': keys.flag('tie_word_embeddings', False),
     'init_std': keys.number('initializer_range', 0.02),
@@ -172,78 +214,10 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
     'tie_word_embeddings': config.tie_embeddings,
     'initializer_range': config.init_std,
     'hidden_act': 'silu',
-    'attention_bias': False,
+    'attention_bias': config.qkv_bias,
     'attention_dropout': 0.0,
     'use_cache': True,
   }
-
-
-def read_rope(keys: Keys, length: int, fraction: float) -> dict[str, Any]:
-  """The rotary settings, from rope_parameters or the older pair of keys.
-
-  Args:
-    keys: Of config.json.
-    length: max_position_embeddings.
-    fraction: partial_rotary_factor where it is absent.
-  """
-  # Where both are there, the classes of transformers let rope_scaling win.
-  scaling, inside = (
-    keys.take('rope_scaling', {}),
-    keys.take('rope_parameters', {}),
-  )
-  if not isinstance(scaling, dict) or not isinstance(inside, dict):
-    raise ValueError(f'{keys.where}: rope parameters are no object')
-  rope = Keys(scaling or inside, f'rope parameters of {keys.where}')
-  outer = keys.number('rope_theta', None)
-  fraction = keys.number('partial_rotary_factor', fraction)
-  kind = rope.take('rope_type', rope.take('type', 'default'))
-  values = {
-    'base': rope.number('rope_theta', *([] if outer is None else [outer])),
-    'fraction': rope.number('partial_rotary_factor', fraction),
-    'scaling': 'none' if kind == 'default' else kind,
-  }
-  if kind == 'yarn':
-    original = rope.integer('original_max_position_embeddings', length)
-    values |= {
-      'original_length': original,
-      'factor': rope.number('factor', length / original),
-      'truncate': rope.flag('truncate', True),
-    }
-    for key in ('beta_fast', 'beta_slow', *_YARN_OPTIONAL):
-      values[key] = rope.number(key, getattr(RopeConfig(), key))
-  elif kind == 'linear':
-    values['factor'] = rope.number('factor')
-  elif kind != 'default':
-    raise ValueError(
-      f'{rope.where} are of rope_type {reprlib.repr(kind)}, and the decoder '
-      'has default, linear and yarn'
-    )
-  rope.finish(_ROPE_INERT)
-  return values
-
-
-_YARN_OPTIONAL = ('attention_factor', 'mscale', 'mscale_all_dim')
-
-
-def write_rope(rope: RopeConfig) -> dict[str, Any]:
-  """The older spelling, which newer software reads as well."""
-  values: dict[str, Any] = {
-    'rope_theta': rope.base,
-    'partial_rotary_factor': rope.fraction,
-    'rope_scaling': None,
-  }
-  if rope.scaling == 'none':
-    return values
-  scaling: dict[str, Any] = {'rope_type': rope.scaling, 'factor': rope.factor}
-  if rope.scaling == 'yarn':
-    scaling |= {
-      'original_max_position_embeddings': rope.original_length,
-      'beta_fast': rope.beta_fast,
-      'beta_slow': rope.beta_slow,
-      'truncate': rope.truncate,
-    }
-    scaling |= {k: getattr(rope, k) for k in _YARN_OPTIONAL if getattr(rope, k)}
-  return values | {'rope_scaling': scaling}
 
 
 def read_layer_types(
@@ -262,25 +236,47 @@ def read_layer_types(
     full: The word of a layer that sees all tokens before it.
     linear: Of linear attention; '': there may be none.
   """
-  types = keys.sequence('layer_types', str, default)
-  if len(types) != len(default):
-    raise ValueError(
-      f'{keys.where} has {len(types)} layer_types for '
-      f'num_hidden_layers={len(default)}'
-    )
   words = {'full_attention': full}
   if window is not None:
     sliding = f'attention:window={window}' if window else 'attention'
     words['sliding_attention'] = sliding
   if linear:
     words['linear_attention'] = linear
-  for layer, kind in enumerate(types):
-    if kind not in words:
-      raise ValueError(
-        f'{keys.where}: layer {layer} is {reprlib.repr(kind)}, and the decoder '
-        f'has {" and ".join(words)} here'
-      )
+  types = read_types(keys, 'layer_types', default, words)
   return [words[kind] for kind in types]
+
+
+def read_types(
+  keys: Keys,
+  key: str,
+  default: list[str],
+  known: Collection[str],
+  beyond: int = 0,
+) -> list[str]:
+  """A type for each layer; those not known are refused, and the first known.
+
+  Args:
+    keys: Of config.json.
+    key: That has them.
+    default: The types where it is absent; as long as there are layers.
+    known: What they may be.
+    beyond: How many more there may be at the end, which are passed over.
+  """
+  types, depth = keys.sequence(key, str, default), len(default)
+  types = types[:depth] if len(types) == depth + beyond else types
+  if len(types) != depth:
+    raise ValueError(
+      f'{keys.where} has {len(types)} {key} for num_hidden_layers={depth}'
+    )
+  for layer, kind in enumerate(types):
+    if kind not in known:
+      keys.refuse(
+        f': layer {layer} is {reprlib.repr(kind)}, and the decoder has '
+        f'{" and ".join(known)} here'
+      )
+      break
+  first = next(iter(known))
+  return [kind if kind in known else first for kind in types]
 
 
 def layer_type(layer: LayerSpec) -> str:

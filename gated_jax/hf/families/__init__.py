@@ -7,6 +7,8 @@ on export.
 
 from gated_jax.hf.families.afmoe import AFMOE
 from gated_jax.hf.families.family import Family
+from gated_jax.hf.families.laguna import LAGUNA
+from gated_jax.hf.families.muse import MUSE_GLIMMER
 from gated_jax.hf.families.qwen3 import GATED_QWEN3
 from gated_jax.hf.families.qwen3 import QWEN3
 from gated_jax.hf.families.qwen3 import QWEN3_MOE
@@ -15,6 +17,7 @@ from gated_jax.hf.families.qwen3_next import QWEN3_5_MOE
 from gated_jax.hf.families.qwen3_next import QWEN3_5_MOE_PUBLISHED
 from gated_jax.hf.families.qwen3_next import QWEN3_5_PUBLISHED
 from gated_jax.hf.families.qwen3_next import QWEN3_NEXT
+from gated_jax.hf.families.step import STEP
 
 FAMILIES: tuple[Family, ...] = (
   QWEN3,
@@ -26,4 +29,7 @@ FAMILIES: tuple[Family, ...] = (
   QWEN3_5_MOE_PUBLISHED,
   QWEN3_NEXT,
   AFMOE,
+  MUSE_GLIMMER,
+  LAGUNA,
+  STEP,
 )

@@ -19,6 +19,7 @@ from gated_jax.hf.families.rows import PLAIN_QUERY
 from gated_jax.hf.families.rows import SANDWICH_NORM
 from gated_jax.hf.families.rows import SEPARATE_GATE
 from gated_jax.hf.families.rows import layer_rows
+from gated_jax.hf.families.rows import shared_expert
 from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import read_layer_types
 from gated_jax.hf.keys import write_layer_types
@@ -33,12 +34,8 @@ _ROWS = (
   *layer_rows(
     Row('mlp.router.gate.weight', ('moe/router/kernel',)),
     Row('mlp.expert_bias', ('moe/router/bias',), inputs=0),
-    Row(
-      'mlp.shared_experts.gate_proj.weight', ('moe/shared/gate_proj/kernel',)
-    ),
-    Row('mlp.shared_experts.up_proj.weight', ('moe/shared/up/kernel',)),
-    Row('mlp.shared_experts.down_proj.weight', ('moe/shared/down/kernel',)),
   ),
+  *shared_expert('mlp.shared_experts'),
   *EXPERTS,
 )
 # Groups of experts, and settings of training, that the class does not read.

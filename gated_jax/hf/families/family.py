@@ -6,9 +6,16 @@ Read `gated_jax/hf/config.py` next, which reads and writes a config.json by it.
 import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
+from gated_jax.config import LayerSpec
 from gated_jax.config import ModelConfig
+from gated_jax.config import MoEConfig
+from gated_jax.config import RopeConfig
+from gated_jax.config import lead_and_pattern
+from gated_jax.config import word_of
+from gated_jax.hf.keys import SAME
 from gated_jax.hf.keys import Keys
 from gated_jax.hf.names import Row
 
@@ -48,6 +55,12 @@ class Family:
     around: What else stands at the top then. Its values are written and are
       not read: they belong to parts that are no language model.
     aside: Patterns of the names of tensors that no logits of text depend on.
+    after: The same, with {layer} for a layer beyond the last one.
+    aliases: Older names of keys, each with the one that `read` knows.
+    rope_by_type: Types of layers have their own rotary embeddings, which
+      `read` and `write` deal with.
+    about: What is in such models, for a reader.
+    limits: What is set aside or refused, and why, for a reader.
   """
 
   name: str
@@ -63,6 +76,11 @@ class Family:
   around: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   aside: tuple[str, ...] = ()
   other_rows: tuple[tuple[Row, ...], ...] = ()
+  after: tuple[str, ...] = ()
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  rope_by_type: bool = False
+  about: str = ''
+  limits: str = ''
 
 
 def interval(depth: int, every: int, kind: str) -> list[str]:
@@ -70,3 +88,49 @@ def interval(depth: int, every: int, kind: str) -> list[str]:
   return [
     kind if (layer + 1) % every else 'full_attention' for layer in range(depth)
   ]
+
+
+def experts_by_scores(keys: Keys, **names: Any) -> dict[str, Any]:
+  """Settings of experts that sigmoid scores and a trained bias choose.
+
+  Args:
+    keys: Of config.json.
+    **names: What the family adds to them.
+  """
+  return {
+    'experts': keys.integer('num_experts'),
+    'top_k': keys.integer('num_experts_per_tok'),
+    'width': keys.integer('moe_intermediate_size'),
+    'score': 'sigmoid',
+    'bias': True,
+    **names,
+  }
+
+
+def in_words(
+  keys: Keys, layers: Sequence[LayerSpec], rope: RopeConfig, moe: dict[str, Any]
+) -> dict[str, Any]:
+  """Settings that make these layers, in the fewest words.
+
+  Args:
+    keys: Of config.json, of which the common ones are taken.
+    layers: All of them.
+    rope: The model's; words make those of the layers from it.
+    moe: Settings of the experts of those layers that have some.
+  """
+  sizes = {ours: keys.taken[theirs] for theirs, ours in SAME.items()}
+  plain = ModelConfig(
+    **{**sizes, 'depth': 1},
+    pattern=('attention+moe',),
+    rope=rope,
+    moe=MoEConfig(**moe),
+  )
+  words = [word_of(layer, plain) for layer in layers]
+  lead, pattern = lead_and_pattern(words)
+  sparse = any(layer.ffn == 'moe' for layer in layers)
+  return {
+    'lead': lead,
+    'pattern': pattern,
+    'rope': dataclasses.asdict(rope),
+    **({'moe': moe} if sparse else {}),
+  }

@@ -7,14 +7,15 @@ the queries of a group, then their gates.
 from typing import Any
 
 from gated_jax.config import ModelConfig
+from gated_jax.config import lead_and_pattern
 from gated_jax.config import shortest_pattern
 from gated_jax.hf.families.family import Family
 from gated_jax.hf.families.rows import COMMON
 from gated_jax.hf.families.rows import EXPERTS
-from gated_jax.hf.families.rows import FUSED_QUERY
 from gated_jax.hf.families.rows import MLP
 from gated_jax.hf.families.rows import PLAIN_QUERY
 from gated_jax.hf.families.rows import PRE_NORM
+from gated_jax.hf.families.rows import fused_query
 from gated_jax.hf.families.rows import layer_rows
 from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import read_layer_types
@@ -26,12 +27,13 @@ _SPARSE = (
   *COMMON,
   *PLAIN_QUERY,
   *PRE_NORM,
+  *MLP,
   *layer_rows(Row('mlp.gate.weight', ('moe/router/kernel',))),
   *EXPERTS,
 )
 _GATED = (
   *COMMON,
-  *layer_rows(FUSED_QUERY._replace(groups='kv_heads')),
+  *fused_query('kv_heads'),
   *PRE_NORM,
   *MLP,
 )
@@ -62,7 +64,6 @@ def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gated_qwen3(keys: Keys, depth: int) -> dict[str, Any]:
-  keys.expect('qkv_bias', False)
   flags = {
     kind: keys.flag(f'{kind}_attn_output_gate', False)
     for kind in ('elementwise', 'headwise')
@@ -74,16 +75,23 @@ def _read_gated_qwen3(keys: Keys, depth: int) -> dict[str, Any]:
     )
   values = _read_qwen3(keys, depth)
   values['qk_norm'] = keys.flag('use_qk_norm', True)
+  # Their code reads this key, their class of settings has the other one.
+  biases = keys.flag('qkv_bias', keys.taken['attention_bias'])
+  values |= {'qkv_bias': biases, 'out_bias': biases}
   for kind, gated in flags.items():
     if gated:
-      values['gate'] = {'position': 'sdpa_output', 'granularity': kind}
+      values['gate'] = {
+        'position': 'sdpa_output',
+        'granularity': kind,
+        'bias': biases,
+      }
   return values
 
 
 def _write_gated_qwen3(config: ModelConfig) -> dict[str, Any]:
   kind = config.gate.granularity if config.gate.position != 'none' else ''
   return _write_qwen3(config) | {
-    'qkv_bias': False,
+    'qkv_bias': config.qkv_bias,
     'use_qk_norm': config.qk_norm,
     'elementwise_attn_output_gate': kind == 'elementwise',
     'headwise_attn_output_gate': kind == 'headwise',
@@ -91,32 +99,39 @@ def _write_gated_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_moe(keys: Keys, depth: int) -> dict[str, Any]:
-  keys.expect('decoder_sparse_step', 1, 'every layer has experts, or none')
-  keys.expect('mlp_only_layers', [], 'every layer has experts, or none')
+  every = keys.integer('decoder_sparse_step', 1)
+  dense = set(keys.sequence('mlp_only_layers', int, []))
   sliding = keys.flag('use_sliding_window', False)
   window = keys.integer('sliding_window', 0, least=0)
-  sees = f':window={window}' if sliding and window else ''
+  word = f'attention:window={window}' if sliding and window else 'attention'
+  sparse = [
+    layer not in dense and (layer + 1) % every == 0 for layer in range(depth)
+  ]
+  words = [f'{word}+moe' if experts else word for experts in sparse]
+  lead, pattern = lead_and_pattern(words)
   # Newer versions of transformers write the second name.
   other = keys.integer('num_local_experts', None)
+  moe = {
+    'experts': keys.integer('num_experts', *([] if other is None else [other])),
+    'top_k': keys.integer('num_experts_per_tok'),
+    'width': keys.integer('moe_intermediate_size'),
+    'normalize': keys.flag('norm_topk_prob', False),
+    'balance_loss': keys.number('router_aux_loss_coef', 0.001),
+  }
   return {
-    'pattern': (f'attention{sees}+moe',),
+    'lead': lead,
+    'pattern': pattern,
     'gate': {'position': 'none'},
-    'moe': {
-      'experts': keys.integer(
-        'num_experts', *([] if other is None else [other])
-      ),
-      'top_k': keys.integer('num_experts_per_tok'),
-      'width': keys.integer('moe_intermediate_size'),
-      'normalize': keys.flag('norm_topk_prob', False),
-      'balance_loss': keys.number('router_aux_loss_coef', 0.001),
-    },
+    **({'moe': moe} if any(sparse) else {}),
   }
 
 
 def _write_moe(config: ModelConfig) -> dict[str, Any]:
   return {
     'decoder_sparse_step': 1,
-    'mlp_only_layers': [],
+    'mlp_only_layers': [
+      number for number, layer in enumerate(config.layers) if layer.ffn == 'mlp'
+    ],
     'num_experts': config.moe.experts,
     'num_experts_per_tok': config.moe.top_k,
     'moe_intermediate_size': config.moe.width,

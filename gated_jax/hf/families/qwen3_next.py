@@ -18,12 +18,12 @@ from gated_jax.hf.families.family import interval
 from gated_jax.hf.families.rows import COMMON
 from gated_jax.hf.families.rows import EXPERTS
 from gated_jax.hf.families.rows import FUSED_EXPERTS
-from gated_jax.hf.families.rows import FUSED_QUERY
 from gated_jax.hf.families.rows import MLP
 from gated_jax.hf.families.rows import PRE_NORM
-from gated_jax.hf.families.rows import SWIGLU
+from gated_jax.hf.families.rows import fused_query
 from gated_jax.hf.families.rows import layer_rows
 from gated_jax.hf.families.rows import renamed
+from gated_jax.hf.families.rows import shared_expert
 from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import read_layer_types
 from gated_jax.hf.keys import write_layer_types
@@ -61,18 +61,15 @@ _APART = layer_rows(
 )
 _LAYERS = (
   *COMMON,
-  *layer_rows(FUSED_QUERY._replace(groups='heads')),
+  *fused_query('heads'),
   *PRE_NORM,
   *MLP,
   *_DELTA,
   *layer_rows(
     Row('mlp.gate.weight', ('moe/router/kernel',)),
     Row('mlp.shared_expert_gate.weight', ('moe/shared_gate/kernel',)),
-    *(
-      Row(f'mlp.shared_expert.{theirs}.weight', (f'moe/shared/{ours}/kernel',))
-      for theirs, ours in SWIGLU
-    ),
   ),
+  *shared_expert('mlp.shared_expert'),
 )
 _INNER = ('model.', 'model.language_model.')
 
@@ -81,9 +78,9 @@ def _read_delta(keys: Keys) -> dict[str, Any]:
   """Sizes of DeltaNet; its gate has another name than attention's."""
   kind = keys.take('output_gate_type', 'silu')
   if kind not in ('silu', 'swish'):
-    raise ValueError(
-      f'{keys.where} has output_gate_type={kind!r}, and the gate of linear '
-      'attention is swish in this family'
+    keys.refuse(
+      f' has output_gate_type={kind!r}, and the gate of linear attention is '
+      'swish in this family'
     )
   return {
     'key_heads': keys.integer('linear_num_key_heads', 16),
@@ -107,7 +104,10 @@ def _read_hybrid(
   return {
     'pattern': shortest_pattern(words),
     'norm_zero_centered': True,
-    'gate': {'position': 'sdpa_output'},
+    'gate': {
+      'position': 'sdpa_output',
+      'bias': keys.taken['attention_bias'],
+    },
     'delta': _read_delta(keys),
   }
 

@@ -15,6 +15,29 @@ def layer_rows(*rows: Row) -> tuple[Row, ...]:
   )
 
 
+def fused_query(groups: str) -> tuple[Row, ...]:
+  """Queries and gates in one tensor, by a setting that counts its groups."""
+  both = ('attention/query', 'attention/gate')
+  weights = tuple(f'{name}/kernel' for name in both)
+  biases = tuple(f'{name}/bias' for name in both)
+  return layer_rows(
+    Row('self_attn.q_proj.weight', weights, groups=groups),
+    Row('self_attn.q_proj.bias', biases, groups=groups, vector=True),
+  )
+
+
+def shared_expert(name: str) -> tuple[Row, ...]:
+  """The matrices of an expert that every token takes."""
+  return layer_rows(
+    *(
+      Row(f'{name}.{theirs}.weight', (f'moe/shared/{ours}/kernel',))
+      for theirs, ours in SWIGLU
+    )
+  )
+
+
+# Names of SwiGLU's matrices, theirs and ours.
+SWIGLU = (('gate_proj', 'gate_proj'), ('up_proj', 'up'), ('down_proj', 'down'))
 COMMON = (
   Row('model.embed_tokens.weight', ('embed/embedding',), inputs=0),
   Row('model.norm.weight', ('final_norm/scale',), inputs=0),
@@ -24,16 +47,16 @@ COMMON = (
     Row('self_attn.k_proj.weight', ('attention/key/kernel',)),
     Row('self_attn.v_proj.weight', ('attention/value/kernel',)),
     Row('self_attn.o_proj.weight', ('attention/out/kernel',), inputs=2),
+    Row('self_attn.k_proj.bias', ('attention/key/bias',), vector=True),
+    Row('self_attn.v_proj.bias', ('attention/value/bias',), vector=True),
+    Row('self_attn.o_proj.bias', ('attention/out/bias',), vector=True),
     Row('self_attn.q_norm.weight', ('attention/query_norm/scale',), inputs=0),
     Row('self_attn.k_norm.weight', ('attention/key_norm/scale',), inputs=0),
   ),
 )
 PLAIN_QUERY = layer_rows(
   Row('self_attn.q_proj.weight', ('attention/query/kernel',)),
-)
-FUSED_QUERY = Row(
-  'self_attn.q_proj.weight',
-  ('attention/query/kernel', 'attention/gate/kernel'),
+  Row('self_attn.q_proj.bias', ('attention/query/bias',), vector=True),
 )
 SEPARATE_GATE = layer_rows(
   Row('self_attn.gate_proj.weight', ('attention/gate/kernel',)),
@@ -48,8 +71,6 @@ SANDWICH_NORM = layer_rows(
   Row('pre_mlp_layernorm.weight', ('mlp_norm/scale',), inputs=0),
   Row('post_mlp_layernorm.weight', ('mlp_post_norm/scale',), inputs=0),
 )
-# Names of SwiGLU's matrices, theirs and ours.
-SWIGLU = (('gate_proj', 'gate_proj'), ('up_proj', 'up'), ('down_proj', 'down'))
 MLP = layer_rows(
   *(
     Row(f'mlp.{theirs}.weight', (f'mlp/{ours}/kernel',))

@@ -1,0 +1,125 @@
+"""Muse Glimmer: centred norms on both sides of each block, muP, capped logits.
+
+The embedding and the heads of queries and keys have norms without a scale. The
+last layers of groups of four see all tokens and have no rotary embedding, which
+two lists say apart from one another.
+"""
+
+from typing import Any
+
+from gated_jax.config import ModelConfig
+from gated_jax.config import shortest_pattern
+from gated_jax.hf.families.family import Family
+from gated_jax.hf.families.rows import COMMON
+from gated_jax.hf.families.rows import MLP
+from gated_jax.hf.families.rows import PLAIN_QUERY
+from gated_jax.hf.families.rows import SEPARATE_GATE
+from gated_jax.hf.families.rows import layer_rows
+from gated_jax.hf.families.rows import renamed
+from gated_jax.hf.keys import Keys
+from gated_jax.hf.keys import read_layer_types
+from gated_jax.hf.keys import write_layer_types
+from gated_jax.hf.names import Row
+
+_ROWS = renamed(
+  (
+    *COMMON,
+    *PLAIN_QUERY,
+    *SEPARATE_GATE,
+    *layer_rows(
+      *(
+        Row(f'{theirs}_layernorm.weight', (f'{ours}/scale',), inputs=0)
+        for theirs, ours in (
+          ('post_attention', 'attention_post_norm'),
+          ('pre_feedforward', 'mlp_norm'),
+          ('post_feedforward', 'mlp_post_norm'),
+        )
+      )
+    ),
+    *MLP,
+  ),
+  'model.',
+  'model.language_model.',
+)
+# The smallest tower that the class builds: an export has none, and the class
+# cannot be made without one.
+_NO_VISION = {
+  'model_type': 'muse_glimmer_vision',
+  'hidden_size': 16,
+  'intermediate_size': 16,
+  'num_attention_heads': 2,
+  'num_hidden_layers': 1,
+  'patch_size': 2,
+  'patch_temporal': 1,
+  'pos_emb_height': 4,
+  'pos_emb_width': 4,
+  'max_position_embeddings': 16,
+}
+
+
+def _read(keys: Keys, depth: int) -> dict[str, Any]:
+  keys.expect('hidden_activation', 'silu')
+  last = [(depth - 1 - layer) % 4 == 0 for layer in range(depth)]
+  default = ['full_attention' if x else 'sliding_attention' for x in last]
+  words = read_layer_types(keys, default, keys.integer('sliding_window', 2048))
+  bases = keys.numbers('layer_rope_theta', [0.0 if x else 1.0 for x in last])
+  if len(bases) != depth:
+    raise ValueError(
+      f'{keys.where} has {len(bases)} layer_rope_theta for '
+      f'num_hidden_layers={depth}'
+    )
+  # The class reads of a base only whether it is zero.
+  words = [
+    word if base else word + (',nope' if ':' in word else ':nope')
+    for word, base in zip(words, bases, strict=True)
+  ]
+  return {
+    'pattern': shortest_pattern(words),
+    'norm': 'sandwich',
+    'norm_zero_centered': True,
+    'final_norm_plain': True,
+    'post_norm_eps': keys.number('post_norm_eps', 1e-8),
+    'qk_norm_scale': False,
+    'query_scale': keys.number('qk_scale_factor', 3.87),
+    'embed_norm': True,
+    'output_scale': keys.number('output_multiplier', 0.19611613513818404),
+    'logit_softcap': keys.number('final_logit_softcapping', 20.0),
+    'gate': {'position': 'sdpa_output'},
+  }
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+  return write_layer_types(config) | {
+    'hidden_activation': 'silu',
+    'layer_rope_theta': [
+      0.0 if layer.rope is None else config.rope.base for layer in config.layers
+    ],
+    'post_norm_eps': config.post_norm_eps,
+    'qk_scale_factor': config.query_scale,
+    'output_multiplier': config.output_scale,
+    'final_logit_softcapping': config.logit_softcap,
+  }
+
+
+MUSE_GLIMMER = Family(
+  name='muse_glimmer',
+  model_type='muse_glimmer',
+  architecture='MuseGlimmerForConditionalGeneration',
+  rows=_ROWS,
+  read=_read,
+  write=_write,
+  inside='muse_glimmer_text',
+  around={
+    'vision_config': _NO_VISION,
+    'out_hidden_size': 64,
+    'projector_hidden_size': 16,
+    'projector_hidden_act': 'gelu',
+    'image_token_id': 200092,
+    'video_token_id': 200091,
+  },
+  aside=(
+    'model.vision_tower.*',
+    'model.vision_adapter.*',
+    'model.vision_projection.*',
+  ),
+)
