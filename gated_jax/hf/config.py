@@ -143,9 +143,10 @@ def _read_settings(
       )
   # What a family refuses weighs more than what all of them do.
   common, keys.refused = keys.refused, []
-  settings |= family.read(keys, depth)
-  keys.refused += common + outside
-  return settings
+  try:
+    return settings | family.read(keys, depth)
+  finally:
+    keys.refused += common + outside
 
 
 def _axes(config: ModelConfig) -> dict[str, int]:

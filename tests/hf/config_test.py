@@ -64,17 +64,18 @@ def test_a_required_key_that_is_missing_is_named(key):
   ('changes', 'message'),
   [
     ({'hidden_act': 'gelu'}, "hidden_act='gelu'.*only 'silu'"),
-    ({'attention_bias': True}, 'attention_bias=True'),
+    ({'attention_bias': 1}, 'attention_bias=1, which is not true or false'),
     ({'attention_dropout': 0.1}, r'attention_dropout=0\.1'),
     ({'quantization_config': {'bits': 4}}, 'quantization_config='),
-    ({'rope_scaling': {'rope_type': 'llama3'}}, "rope_type 'llama3'"),
+    ({'rope_scaling': {'rope_type': 'longrope'}}, "rope_type 'longrope'"),
+    ({'rope_scaling': {'rope_type': 'llama3'}}, 'config.json has no low_freq_factor'),
     ({'rope_scaling': {'type': 'dynamic'}}, "rope_type 'dynamic'"),
     ({'rope_scaling': {'rope_type': 'linear'}}, 'rope parameters .*no factor'),
     ({'rope_scaling': {'type': 'default', 'why': 1}}, 'why=1, which is not known'),
     ({'rope_scaling': 4}, 'rope parameters are no object'),
     ({'partial_rotary_factor': 0.5}, r'partial_rotary_factor=0\.5'),
     ({'softcap': 30.0}, 'softcap=30.0, which is not known.*--ignore=softcap'),
-    ({'model_type': 'llama'}, "model_type 'llama'; only afmoe, qwen3,"),
+    ({'model_type': 'llama'}, "model_type 'llama'; only afmoe, laguna,"),
     ({'hidden_size': 'wide'}, "hidden_size='wide', which is not an integer"),
     ({'num_hidden_layers': 2.5}, r'num_hidden_layers=2\.5, which is not an'),
     ({'num_key_value_heads': 3}, r'model\.kv_heads=3'),
@@ -83,8 +84,8 @@ def test_a_required_key_that_is_missing_is_named(key):
     ({'layer_types': [*FULL[:3], 'mamba']}, "layer 3 is 'mamba'"),
     ({'layer_types': ['sliding_attention'] * 4}, "layer 0 is 'sliding_attention'"),
     ({**MOE, 'num_experts': 'absent'}, 'has no num_experts'),
-    ({**MOE, 'decoder_sparse_step': 2}, 'decoder_sparse_step=2'),
-    ({**MOE, 'mlp_only_layers': [0]}, r'mlp_only_layers=\[0\]'),
+    ({**MOE, 'decoder_sparse_step': 0}, 'decoder_sparse_step=0'),
+    ({**MOE, 'mlp_only_layers': ['0']}, r"mlp_only_layers=\['0'\]"),
     ({**MOE, 'num_experts_per_tok': 5}, r'moe\.top_k=5'),
     ({**NEXT, 'layer_types': [*FULL[:3], 'sliding_attention']}, "layer 3 is 'sli"),
     ({**NEXT, 'output_gate_type': 'sigmoid'}, "output_gate_type='sigmoid'"),
@@ -140,6 +141,22 @@ def test_a_key_can_be_ignored():
        'rope.truncate': False},
     ),
     ({**MOE}, {'moe.experts': 4, 'moe.normalize': False}),
+    ({**MOE, 'decoder_sparse_step': 2}, {'pattern': ('attention', 'attention+moe')}),
+    (
+      {**MOE, 'mlp_only_layers': [0]},
+      {'lead': ('attention',), 'pattern': ('attention+moe',)},
+    ),
+    ({**MOE, 'mlp_only_layers': [0, 1, 2, 3]}, {'pattern': ('attention',)}),
+    ({'attention_bias': True}, {'qkv_bias': True, 'out_bias': True}),
+    (
+      {'use_qk_norm': True, 'headwise_attn_output_gate': True, 'qkv_bias': True},
+      {'qkv_bias': True, 'out_bias': True, 'gate.bias': True},
+    ),
+    (
+      {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0,
+                        'low_freq_factor': 1.0, 'high_freq_factor': 4.0}},
+      {'rope.factor': 8.0, 'rope.high_turns': 4.0, 'rope.original_length': 32},
+    ),
     ({**MOE, 'num_experts': None, 'num_local_experts': 8}, {'moe.experts': 8}),
     (
       {**NEXT, 'layer_types': FULL},
@@ -265,3 +282,25 @@ def test_the_family_is_chosen_by_what_it_can_say(case):
 def test_an_unknown_family_lists_the_known():
   with pytest.raises(ValueError, match="no family 'gpt'; there are qwen3, "):
     family_named('gpt')
+
+
+def test_all_that_is_refused_is_said_at_once_what_matters_first():
+  wrong = {
+    'attention_dropout': 0.1,
+    'softcap': 30.0,
+    'layer_types': ['mamba', *FULL[1:]],
+    'rope_scaling': {'rope_type': 'longrope'},
+  }
+  with pytest.raises(ValueError) as error:
+    read(**wrong)
+  reasons = str(error.value).split('; ')
+  assert [r.split(',')[0].rsplit(' ', 1)[1] for r in reasons[:1]] == ["'mamba'"]
+  for word in ('attention_dropout=0.1', "'longrope'", 'softcap=30.0'):
+    assert sum(word in reason for reason in reasons) == 1
+  assert '\n' not in str(error.value)
+
+
+def test_what_stops_the_reading_is_said_with_what_was_refused_before():
+  wrong = {'attention_dropout': 0.1, 'layer_types': FULL[:3]}
+  with pytest.raises(ValueError, match=r'3 layer_types.*; .*attention_dropout'):
+    read(**wrong)

@@ -44,6 +44,16 @@ NEXT = {'norm_zero_centered': True, 'gate': GATE}
 SHARED = MoEConfig(
   experts=4, top_k=2, width=24, shared_width=16, shared_gate=True
 )
+OWN_ROPE = 'rope_base=100.0,rope_fraction=1.0,rope_scaling=none'
+SCORED = MoEConfig(
+  experts=4,
+  top_k=2,
+  width=24,
+  shared_width=20,
+  score='sigmoid',
+  bias=True,
+  scale=1.7,
+)
 # Name of the case: family and model.
 CASES = {
   'qwen3': ('qwen3', plain()),
@@ -113,6 +123,70 @@ CASES = {
       norm='sandwich',
       gate=GATE,
       pattern=('attention:window=6',) * 3 + ('attention:nope',),
+    ),
+  ),
+  'qwen3_moe_mixed': (
+    'qwen3_moe',
+    plain(
+      lead=('attention',),
+      pattern=('attention+moe',),
+      moe=MoEConfig(experts=4, top_k=2, width=24),
+    ),
+  ),
+  'gated_biases': (
+    'gated_qwen3',
+    plain(
+      gate=GateConfig(granularity='headwise', bias=True),
+      qkv_bias=True,
+      out_bias=True,
+    ),
+  ),
+  'muse_glimmer': (
+    'muse_glimmer',
+    plain(
+      norm='sandwich',
+      norm_zero_centered=True,
+      final_norm_plain=True,
+      post_norm_eps=1e-8,
+      qk_norm_scale=False,
+      query_scale=3.87,
+      embed_norm=True,
+      output_scale=0.2,
+      logit_softcap=20.0,
+      gate=GATE,
+      pattern=('attention:window=6', 'attention:nope'),
+    ),
+  ),
+  'laguna': (
+    'laguna',
+    plain(
+      gate=GateConfig(granularity='headwise', activation='softplus'),
+      rope=dataclasses.replace(YARN, fraction=0.5),
+      lead=('attention', f'attention:window=6,{OWN_ROPE},heads=6+moe'),
+      pattern=('attention+moe',),
+      moe=dataclasses.replace(SCORED, softcap=0.7),
+    ),
+  ),
+  'step': (
+    'step',
+    plain(
+      norm_zero_centered=True,
+      gate=HEADWISE,
+      rope=RopeConfig(
+        base=5e6,
+        fraction=0.5,
+        scaling='llama3',
+        factor=2.0,
+        original_length=8,
+        high_turns=8.0,
+      ),
+      pattern=(
+        'attention+mlp:limit=16.0',
+        f'attention:window=6,{OWN_ROPE},heads=6+moe',
+        'attention+moe',
+        'attention+moe:limit=7.0,shared_limit=16.0',
+      ),
+      moe=SCORED,
     ),
   ),
   'trinity': (

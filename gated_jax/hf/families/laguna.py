@@ -100,8 +100,11 @@ _WIDTH = 'moe_intermediate_size'
 def _write(config: ModelConfig) -> dict[str, Any]:
   moe = config.moe
   by_head = config.gate.granularity == 'headwise'
+  types = write_layer_types(config)
+  if types['sliding_window'] is None:
+    del types['sliding_window']  # the class takes no null
   return {
-    **write_layer_types(config),
+    **types,
     **write_ropes(config.layers),
     'mlp_layer_types': [
       'sparse' if layer.ffn == 'moe' else 'dense' for layer in config.layers

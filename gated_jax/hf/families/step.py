@@ -174,8 +174,11 @@ def _write(config: ModelConfig) -> dict[str, Any]:
   sliding = [layer.heads for layer in layers if layer.window]
   heads = (full or sliding)[0]
   sparse = [layer.ffn == 'moe' for layer in layers]
+  types = write_layer_types(config)
   return {
-    **write_layer_types(config),
+    **types,
+    # The class makes masks of windows even where no layer has one.
+    'sliding_window': types['sliding_window'] or config.length,
     **write_ropes(layers),
     'num_attention_heads': heads,
     'num_sliding_attention_heads': (sliding or full)[0],
