@@ -31,5 +31,6 @@ def get_config(path: str = '') -> ml_collections.ConfigDict:
   config.data.tokenizer = there.data.tokenizer
   config.data.special_tokens = there.data.special_tokens
   config.data.length = there.data.length
+  config.export_as = there.export_as
   config.init_from = path
   return config

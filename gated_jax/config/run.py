@@ -162,6 +162,9 @@ class RunConfig:
   # Settings in which this model may compute another function than the one at
   # init_from, as model.rope.base for longer texts. All others have to agree.
   init_changes: tuple[str, ...] = ()
+  # A family of Hugging Face files that the model was imported as, and is
+  # exported as where it still can be; '': the first that can describe it.
+  export_as: str = ''
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()

@@ -30,9 +30,12 @@ from gated_jax.config import from_dict
 from gated_jax.hf import convert
 from gated_jax.hf import rewrites
 from gated_jax.hf import tokenizer
+from gated_jax.hf.config import choose_family
+from gated_jax.hf.config import find_family
 from gated_jax.hf.families import FAMILIES
 from gated_jax.hf.files import DTYPES
 from gated_jax.hf.files import check_free
+from gated_jax.hf.files import read_json
 from gated_jax.hf.files import whole_folder
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.paths import expand
@@ -91,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     '--family',
     default='',
     choices=['', *(family.name for family in FAMILIES if family.write)],
-    help='default: the first that can describe the model',
+    help='default: as it was imported, or the first that can describe it',
   )
   export.add_argument(
     '--dtype', default='', choices=['', *DTYPES], help='of the files'
@@ -151,7 +154,14 @@ def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
     plain = RunConfig()
     length = min(plain.data.length, model.length)
     data = dataclasses.replace(plain.data, length=length)
-    return dataclasses.replace(plain, model=model, data=data), params, files
+    family = find_family(read_json(source / 'config.json'))
+    config = dataclasses.replace(
+      plain,
+      model=model,
+      data=data,
+      export_as=family.name if family.write else '',
+    )
+    return config, params, files
   if not source.exists():
     raise ValueError(f'there is no folder {source}')
   folder = checkpoint.find(source)
@@ -191,7 +201,8 @@ def write_theirs(
       tokenizer.write_bytes(folder, model.length)
 
   size = int(args.shard_gb * 10**9)
-  convert.save(target, params, model, args.family, args.dtype, size, more)
+  family = args.family or choose_family(model, config.export_as).name
+  convert.save(target, params, model, family, args.dtype, size, more)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -223,10 +223,15 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
   return values
 
 
-def choose_family(config: ModelConfig) -> Family:
-  """The first that can describe a model; ValueError with all reasons."""
+def choose_family(config: ModelConfig, first: str = '') -> Family:
+  """The first that can describe a model; ValueError with all reasons.
+
+  Args:
+    config: Of the model.
+    first: The name of one that is tried before the others.
+  """
   reasons = []
-  for family in FAMILIES:
+  for family in sorted(FAMILIES, key=lambda family: family.name != first):
     if family.write is None:
       continue
     try:

@@ -80,7 +80,8 @@ def load(
     folder: With config.json and weights.
     mesh: Where parameters are placed; None: on the first device.
     param_dtype: They are kept in; '': as in the files, and float32 where
-      those hold float16 or a mixture.
+      those hold float16 or a mixture. Parameters that the model always keeps
+      in float32 have no say.
     ignore: Keys of config.json, and patterns of tensors, to pass over.
     say: Is told which tensors are passed over, and that they are.
 
@@ -93,8 +94,8 @@ def load(
   family = find_family(values)
   with TensorFiles(folder) as files:
     config = read_config(values, family, ignore, files.shapes.values())
-    narrow = set(files.dtypes.values()) == {'bfloat16'}
-    kept = param_dtype or ('bfloat16' if narrow else 'float32')
+    some = 'bfloat16' in files.dtypes.values()
+    kept = param_dtype or ('bfloat16' if some else 'float32')
     config = dataclasses.replace(config, param_dtype=kept)
     devices = jax.devices() if mesh is None else mesh.devices.flat
     check_fits(config, list(devices))
@@ -110,6 +111,10 @@ def load(
     ]
     for line in _check(wanted, files, family, aside):
       say(line)
+    if not param_dtype and not _all_narrow(wanted, abstract, files):
+      config = dataclasses.replace(config, param_dtype='float32')
+      check_fits(config, list(devices))
+      abstract = flatten(abstract_parameters(config, mesh))
     arrays: dict[str, jax.Array] = {}
     # All layers of one parameter, or of those that share tensors, together.
     wanted.sort(key=lambda tensor: tensor.leaves)
@@ -117,6 +122,19 @@ def load(
       places = {leaf: abstract[leaf] for leaf in leaves}
       arrays |= _assemble(places, group, files)
   return config, unflatten(arrays)
+
+
+def _all_narrow(
+  wanted: Iterable[Tensor],
+  abstract: Mapping[str, jax.ShapeDtypeStruct],
+  files: TensorFiles,
+) -> bool:
+  """True where files hold bfloat16 for all that may be kept in it."""
+  return all(
+    files.dtypes[tensor.name] == 'bfloat16'
+    for tensor in wanted
+    if abstract[tensor.leaves[0]].dtype != np.float32
+  )
 
 
 def _listed(
@@ -278,7 +296,7 @@ def save(
     config: Of the model.
     family: A name in `gated_jax/hf/families/`; '': the first that can
       describe the model.
-    dtype: Tensors are stored in; '': that of the parameters.
+    dtype: Tensors are stored in; '': each in that of its parameters.
     shard_bytes: A file's size at most, but for a tensor that is larger.
     more: Writes what else belongs into the folder, before it is complete.
 
@@ -287,10 +305,10 @@ def save(
       config's, or the folder cannot be written.
   """
   kind = family_named(family) if family else choose_family(config)
-  dtype = dtype or config.param_dtype
-  if dtype not in DTYPES:
+  if dtype not in ('', *DTYPES):
     raise ValueError(f'{dtype=} must be one of {", ".join(DTYPES)}')
-  values = write_config(config, kind) | {'torch_dtype': dtype}
+  most = dtype or config.param_dtype
+  values = write_config(config, kind) | {'torch_dtype': most}
   flat = flatten(params)
   shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
   _check_shapes(shapes, shapes_of(abstract_parameters(config)))
@@ -309,7 +327,11 @@ def save(
     return
   with whole_folder(folder) as partial:
     sizes = [(name, tensor.shape) for name, tensor in listed.items()]
-    write_tensors(partial, sizes, read, dtype, shard_bytes)
+    dtypes = {
+      name: dtype or str(flat[tensor.leaves[0]].dtype)
+      for name, tensor in listed.items()
+    }
+    write_tensors(partial, sizes, read, dtypes, shard_bytes)
     write_json(partial / 'config.json', values)
     more(partial)
 

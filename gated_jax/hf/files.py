@@ -13,6 +13,7 @@ import reprlib
 import shutil
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -276,7 +277,7 @@ def write_tensors(
   folder: pathlib.Path,
   shapes: Sequence[tuple[str, tuple[int, ...]]],
   read: Read,
-  dtype: str,
+  dtypes: Mapping[str, str],
   shard_bytes: int,
 ) -> None:
   """Writes tensors in order, holding those of one shard in memory.
@@ -285,16 +286,15 @@ def write_tensors(
     folder: That exists.
     shapes: Name and shape of each.
     read: Makes the tensor of a name.
-    dtype: They are stored in, a key of `DTYPES`.
+    dtypes: Each is stored in; keys of `DTYPES`, by name.
     shard_bytes: A file's size at most, but for a tensor that is larger.
   """
   from safetensors.numpy import save_file
 
-  size = DTYPES[dtype].itemsize
   shards: list[list[str]] = [[]]
   used, total = 0, 0
   for name, shape in shapes:
-    need = size * math.prod(shape)
+    need = DTYPES[dtypes[name]].itemsize * math.prod(shape)
     if shards[-1] and used + need > shard_bytes:
       shards.append([])
       used = 0
@@ -307,7 +307,10 @@ def write_tensors(
       file = f'model-{number:05}-of-{len(shards):05}.safetensors'
     weight_map |= dict.fromkeys(names, file)
     save_file(
-      {name: read(name).astype(DTYPES[dtype], copy=False) for name in names},
+      {
+        name: read(name).astype(DTYPES[dtypes[name]], copy=False)
+        for name in names
+      },
       folder / file,
       metadata={'format': 'pt'},
     )

@@ -58,6 +58,24 @@ def test_import_then_export_gives_the_same_files(theirs, tmp_path, capsys):
     assert a.read_bytes() == b.read_bytes(), name
 
 
+def test_an_imported_model_is_exported_as_the_family_that_it_was(
+  cases, make_params, tmp_path
+):
+  # Qwen3.5 describes this one too, and is tried before.
+  family, config = cases['qwen3_next_hybrid']
+  convert.save(tmp_path / 'theirs', make_params(config), config, family)
+  run('import', tmp_path / 'theirs', tmp_path / 'ours')
+  assert checkpoint.load_config(tmp_path / 'ours').export_as == 'qwen3_next'
+  assert run('export', tmp_path / 'ours', tmp_path / 'back') == 0
+  for name in ('config.json', 'model.safetensors'):
+    a, b = (tmp_path / x / name for x in ('theirs', 'back'))
+    assert a.read_bytes() == b.read_bytes(), name
+  flag = '--family=qwen3_5'
+  assert run('export', tmp_path / 'ours', tmp_path / 'other', flag) == 0
+  values = json.loads((tmp_path / 'other/config.json').read_text())
+  assert values['model_type'] == 'qwen3_5_text'
+
+
 def test_what_was_imported_is_a_checkpoint_to_start_a_run_from(
   theirs, tmp_path
 ):

@@ -96,6 +96,15 @@ CASES = {
       pattern=('gated_deltanet',) * 3 + ('attention',),
     ),
   ),
+  'qwen3_next_hybrid': (
+    'qwen3_next',
+    plain(
+      **NEXT,
+      rope=QUARTER,
+      delta=DELTA,
+      pattern=('gated_deltanet', 'attention'),
+    ),
+  ),
   'qwen3_5_moe': (
     'qwen3_5_moe',
     plain(

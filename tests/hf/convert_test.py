@@ -39,7 +39,9 @@ def test_a_round_trip_is_exact_to_the_bit(case, make_params, tmp_path):
   _check_round_trip(*case, make_params, tmp_path)
 
 
-@pytest.mark.parametrize('name', ['gated_headwise', 'qwen3_moe'])
+@pytest.mark.parametrize(
+  'name', ['gated_headwise', 'qwen3_moe', 'qwen3_5_hybrid']
+)
 def test_and_so_it_is_in_bfloat16(name, cases, make_params, tmp_path):
   family, config = cases[name]
   config = dataclasses.replace(config, param_dtype='bfloat16', dtype='bfloat16')
@@ -58,6 +60,22 @@ def _check_round_trip(family, config, make_params, tmp_path):
   for name in ('config.json', 'model.safetensors'):
     first, second = (tmp_path / x / name for x in ('theirs', 'again'))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_float32_that_stays_float32_makes_no_other_parameter_wide(
+  cases, make_params, tmp_path
+):
+  family, config = cases['qwen3_5_hybrid']
+  config = dataclasses.replace(config, param_dtype='bfloat16', dtype='bfloat16')
+  convert.save(tmp_path / 'x', make_params(config), config, family)
+  tensors = load_file(tmp_path / 'x/model.safetensors')
+  wide = {n.rpartition('attn.')[2] for n in tensors if tensors[n].itemsize > 2}
+  assert wide == {'A_log', 'dt_bias', 'norm.weight'}
+  found, _ = convert.load(tmp_path / 'x')
+  assert found.param_dtype == 'bfloat16'
+  convert.save(tmp_path / 'y', make_params(config), config, family, 'bfloat16')
+  tensors = load_file(tmp_path / 'y/model.safetensors')
+  assert {x.itemsize for x in tensors.values()} == {2}
 
 
 def test_layers_that_are_not_stacked_give_the_same_files(

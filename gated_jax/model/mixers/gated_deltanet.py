@@ -139,11 +139,9 @@ class GatedDeltaNet(nn.Module):
     )
 
   def _vector(self, name: str, size: int, kind: Kind, init: Any) -> Array:
-    """A vector in float32: one number for each channel or value head."""
+    """A vector, always float32: one number for each channel or value head."""
     axes = ('heads',) if kind is Kind.DECAY else (None,)
-    dtype = 'float32' if kind is Kind.DECAY else self.config.param_dtype
-    vector = parameter(self, name, (size,), axes, kind, init=init, dtype=dtype)
-    return vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
+    return parameter(self, name, (size,), axes, kind, init=init)
 
   def _decay_and_beta(
     self, x: Float[Array, 'B T D'], ctx: Context
