@@ -102,13 +102,7 @@ def load(
     abstract = flatten(abstract_parameters(config, mesh))
     shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
     wanted = _listed(family, config, shapes, files)
-    after = range(config.depth, config.depth + _LAYERS_AFTER)
-    aside = [
-      *family.aside,
-      *(p.format(layer=layer) for p in family.after for layer in after),
-      *ignore,
-      '*.inv_freq',
-    ]
+    aside = _set_aside(family, config, ignore)
     for line in _check(wanted, files, family, aside):
       say(line)
     if not param_dtype and not _all_narrow(wanted, abstract, files):
@@ -122,6 +116,19 @@ def load(
       places = {leaf: abstract[leaf] for leaf in leaves}
       arrays |= _assemble(places, group, files)
   return config, unflatten(arrays)
+
+
+def _set_aside(
+  family: Family, config: ModelConfig, ignore: Sequence[str]
+) -> list[str]:
+  """Patterns of the tensors that are passed over."""
+  after = range(config.depth, config.depth + _LAYERS_AFTER)
+  return [
+    *family.aside,
+    *(p.format(layer=layer) for p in family.after for layer in after),
+    *ignore,
+    '*.inv_freq',
+  ]
 
 
 def _all_narrow(
