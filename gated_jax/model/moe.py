@@ -80,7 +80,6 @@ class MoE(nn.Module):
     )
     routing = route(x, kernel, spec, bias, valid)
     statistics = router_statistics(routing, valid)
-    dtype = jnp.dtype(c.dtype)
     axes = ('experts', 'expert_embed', 'mlp')
     swapped = ('experts', 'mlp', 'expert_embed')
 
@@ -96,7 +95,7 @@ class MoE(nn.Module):
       weights('up', (e, d, f), axes),
       weights('down', (e, f, d), swapped),
     )
-    x = x.astype(dtype)
+    x = x.astype(jnp.dtype(c.dtype))
     y = self._apply(x, routing, experts)
     if c.moe.shared_width:
       y += self._shared(x)

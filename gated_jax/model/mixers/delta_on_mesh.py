@@ -56,8 +56,8 @@ def delta_on_mesh(
   axis = sharding.mesh_axes('length')[0] if parts > 1 else ''
   history: Any = (None,) * 3 if state is None else state.inputs
   memory = None if state is None else state.memory
-  raw, filters, history = (
-    _one_key_head_each(x) for x in (arrays.raw, arrays.filters, history)
+  raw, filters, history = map(
+    _one_key_head_each, (arrays.raw, arrays.filters, history)
   )
 
   def run(*shards: Any) -> tuple[Array, Array | None]:
@@ -76,18 +76,14 @@ def delta_on_mesh(
       last = segments[:, -1]
       before = context.previous_parts(last, axis) if axis else None
       first = rule.first_tokens(segments, before)
-    filtered = (
+    query, key, value = (
       jax.nn.silu(convolve(x, w, before, first))
       for x, w, before in zip(raw, filters, history, strict=True)
     )
-    query, key, value = filtered
-    inputs = Inputs(
-      rule.normalize(query, query.shape[-1] ** -0.5).astype(raw[0].dtype),
-      rule.normalize(key, 1.0).astype(raw[1].dtype),
-      value.astype(raw[2].dtype),
-      log_decay,
-      beta,
-    ).without_padding(valid)
+    query = rule.normalize(query, query.shape[-1] ** -0.5)
+    wide = (query, rule.normalize(key, 1.0), value)
+    narrow = (x.astype(raw[0].dtype) for x in wide)
+    inputs = Inputs(*narrow, log_decay, beta).without_padding(valid)
     if axis:
       output = context.delta_rule_in_parts(inputs, first, axis)
       return context.from_rows(output), None
