@@ -82,8 +82,8 @@ def delta_on_mesh(
     )
     query = rule.normalize(query, query.shape[-1] ** -0.5)
     wide = (query, rule.normalize(key, 1.0), value)
-    narrow = (x.astype(raw[0].dtype) for x in wide)
-    inputs = Inputs(*narrow, log_decay, beta).without_padding(valid)
+    query, key, value = (x.astype(raw[0].dtype) for x in wide)
+    inputs = Inputs(query, key, value, log_decay, beta).without_padding(valid)
     if axis:
       output = context.delta_rule_in_parts(inputs, first, axis)
       return context.from_rows(output), None
