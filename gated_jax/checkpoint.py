@@ -111,7 +111,7 @@ def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
   return [jnp.all(jnp.isfinite(x)) for x in leaves]
 
 
-def _names(tree: Tree, item: str) -> list[str]:
+def array_names(tree: Tree, item: str) -> list[str]:
   """'item/path/of/array' for every array, in the order of the leaves."""
 
   def word(key: Any) -> str:
@@ -141,7 +141,9 @@ def records(tree: Tree, item: str) -> dict[str, list[Any]]:
   totals = jax.device_get(_sums(leaves))
   return {
     name: [str(x.dtype), list(x.shape), int(total)]
-    for name, x, total in zip(_names(tree, item), leaves, totals, strict=True)
+    for name, x, total in zip(
+      array_names(tree, item), leaves, totals, strict=True
+    )
   }
 
 
@@ -173,7 +175,7 @@ def check_arrays(
 def check_finite(folder: pathlib.Path, params: Tree) -> None:
   """CheckpointError where a parameter holds NaN or infinity."""
   finite = jax.device_get(_finite(jax.tree.leaves(params)))
-  names = _names(params, 'params')
+  names = array_names(params, 'params')
   bad = [name for name, good in zip(names, finite, strict=True) if not good]
   if bad:
     raise CheckpointError(
@@ -302,7 +304,7 @@ def load_parameters(path: str | pathlib.Path, abstract: Tree) -> Tree:
   stored = recorded or _from_orbax(folder)
   _check_shapes(folder, stored, abstract)
   # Sums are of the dtype that was saved, so that one is read.
-  names = iter(_names(abstract, 'params'))
+  names = iter(array_names(abstract, 'params'))
   exact = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape,
@@ -328,7 +330,7 @@ def _from_orbax(folder: pathlib.Path) -> Records:
     reader.close()
   except Exception as error:
     raise damaged(folder, error) from error
-  names = _names(tree, 'params')
+  names = array_names(tree, 'params')
   return {
     name: [str(x.dtype), list(x.shape), 0]
     for name, x in zip(names, jax.tree.leaves(tree), strict=True)
@@ -339,7 +341,7 @@ def _check_shapes(
   folder: pathlib.Path, stored: Records, abstract: Tree
 ) -> None:
   """ValueError naming parameters that only one side has, or of other shapes."""
-  names = _names(abstract, 'params')
+  names = array_names(abstract, 'params')
   here = dict(zip(names, jax.tree.leaves(abstract), strict=True))
   shapes_here = {name: tuple(x.shape) for name, x in here.items()}
   shapes_there = {

@@ -63,3 +63,9 @@ def test_plain_functions_under_grad_vmap_and_shard_map():
 def test_every_example_is_tested():
   tested = {'linen_model', 'nnx_transformer', 'plain_jax'}
   assert {path.stem for path in FOLDER.glob('*.py')} == tested
+
+
+def test_a_trainer_with_parts_of_ones_own_reaches_its_goal_and_ends(tmp_path):
+  losses = load('own_trainer').train(tmp_path)
+  assert min(losses.values()) < 0.5
+  assert list(losses)[-1] < 300

@@ -116,6 +116,11 @@ class DataConfig:
       )
     self.parts()
 
+  @property
+  def is_text(self) -> bool:
+    """Tells whether all of it is text that the tokenizer reads."""
+    return all(p.source not in ('tokens', 'synthetic') for _, p in self.parts())
+
   def names(self) -> tuple[str, ...]:
     """Each source's name in metrics: its entry in the mixture, less the weight.
 

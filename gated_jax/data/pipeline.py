@@ -59,6 +59,8 @@ class Pipeline:
     self._about = _about(view.config, sources, view)
     self.tokenizer = view.tokenizer
     self.wait_seconds = 0.0  # seconds that the caller was kept waiting, in all
+    self.name = view.config.source
+    self.is_text = view.config.is_text
     self.batches = 0  # given out since the beginning, resumed ones included
     self._names = view.config.names()
     self.source = self._names[

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 
 from gated_jax import chips
@@ -36,6 +37,10 @@ from gated_jax.processes import gather
 from gated_jax.training.checkpoints import CannotResume
 from gated_jax.training.checkpoints import Checkpoints
 from gated_jax.training.console import Console
+from gated_jax.training.custom import Callback
+from gated_jax.training.custom import Custom
+from gated_jax.training.custom import OwnData
+from gated_jax.training.custom import checked
 from gated_jax.training.evaluation import Evaluation
 from gated_jax.training.evaluation import prompt_from
 from gated_jax.training.metrics import Clock
@@ -63,12 +68,13 @@ class RunState:
   abstract: TrainState
   state: TrainState
   step: Any
-  data: Pipeline
+  data: Pipeline | OwnData
   evaluation: Evaluation
   checkpoints: Checkpoints
   metrics: Metrics
   console: Console
   clock: Clock
+  callbacks: Sequence[Callback] = ()
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
@@ -128,7 +134,10 @@ def check_memory(config: RunConfig, devices: Sequence[jax.Device]) -> None:
 
 
 def build(
-  config: RunConfig, workdir: pathlib.Path, console: Console
+  config: RunConfig,
+  workdir: pathlib.Path,
+  console: Console,
+  custom: Custom = Custom(),
 ) -> RunState:
   """Everything a run needs, restored from its newest checkpoint if any.
 
@@ -146,11 +155,15 @@ def build(
   sharding.check_batch(mesh, *shape, config.optimizer.accumulate)
   model = Decoder(config.model)
   with sharding.activate(mesh):
-    abstract, init, step = make_functions(config, model, mesh)
+    abstract, init, step = make_functions(config, model, mesh, custom.optimizer)
 
   rows = sharding.batch_sharding(mesh)
   own = rows_of_process(rows, *shape)
-  data = read(config, 'train', own)
+  data = (
+    read(config, 'train', own)
+    if custom.data is None
+    else OwnData(custom.data, config.data, len(own.rows))
+  )
   data.start()
   with sharding.activate(mesh):
     checkpoints = Checkpoints(workdir / 'checkpoints', config, say=console.say)
@@ -167,7 +180,7 @@ def build(
       for name, (old, new) in changed.items():
         console.say(f'changed since: {name} {old!r} -> {new!r}')
 
-  evaluation = _evaluation(config, model, rows, own)
+  evaluation = _evaluation(config, model, rows, own, custom)
   return RunState(
     config=config,
     workdir=workdir,
@@ -182,10 +195,13 @@ def build(
     metrics=Metrics(workdir, config, after=int(state.step)),
     console=console,
     clock=clock,
+    callbacks=custom.callbacks,
   )
 
 
-def _restore_data(data: Pipeline, position: str, step: pathlib.Path) -> None:
+def _restore_data(
+  data: Pipeline | OwnData, position: str, step: pathlib.Path
+) -> None:
   """Goes on reading at a position; CannotResume, in all, where one cannot."""
   problem = ''
   try:
@@ -198,12 +214,25 @@ def _restore_data(data: Pipeline, position: str, step: pathlib.Path) -> None:
 
 
 def make_functions(
-  config: RunConfig, model: Decoder, mesh: jax.sharding.Mesh
+  config: RunConfig,
+  model: Decoder,
+  mesh: jax.sharding.Mesh,
+  optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[TrainState, Any, Any]:
-  """The state's shapes and places; init and step, jitted for them."""
+  """The state's shapes and places; init and step, jitted for them.
+
+  Args:
+    config: of the run.
+    model: made from it.
+    mesh: whose devices need not be there.
+    optimizer: a caller's own; None: the config's.
+  """
   length = config.data.length
   boxed = boxed_parameters(config.model, length)
-  optimizer = make_optimizer(config.optimizer, config.steps, boxed)
+  schedule = None
+  if optimizer is None:
+    optimizer = make_optimizer(config.optimizer, config.steps, boxed)
+    schedule = make_schedule(config.optimizer, config.steps)
   init = make_init(model, optimizer, length)
   # Nothing is computed here: the mesh may be of devices that are not there.
   key = jax.eval_shape(lambda: jax.random.key(config.seed))
@@ -218,7 +247,7 @@ def make_functions(
   step = make_step(
     model,
     optimizer,
-    make_schedule(config.optimizer, config.steps),
+    schedule,
     config.optimizer,
   )
   kind = mesh.devices.flat[0].device_kind
@@ -243,9 +272,12 @@ def read(config: RunConfig, split: str, own: HostRows) -> Pipeline:
 
 
 def _evaluation(
-  config: RunConfig, model: Decoder, rows: Any, own: HostRows
+  config: RunConfig, model: Decoder, rows: Any, own: HostRows, custom: Custom
 ) -> Evaluation:
   """Reads the held-out batches, once."""
+  if custom.data is not None:
+    batches = [checked(b, config.data, len(own.rows)) for b in custom.held_out]
+    return Evaluation(model, [to_devices(b, rows, own) for b in batches], 0.0)
   if not config.data.validation:
     return Evaluation(model, [], 0.0)
   with read(config, 'validation', own) as pipeline:

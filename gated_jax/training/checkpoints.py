@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from gated_jax import damage
 from gated_jax.checkpoint import CheckpointError
+from gated_jax.checkpoint import array_names
 from gated_jax.checkpoint import check_arrays
 from gated_jax.checkpoint import damaged
 from gated_jax.checkpoint import one_line
@@ -85,6 +87,19 @@ def _split(state: TrainState) -> dict[str, Tree]:
     'bad_in_row': state.bad_in_row,
   }
   return {'params': state.params, 'rest': rest}
+
+
+def _check_same_arrays(
+  abstract: TrainState, recorded: Mapping[str, Any] | None, path: pathlib.Path
+) -> None:
+  """CannotResume where a step lacks arrays, as another optimizer's does."""
+  for item, tree in _split(abstract).items():
+    for name in array_names(tree, item):
+      if recorded is not None and name not in recorded:
+        raise CannotResume(
+          f'{path} has no array {name}: it was trained by another optimizer',
+          path,
+        )
 
 
 def _loss_of(step: pathlib.Path) -> float:
@@ -264,6 +279,7 @@ class Checkpoints:
           'data',
           path,
         )
+      _check_same_arrays(abstract, run.get('arrays'), path)
       state = self._read_state(step, abstract, run.get('arrays'))
       if state is None:
         continue

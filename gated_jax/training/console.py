@@ -60,9 +60,10 @@ class Console:
     shown = {
       'loss': f'{values["loss"]:.4f}',
       'grad': f'{values["grad_norm"]:.3f}',
-      'rate': f'{values["learning_rate"]:.2e}',
-      'tokens/s': f'{values["tokens_per_second"]:,.0f}',
     }
+    if 'learning_rate' in values:  # an optimizer of one's own has none to show
+      shown['rate'] = f'{values["learning_rate"]:.2e}'
+    shown['tokens/s'] = f'{values["tokens_per_second"]:,.0f}'
     if values.get('mfu'):
       shown['mfu'] = f'{values["mfu"]:.1%}'
     if self._bar is not None:

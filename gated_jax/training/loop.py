@@ -13,10 +13,13 @@ import collections
 import dataclasses
 import pathlib
 import time
+from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 
 from gated_jax import sharding
@@ -34,6 +37,10 @@ from gated_jax.training.checkpoints import CannotResume
 from gated_jax.training.console import Console
 from gated_jax.training.console import StopRequest
 from gated_jax.training.console import stop_on_signal
+from gated_jax.training.custom import Batch
+from gated_jax.training.custom import Callback
+from gated_jax.training.custom import Custom
+from gated_jax.training.custom import Progress
 from gated_jax.training.lock import locked
 from gated_jax.training.metrics import utilisation
 from gated_jax.training.rows import rows_of_process
@@ -67,6 +74,7 @@ class Loop:
     self._trained = 0.0  # seconds of steps alone
     self._profiling = False
     self._compared = False
+    self.asked_to_stop = False  # by a callback
     self._rows = sharding.batch_sharding(run.mesh)
     self._own = rows_of_process(
       self._rows, run.config.data.batch, run.config.data.length
@@ -135,6 +143,8 @@ class Loop:
     return step
 
   def _should_stop(self, request: StopRequest) -> bool:
+    if self.asked_to_stop:
+      return True
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(self.done)
     return bool(request)
@@ -152,6 +162,8 @@ class Loop:
       """Tells whether something happens after this step."""
       return self.done == config.steps or bool(every and self.done % every == 0)
 
+    if run.callbacks and due(config.log_every):
+      self._drain()  # a callback sees the state after its own step
     if due(config.eval_every):
       self._validate()
     if due(config.probe_every):
@@ -217,6 +229,9 @@ class Loop:
       self._compare_with_data(values['tokens_per_second'])
       run.metrics.write(step, values)
       run.console.show(step, config.steps, values)
+      progress = Progress(step, values, run.state)
+      for callback in run.callbacks:
+        self.asked_to_stop |= callback(progress) is True
 
   def _last_good(self) -> str:
     self.run.checkpoints.wait()
@@ -291,7 +306,14 @@ class Loop:
 
 
 def run(
-  config: RunConfig, workdir: pathlib.Path, command: str = ''
+  config: RunConfig,
+  workdir: pathlib.Path,
+  command: str = '',
+  *,
+  optimizer: optax.GradientTransformation | None = None,
+  data: Iterable[Batch] | None = None,
+  held_out: Sequence[Batch] = (),
+  callbacks: Sequence[Callback] = (),
 ) -> report.RunResult:
   """Trains, or goes on training, and prints the report.
 
@@ -299,6 +321,13 @@ def run(
     config: All settings.
     workdir: A folder for checkpoints, metrics and figures.
     command: What the user typed, to be shown with other flags.
+    optimizer: In place of the config's, with its own clipping and schedule.
+    data: Batches of this process's rows, as `gated_jax/data/batch.py` has them,
+      in place of the config's. Iterators of Grain resume by their state,
+      others by reading again what was used.
+    held_out: Batches to validate on, where `data` is given.
+    callbacks: Called with a `Progress` at every logged step; one that returns
+      True saves and ends the run.
 
   Returns:
     The figures that the run ended with, and the signal that stopped it.
@@ -309,12 +338,13 @@ def run(
     RunStopped: Too many steps in a row were not finite.
     CheckpointError: A checkpoint could not be written, or none be read.
   """
+  custom = Custom(optimizer, data, held_out, callbacks)
   console = Console()
   check_workdir(workdir)
   check_same_config(config)
   with locked(workdir, console.say):
     try:
-      run_state = build(config, workdir, console)
+      run_state = build(config, workdir, console, custom)
     except CannotResume as error:
       raise ValueError(_way_on(error, command, workdir)) from error
     try:
@@ -329,8 +359,7 @@ def run(
 def _train(run_state: RunState, command: str) -> report.RunResult:
   """Takes all steps, or those until a signal, and says what came out."""
   config, console = run_state.config, run_state.console
-  params = run_state.state.params
-  console.say(report.opening(config, params, run_state.workdir))
+  console.say(report.opening(run_state))
   loop = Loop(run_state)
   with stop_on_signal() as request, sharding.activate(run_state.mesh):
     console.start(loop.done, config.steps)
@@ -342,7 +371,8 @@ def _train(run_state: RunState, command: str) -> report.RunResult:
   if finished:
     report.closing(run_state, result, command)
     return result
-  stopped = request.name or 'SIGTERM'  # another process had the signal
+  # Without a name another process had the signal.
+  stopped = 'callback' if loop.asked_to_stop else request.name or 'SIGTERM'
   console.say(
     f'{stopped}: saved step {loop.done} in '
     f'{run_state.checkpoints.path(loop.done)}; go on with: '

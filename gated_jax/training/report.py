@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from gated_jax.config import RunConfig
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.training import commands
 from gated_jax.training.build import RunState
@@ -28,15 +27,15 @@ class RunResult:
   stopped_by: str = ''  # name of the signal that ended it before its last step
 
 
-def opening(config: RunConfig, params: Any, workdir: pathlib.Path) -> str:
+def opening(run: RunState) -> str:
   """One line on the model, the data and the devices of a run."""
-  count = sum(x.size for x in jax.tree.leaves(params))
+  count = sum(x.size for x in jax.tree.leaves(run.state.params))
   kind = jax.devices()[0].device_kind
-  data = config.data
+  config, data = run.config, run.config.data
   return (
     f'{count:,} parameters; {data.batch} x {data.length} tokens a step from '
-    f'{data.source}; {config.steps} steps on {jax.device_count()} x {kind}; '
-    f'in {workdir}'
+    f'{run.data.name}; {config.steps} steps on {jax.device_count()} x {kind}; '
+    f'in {run.workdir}'
   )
 
 
@@ -103,10 +102,7 @@ def _skipped(files: dict[str, str]) -> str:
 def _sample(run: RunState, checkpoint: pathlib.Path, command: str) -> str:
   """The command that samples from a checkpoint, with text like the data's."""
   prompt = run.evaluation.prompt
-  if not prompt and any(
-    part.source in ('tokens', 'synthetic')
-    for _, part in run.config.data.parts()
-  ):
+  if not prompt and not run.data.is_text:
     return 'n/a: nothing says which text the ids of the data stand for'
   python = shlex.split(command)[0] if command else 'python'
   return shlex.join(

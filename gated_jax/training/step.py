@@ -166,10 +166,17 @@ def _gradients(
 def make_step(
   model: Any,
   optimizer: optax.GradientTransformation,
-  schedule: Schedule,
+  schedule: Schedule | None,
   config: OptimizerConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """The pure function (state, batch) -> (state, metrics); see the file."""
+  """The pure function (state, batch) -> (state, metrics); see the file.
+
+  Args:
+    model: has the method `loss`.
+    optimizer: its updates are added to the parameters.
+    schedule: the learning rate that is reported; None: it is not known.
+    config: says how many parts a batch is worked through in.
+  """
 
   def loss(params, batch, key):
     """The model's loss for one part of the batch."""
@@ -209,11 +216,13 @@ def make_step(
     )
     metrics |= {
       'grad_norm': norm,
-      # The schedule counts updates, and a skipped step is none.
-      'learning_rate': jnp.asarray(schedule(state.step - state.skipped)),
       'skipped': new.skipped,
       'bad_in_row': new.bad_in_row,
     }
+    if schedule is not None:
+      # The schedule counts updates, and a skipped step is none.
+      rate = schedule(state.step - state.skipped)
+      metrics['learning_rate'] = jnp.asarray(rate)
     return new, metrics
 
   return step

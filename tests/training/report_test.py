@@ -48,7 +48,9 @@ def said(
     state=types.SimpleNamespace(skipped=np.int32(2)),
     metrics=types.SimpleNamespace(path=workdir / 'metrics.jsonl'),
     checkpoints=types.SimpleNamespace(path=lambda step: workdir / str(step)),
-    data=types.SimpleNamespace(skipped=dict(skipped)),
+    data=types.SimpleNamespace(
+      skipped=dict(skipped), is_text=RunConfig(**settings).data.is_text
+    ),
     evaluation=types.SimpleNamespace(prompt=prompt),
   )
   loss = Likelihood(nats=200.0, tokens=100.0, text_bytes=50.0)
