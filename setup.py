@@ -42,6 +42,7 @@ EXTRAS = {
     'torch>=2.13,<2.14',  # transformers runs on it; reads pytorch_model.bin
     'transformers>=5.24,<5.25',  # logits and gradients of converted models
     'accelerate>=1.10',  # lm-evaluation-harness's own adapter imports it
+    'basedpyright>=1.28',  # Pyright, with the Node that runs it
   ],
 }
 EXTRAS['dev'] = [
@@ -50,6 +51,7 @@ EXTRAS['dev'] = [
   'beartype>=0.20',  # checks jaxtyping's shapes at run time
   'hypothesis>=6.100',  # property-based tests
   'ipykernel>=6.29',  # what the notebooks of colab/ run in
+  'build>=1.2',  # what a release is made by
   'mypy>=1.15',  # static types
   'nbclient>=0.10',  # runs them from top to bottom
   'nbformat>=5.10',  # reads them

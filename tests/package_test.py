@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -67,20 +68,26 @@ def run(folder, *command, path):
   )
 
 
-@pytest.mark.long
-def test_a_checker_catches_a_mistyped_gate(tmp_path):
-  pytest.importorskip('mypy')
+@pytest.mark.parametrize(
+  'checker', [pytest.param('mypy', marks=pytest.mark.long), 'basedpyright']
+)
+def test_a_checker_catches_a_mistyped_gate(tmp_path, checker):
+  pytest.importorskip(checker)
   (tmp_path / 'user.py').write_text(USER)
-  done = run(tmp_path, 'mypy', 'user.py', path=str(ROOT))
-  errors = [i for i in done.stdout.splitlines() if ': error: ' in i]
-  lines = [error.split(':')[1] for error in errors]
+  (tmp_path / 'pyrightconfig.json').write_text(
+    '{"typeCheckingMode": "standard"}'
+  )
+  python = {'mypy': '--python-executable', 'basedpyright': '--pythonpath'}
+  where = (python[checker], sys.executable)
+  done = run(tmp_path, checker, *where, 'user.py', path=str(ROOT))
+  lines = re.findall(r'user\.py:(\d+):\S* (?:- )?error', done.stdout)
   assert lines == ['11', '12', '13'], done.stdout
 
 
 @pytest.mark.long
 def test_a_wheel_trains_in_an_empty_folder(tmp_path):
   source = tmp_path / 'source'
-  for folder in ('gated_jax', 'configs'):
+  for folder in ('gated_jax', 'configs', 'docs', 'tests'):
     shutil.copytree(ROOT / folder, source / folder)
   for name in (
     'setup.py',
@@ -88,9 +95,12 @@ def test_a_wheel_trains_in_an_empty_folder(tmp_path):
     'README.md',
     'train.py',
     'LICENSE',
+    'MANIFEST.in',
   ):
     shutil.copy(ROOT / name, source)
-  built = run(source, 'pip', 'wheel', '--no-deps', '-w', tmp_path, '.', path='')
+  # The wheel is made of the sdist, so that both are tried.
+  built = run(source, 'build', '--outdir', tmp_path, path='')
+  assert list(tmp_path.glob('*.tar.gz')), built.stderr
   wheels = list(tmp_path.glob('*.whl'))
   assert wheels, built.stderr
   with zipfile.ZipFile(wheels[0]) as wheel:
