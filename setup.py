@@ -43,6 +43,7 @@ EXTRAS = {
     'transformers>=5.24,<5.25',  # logits and gradients of converted models
     'accelerate>=1.10',  # lm-evaluation-harness's own adapter imports it
     'basedpyright>=1.28',  # Pyright, with the Node that runs it
+    'equinox>=0.11',  # the guide has a module of it
   ],
 }
 EXTRAS['dev'] = [

@@ -97,10 +97,11 @@ def test_the_older_context_of_a_mesh_changes_no_number(names, rows):
     check(step(parameters(), drawn(rows)), rows)
 
 
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize('rows', [8, 16])
 @pytest.mark.parametrize('names', NAMES, ids='-'.join)
-def test_shard_map_of_the_user_gives_each_device_its_rows(names, rows):
-  mesh = mesh_of(names, AxisType.Auto)
+def test_shard_map_of_the_user_gives_each_device_its_rows(names, rows, kind):
+  mesh = mesh_of(names, kind)
   each = P(names)
   run = jax.shard_map(
     MODULE.apply,
@@ -108,7 +109,9 @@ def test_shard_map_of_the_user_gives_each_device_its_rows(names, rows):
     in_specs=(P(), each),
     out_specs=each,
   )
-  y = jax.jit(run)(parameters(), drawn(rows))
+  with jax.set_mesh(mesh):
+    x = jax.device_put(drawn(rows), NamedSharding(mesh, each))
+    y = jax.jit(run)(parameters(), x)
   np.testing.assert_allclose(y, expected(rows)[1], rtol=1e-4, atol=1e-4)
 
 
