@@ -120,3 +120,6 @@ def test_a_wheel_trains_in_an_empty_folder(tmp_path):
   done = run(empty, *program, path=str(tmp_path / 'site'))
   assert done.returncode == 0, done.stderr
   assert 'validation' in done.stdout + done.stderr
+  shutil.copy(ROOT / 'docs/examples/linen_model.py', empty / 'model.py')
+  done = run(empty, 'model', path=str(tmp_path / 'site'))
+  assert done.returncode == 0, done.stderr
