@@ -33,6 +33,7 @@ EXTRAS = {
     'sentencepiece>=0.2',  # .model tokenizer files
     'pyarrow>=18',  # Parquet text
     'array-record>=0.8',  # ArrayRecord shards
+    'datasets>=4',  # data sets of the Hugging Face hub
   ],
   'eval': ['lm-eval>=0.4.9,<0.5'],  # tasks for evals/harness.py
   'plot': ['matplotlib>=3.9'],  # figures at the end of a run
@@ -47,7 +48,7 @@ EXTRAS = {
   ],
 }
 EXTRAS['dev'] = [
-  *EXTRAS['hf'],
+  *(name for name in EXTRAS['hf'] if 'datasets' not in name),  # it is heavy
   *EXTRAS['plot'],
   'beartype>=0.20',  # checks jaxtyping's shapes at run time
   'hypothesis>=6.100',  # property-based tests

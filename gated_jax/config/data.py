@@ -18,6 +18,7 @@ SOURCES = (
   'jsonl',
   'parquet',
   'array_record',
+  'huggingface',
   'tokens',
   'synthetic',
 )
@@ -40,6 +41,13 @@ class DataConfig:
   column: str = 'text'  # field of JSONL, Parquet and ArrayRecord examples
   # For source='mixture': entries 'weight:source:paths', weighted by tokens.
   mixture: tuple[str, ...] = ()
+  # For source='huggingface', where `paths` is a name on the hub or a folder:
+  # configuration, split, and a branch, tag or commit; whether rows are streamed
+  # instead of being downloaded first.
+  hub_subset: str = ''
+  hub_split: str = 'train'
+  hub_revision: str = ''
+  hub_streaming: bool = False
   tokenizer: str = 'bytes'  # 'bytes', or a path: tokenizer.json, *.model
   # The id that ends a document in arrays of ids; -1: as the JSON beside them or
   # the tokenizer says; -2: none does, and max_document alone cuts them.
@@ -114,7 +122,14 @@ class DataConfig:
         f'data.paths={self.paths!r} does nothing with '
         f'data.source={self.source!r}'
       )
-    self.parts()
+    parts = self.parts()
+    if all(part.source != 'huggingface' for _, part in parts):
+      for name in ('hub_subset', 'hub_split', 'hub_revision', 'hub_streaming'):
+        value = getattr(self, name)
+        if value != type(self).__dataclass_fields__[name].default:
+          raise ValueError(
+            f"data.{name}={value!r} does nothing without a source 'huggingface'"
+          )
 
   @property
   def is_text(self) -> bool:

@@ -20,6 +20,7 @@ from gated_jax.data.documents import Selection
 from gated_jax.data.encode import digest_of
 from gated_jax.data.encode import encode
 from gated_jax.data.encode import ends_of
+from gated_jax.data.hub_source import HubSource
 from gated_jax.data.order import Deal
 from gated_jax.data.order import Order
 from gated_jax.data.packing import CutRows
@@ -116,6 +117,8 @@ def make_source(part: DataConfig, view: View) -> Source:
       f'data.tokenizer={part.tokenizer!r} has {view.tokenizer.vocab} tokens, '
       f'more than the vocabulary of {vocab}'
     )
+  if part.source == 'huggingface':
+    return HubSource(part, view.skipped)
   return make_text_source(
     part.source, part.paths, part.column, part.max_document, view.skipped
   )
