@@ -88,27 +88,24 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
   raise ValueError(f'no checkpoint at {path}')
 
 
+# One array at a time: a CPU writes the terms of a sum down before it adds them
+# up, and those of all arrays at once would be a second model.
 @jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-  """Per array, the sum that `records` describes."""
-
-  def total(x: jax.Array) -> jax.Array:
-    """A sum in which each element counts by its place."""
-    if x.dtype == jnp.bool_:
-      x = x.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-      index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-      place = place * jnp.uint32(size) + index
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
-
-  return [total(x) for x in leaves]
+def _sum(x: jax.Array) -> jax.Array:
+  """The sum that `records` describes: each element counts by its place."""
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
+  place = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    place = place * jnp.uint32(size) + index
+  return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
 @jax.jit
-def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [jnp.all(jnp.isfinite(x)) for x in leaves]
+def _finite(x: jax.Array) -> jax.Array:
+  return jnp.all(jnp.isfinite(x))
 
 
 def array_names(tree: Tree, item: str) -> list[str]:
@@ -138,7 +135,7 @@ def records(tree: Tree, item: str) -> dict[str, list[Any]]:
     item: what the names begin with: the folder that holds the arrays.
   """
   leaves = jax.tree.leaves(tree)
-  totals = jax.device_get(_sums(leaves))
+  totals = [jax.device_get(_sum(x)) for x in leaves]
   return {
     name: [str(x.dtype), list(x.shape), int(total)]
     for name, x, total in zip(
@@ -174,7 +171,7 @@ def check_arrays(
 
 def check_finite(folder: pathlib.Path, params: Tree) -> None:
   """CheckpointError where a parameter holds NaN or infinity."""
-  finite = jax.device_get(_finite(jax.tree.leaves(params)))
+  finite = [jax.device_get(_finite(x)) for x in jax.tree.leaves(params)]
   names = array_names(params, 'params')
   bad = [name for name, good in zip(names, finite, strict=True) if not good]
   if bad:

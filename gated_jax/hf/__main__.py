@@ -3,6 +3,7 @@
     python -m gated_jax.hf import path/of/theirs path/of/ours
     python -m gated_jax.hf export path/of/ours path/of/theirs
     python -m gated_jax.hf add-gate path/of/either path/of/ours
+    python -m gated_jax.hf list
 
 What is written is a new folder, whole or not there at all. A tokenizer travels
 with its model. The exit code is 2 for what the user has to change, 1 for other
@@ -28,6 +29,7 @@ from gated_jax.config import MeshConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.hf import convert
+from gated_jax.hf import listing
 from gated_jax.hf import rewrites
 from gated_jax.hf import tokenizer
 from gated_jax.hf.config import choose_family
@@ -88,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
     )
     return parser
 
+  text = 'which families of models can be read and written'
+  commands.add_parser('list', help=text, description=text, allow_abbrev=False)
   command('import', 'theirs to ours')
   export = command('export', 'ours to theirs')
   export.add_argument(
@@ -207,6 +211,9 @@ def write_theirs(
 
 def run(args: argparse.Namespace) -> None:
   """Reads, changes, writes."""
+  if args.command == 'list':
+    print(listing.text())
+    return
   check_devices()
   target = expand(args.target)
   check_free(target)

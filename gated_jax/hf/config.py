@@ -15,6 +15,7 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import different_function
 from gated_jax.config import from_dict
 from gated_jax.hf.families import FAMILIES
+from gated_jax.hf.families import NOT_YET
 from gated_jax.hf.families import Family
 from gated_jax.hf.keys import INERT
 from gated_jax.hf.keys import Keys
@@ -45,6 +46,11 @@ def find_family(values: Mapping[str, Any]) -> Family:
   for family in FAMILIES:
     if kind in (family.model_type, family.inside) and not family.marks:
       return family
+  if isinstance(kind, str) and kind in NOT_YET:
+    raise ValueError(
+      f'config.json has model_type {kind!r}, which the decoder cannot compute: '
+      f'{NOT_YET[kind]}'
+    )
   known = ', '.join(sorted({family.model_type for family in FAMILIES}))
   raise ValueError(
     f'config.json has model_type {reprlib.repr(kind)}; only {known} can be read'

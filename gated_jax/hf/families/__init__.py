@@ -19,6 +19,23 @@ from gated_jax.hf.families.qwen3_next import QWEN3_5_PUBLISHED
 from gated_jax.hf.families.qwen3_next import QWEN3_NEXT
 from gated_jax.hf.families.step import STEP
 
+_LATENT = 'its attention reads keys and values from a small latent (MLA)'
+_KDA = 'its linear layers forget by channel (KDA)'
+# Why the decoder cannot be a model of these types, which have the gate as well.
+NOT_YET: dict[str, str] = {
+  'axk2': _LATENT,
+  'bailing_hybrid': _KDA,
+  'beam': 'its residual stream is scaled by depth, its gate has a bias by head',
+  'dots3_note': _LATENT,
+  'glm5_next': _KDA,
+  'hrm_text': 'its two stacks of layers run several times',
+  'hy_v4': _LATENT,
+  'kimi_linear': _KDA,
+  'lfm3': 'some of its layers are short convolutions alone',
+  'minimax': 'its linear layers are lightning attention',
+  'muse_spark': 'its residual stream has gates, its experts have norms',
+  'olmo_hybrid': 'its norms stand elsewhere in each type of layer',
+}
 FAMILIES: tuple[Family, ...] = (
   QWEN3,
   QWEN3_MOE,

@@ -102,4 +102,11 @@ AFMOE = Family(
   read=_read_afmoe,
   write=_write_afmoe,
   inert=UNUSED_EXPERTS | _AFMOE_UNUSED,
+  about=(
+    'Trinity: windows with and global layers without rotary embedding, norms '
+    'on both sides, dense layers first and then experts, muP embeddings'
+  ),
+  limits=(
+    'more than one group of experts is refused, which its class does not have'
+  ),
 )

@@ -131,4 +131,9 @@ LAGUNA = Family(
     {'moe_router_score_func', 'qkv_bias', 'router_aux_loss_coef'}
   ),
   rope_by_type=True,
+  about=(
+    'a softplus gate for each head or channel, heads and rotary embeddings by'
+    ' layer, experts'
+  ),
+  limits='`moe_apply_router_weight_on_input` is refused, as by its class',
 )

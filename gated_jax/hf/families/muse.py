@@ -122,4 +122,12 @@ MUSE_GLIMMER = Family(
     'model.vision_adapter.*',
     'model.vision_projection.*',
   ),
+  about=(
+    'norms on both sides, norms without a scale on embeddings and heads, muP,'
+    ' capped logits'
+  ),
+  limits=(
+    'the vision tower, its adapter and projection are set aside; an export '
+    'has none, and its config.json the smallest that the class builds'
+  ),
 )

@@ -149,6 +149,7 @@ QWEN3 = Family(
   rows=_DENSE,
   read=_read_qwen3,
   write=_write_qwen3,
+  about='dense and ungated, with sliding windows and biases',
 )
 QWEN3_MOE = Family(
   name='qwen3_moe',
@@ -158,6 +159,7 @@ QWEN3_MOE = Family(
   read=_read_moe,
   write=_write_moe,
   inert=frozenset({'max_window_layers'}),
+  about='ungated, experts in all layers or in some',
 )
 GATED_QWEN3 = Family(
   name='gated_qwen3',
@@ -172,5 +174,13 @@ GATED_QWEN3 = Family(
       'headwise_attn_output_gate',
       'use_qk_norm',
     }
+  ),
+  about=(
+    'the models of the gated attention paper: a gate for each channel or '
+    'head, or none'
+  ),
+  limits=(
+    'transformers has no class for them; there they need the code of their '
+    'authors'
   ),
 )

@@ -223,6 +223,8 @@ QWEN3_5 = Family(
   fraction=0.25,
   inert=_UNUSED,
   aside=('mtp.*',),
+  about='Gated DeltaNet, and attention with a gate for each channel; dense',
+  limits='`mtp.*` is set aside: it predicts several tokens at once',
 )
 QWEN3_5_MOE = Family(
   name='qwen3_5_moe',
@@ -235,6 +237,11 @@ QWEN3_5_MOE = Family(
   fraction=0.25,
   inert=_UNUSED,
   aside=('mtp.*',),
+  about=(
+    'the same with experts in every layer and a shared one with a gate of its'
+    ' own'
+  ),
+  limits='`mtp.*`, as above',
 )
 QWEN3_NEXT = Family(
   name='qwen3_next',
@@ -247,6 +254,8 @@ QWEN3_NEXT = Family(
   fraction=0.25,
   inert=UNUSED_EXPERTS | _UNUSED,
   aside=('mtp.*',),
+  about='Gated DeltaNet and gated attention, experts in all layers or in some',
+  limits='`mtp.*`, as above',
 )
 # As Qwen publishes them: the language model inside of a larger one.
 QWEN3_5_PUBLISHED = Family(
@@ -260,6 +269,11 @@ QWEN3_5_PUBLISHED = Family(
   inert=_UNUSED,
   around=_AROUND,
   aside=_VISION,
+  about='Qwen3.5 and 3.6 as they are published',
+  limits=(
+    '`model.visual.*` and `mtp.*` are set aside; it is exported as `qwen3_5`,'
+    ' without them'
+  ),
 )
 QWEN3_5_MOE_PUBLISHED = Family(
   name='qwen3_5_moe_published',
@@ -273,4 +287,6 @@ QWEN3_5_MOE_PUBLISHED = Family(
   inert=_UNUSED,
   around=_AROUND,
   aside=_VISION,
+  about='the same with experts, in one tensor or one each',
+  limits='as above; it is exported as `qwen3_5_moe`',
 )

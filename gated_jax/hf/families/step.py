@@ -256,4 +256,12 @@ STEP = Family(
     'num_mtp_layers': 'num_nextn_predict_layers',
   },
   rope_by_type=True,
+  about=(
+    'Step 3.5 and 3.7: a gate for each head, heads and rotary embeddings by '
+    'type of layer, clamped SwiGLU, experts; config.json of either spelling'
+  ),
+  limits=(
+    'the vision tower and the layers after the last, which predict several '
+    'tokens at once, are set aside; files in FP8 are refused'
+  ),
 )
