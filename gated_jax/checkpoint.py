@@ -256,7 +256,7 @@ def save_parameters(
     run=ocp.args.JsonSave(seal(run)),
   )
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    with ocp.Checkpointer(_one_by_one(params)) as writer:
       writer.save(folder, args=args)
     if jax.process_index() == 0:
       damage.write_list(folder)
@@ -266,8 +266,22 @@ def save_parameters(
     ) from error
 
 
+def _one_by_one(params: Tree) -> ocp.CompositeCheckpointHandler:
+  """A handler whose buffers hold two arrays at most, not all of `params`."""
+  largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+  most: Any = 2 * largest / 10**9  # fractions of a gigabyte are fine
+  return ocp.CompositeCheckpointHandler(
+    params=ocp.StandardCheckpointHandler(
+      save_concurrent_gb=most, restore_concurrent_gb=most
+    ),
+    run=ocp.JsonCheckpointHandler(),
+  )
+
+
 def read_arrays(
-  folder: pathlib.Path, items: Mapping[str, Tree]
+  folder: pathlib.Path,
+  items: Mapping[str, Tree],
+  handler: ocp.CompositeCheckpointHandler | None = None,
 ) -> dict[str, Tree]:
   """The arrays of some items of a checkpoint, unchecked.
 
@@ -277,8 +291,9 @@ def read_arrays(
   Args:
     folder: the checkpoint.
     items: item to shapes, dtypes and shardings of its arrays.
+    handler: which reads them; None: one that reads them all at once.
   """
-  handler = ocp.CompositeCheckpointHandler()
+  handler = handler or ocp.CompositeCheckpointHandler()
   args = {k: ocp.args.StandardRestore(tree) for k, tree in items.items()}
   try:
     restored = handler.restore(
@@ -289,8 +304,16 @@ def read_arrays(
     handler.close()
 
 
-def load_parameters(path: str | pathlib.Path, abstract: Tree) -> Tree:
+def load_parameters(
+  path: str | pathlib.Path, abstract: Tree, sparing: bool = False
+) -> Tree:
   """Parameters alone, with the shapes, dtypes and shardings of `abstract`.
+
+  Args:
+    path: a checkpoint.
+    abstract: as above.
+    sparing: reads one array after the other, which is slower and holds little
+      beside the parameters.
 
   Raises:
     ValueError: there is no checkpoint, or one of another model.
@@ -311,7 +334,8 @@ def load_parameters(path: str | pathlib.Path, abstract: Tree) -> Tree:
     abstract,
   )
   try:
-    params = read_arrays(folder, {'params': exact})['params']
+    handler = _one_by_one(exact) if sparing else None
+    params = read_arrays(folder, {'params': exact}, handler)['params']
   except Exception as error:
     raise damaged(folder, error) from error
   check_arrays(folder, records(params, 'params'), recorded)

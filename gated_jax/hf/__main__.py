@@ -172,7 +172,11 @@ def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
   config = checkpoint.load_config(folder)
   files = tokenizer.of_run(config.data.tokenizer)
   abstract = abstract_parameters(config.model, mesh)
-  return config, checkpoint.load_parameters(folder, abstract), files
+  return (
+    config,
+    checkpoint.load_parameters(folder, abstract, sparing=True),
+    files,
+  )
 
 
 def write_ours(

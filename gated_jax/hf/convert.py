@@ -11,7 +11,6 @@ layouts are the tables in `gated_jax/hf/families/`.
 """
 
 import dataclasses
-import fnmatch
 import itertools
 import pathlib
 from collections.abc import Callable
@@ -27,12 +26,12 @@ from flax.core import meta
 from jax.experimental import multihost_utils
 
 from gated_jax.config import ModelConfig
+from gated_jax.hf import inventory
 from gated_jax.hf.config import choose_family
 from gated_jax.hf.config import family_named
 from gated_jax.hf.config import find_family
 from gated_jax.hf.config import read_config
 from gated_jax.hf.config import write_config
-from gated_jax.hf.families import Family
 from gated_jax.hf.files import DTYPES
 from gated_jax.hf.files import TensorFiles
 from gated_jax.hf.files import check_free
@@ -92,137 +91,30 @@ def load(
   folder = expand(folder)
   values = read_json(folder / 'config.json')
   family = find_family(values)
-  with TensorFiles(folder) as files:
-    config = read_config(values, family, ignore, files.shapes.values())
-    some = 'bfloat16' in files.dtypes.values()
-    kept = param_dtype or ('bfloat16' if some else 'float32')
-    config = dataclasses.replace(config, param_dtype=kept)
-    devices = jax.devices() if mesh is None else mesh.devices.flat
+  files = TensorFiles(folder)
+  config = read_config(values, family, ignore, files.shapes.values())
+  some = 'bfloat16' in files.dtypes.values()
+  kept = param_dtype or ('bfloat16' if some else 'float32')
+  config = dataclasses.replace(config, param_dtype=kept)
+  devices = jax.devices() if mesh is None else mesh.devices.flat
+  check_fits(config, list(devices))
+  abstract = flatten(abstract_parameters(config, mesh))
+  shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
+  wanted = inventory.listed(family, config, shapes, files)
+  aside = inventory.set_aside(family, config, ignore)
+  for line in inventory.check(wanted, files, family, aside):
+    say(line)
+  if not param_dtype and not inventory.all_narrow(wanted, abstract, files):
+    config = dataclasses.replace(config, param_dtype='float32')
     check_fits(config, list(devices))
     abstract = flatten(abstract_parameters(config, mesh))
-    shapes = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
-    wanted = _listed(family, config, shapes, files)
-    aside = _set_aside(family, config, ignore)
-    for line in _check(wanted, files, family, aside):
-      say(line)
-    if not param_dtype and not _all_narrow(wanted, abstract, files):
-      config = dataclasses.replace(config, param_dtype='float32')
-      check_fits(config, list(devices))
-      abstract = flatten(abstract_parameters(config, mesh))
-    arrays: dict[str, jax.Array] = {}
-    # All layers of one parameter, or of those that share tensors, together.
-    wanted.sort(key=lambda tensor: tensor.leaves)
-    for leaves, group in itertools.groupby(wanted, lambda t: t.leaves):
-      places = {leaf: abstract[leaf] for leaf in leaves}
-      arrays |= _assemble(places, group, files)
+  arrays: dict[str, jax.Array] = {}
+  # All layers of one parameter, or of those that share tensors, together.
+  wanted.sort(key=lambda tensor: tensor.leaves)
+  for leaves, group in itertools.groupby(wanted, lambda t: t.leaves):
+    places = {leaf: abstract[leaf] for leaf in leaves}
+    arrays |= _assemble(places, group, files)
   return config, unflatten(arrays)
-
-
-def _set_aside(
-  family: Family, config: ModelConfig, ignore: Sequence[str]
-) -> list[str]:
-  """Patterns of the tensors that are passed over."""
-  after = range(config.depth, config.depth + _LAYERS_AFTER)
-  return [
-    *family.aside,
-    *(p.format(layer=layer) for p in family.after for layer in after),
-    *ignore,
-    '*.inv_freq',
-  ]
-
-
-def _all_narrow(
-  wanted: Iterable[Tensor],
-  abstract: Mapping[str, jax.ShapeDtypeStruct],
-  files: TensorFiles,
-) -> bool:
-  """True where files hold bfloat16 for all that may be kept in it."""
-  return all(
-    files.dtypes[tensor.name] == 'bfloat16'
-    for tensor in wanted
-    if abstract[tensor.leaves[0]].dtype != np.float32
-  )
-
-
-def _listed(
-  family: Family,
-  config: ModelConfig,
-  shapes: Mapping[str, Shape],
-  files: TensorFiles,
-) -> list[Tensor]:
-  """The tensors of that table of the family which the files follow best."""
-  tables = [
-    tensors(rows, config, shapes) for rows in (family.rows, *family.other_rows)
-  ]
-  return min(
-    tables, key=lambda table: sum(t.name not in files.shapes for t in table)
-  )
-
-
-def _check(
-  wanted: Iterable[Tensor],
-  files: TensorFiles,
-  family: Family,
-  aside: Sequence[str],
-) -> list[str]:
-  """The files hold what the table names, in these shapes, and nothing else.
-
-  Args:
-    wanted: What the table names.
-    files: Of the folder.
-    family: Of the model.
-    aside: Patterns of tensors that need no place in the model.
-
-  Returns:
-    What is set aside, in lines.
-  """
-  shapes = {tensor.name: tensor.shape for tensor in wanted}
-  wrong = []
-  for name, shape in shapes.items():
-    if name not in files.shapes:
-      wrong.append(f'has no tensor {name}')
-    elif files.shapes[name] != shape:
-      wrong.append(
-        f'tensor {name} is of shape {files.shapes[name]}, and config.json '
-        f'makes it {shape}'
-      )
-  passed: dict[str, int] = {}
-  for name in sorted(set(files.shapes) - set(shapes)):
-    pattern = _first_match(name, aside)
-    if pattern:
-      passed[pattern] = passed.get(pattern, 0) + 1
-    elif not _is_tied(name, files, family):
-      wrong.append(
-        f'tensor {name} of shape {files.shapes[name]} has no place in the '
-        'model that config.json describes'
-      )
-  if wrong:
-    rest = f'; and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
-    shown = '; '.join(wrong[:_SHOWN])
-    raise ValueError(f'{files.folder}: {shown}{rest}')
-  return [
-    f'set aside, as no logits of text depend on it: {pattern} ({count})'
-    for pattern, count in passed.items()
-  ]
-
-
-_SHOWN = 5  # tensors that one message names
-_LAYERS_AFTER = 16  # numbers of layers after the last one that a file may have
-
-
-def _first_match(name: str, patterns: Iterable[str]) -> str:
-  """The pattern that a name is of; '' where it is of none."""
-  matches = (p for p in patterns if fnmatch.fnmatchcase(name, p))
-  return next(matches, '')
-
-
-def _is_tied(name: str, files: TensorFiles, family: Family) -> bool:
-  """True for an output matrix that is the embedding, which some write twice."""
-  by_ours = {row.ours[0]: row.theirs for row in family.rows}
-  embedding = by_ours['embed/embedding']
-  return name == by_ours['unembed/kernel'] and np.array_equal(
-    files.read(name), files.read(embedding)
-  )
 
 
 def _assemble(

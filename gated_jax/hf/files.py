@@ -98,6 +98,9 @@ class TensorFiles:
   Attributes:
     shapes: Shape of every tensor, by name.
     dtypes: Its dtype, as a key of `DTYPES`.
+
+  Raises:
+    ValueError: a file is missing, damaged, or holds what is no number.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -105,19 +108,8 @@ class TensorFiles:
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.dtypes: dict[str, str] = {}
     self._read: dict[str, Read] = {}
-    self._open = contextlib.ExitStack()
-
-  def __enter__(self) -> 'TensorFiles':
-    try:
-      for path, add in self._shards():
-        add(path)
-    except BaseException:
-      self._open.close()
-      raise
-    return self
-
-  def __exit__(self, *error: object) -> None:
-    self._open.close()
+    for path, add in self._shards():
+      add(path)
 
   def read(self, name: str) -> np.ndarray:
     """ValueError where it holds what is no number."""
