@@ -24,6 +24,10 @@ class OptimizerConfig:
   ROLE: ClassVar[str] = 'execution'
 
   name: str = 'adamw'  # 'muon': matrices by Muon, the rest by AdamW
+  # 'all', or patterns over the names of the parameters that train, as '*/gate'
+  # or '!embed,!unembed'; see gated_jax/model/patterns.py. The others get no
+  # optimizer state and stay as they are.
+  train: str = 'all'
   learning_rate: float = 3e-4
   final_learning_rate: float = 3e-5
   schedule: str = 'cosine'  # 'wsd' and 'constant' are the others
@@ -46,6 +50,11 @@ class OptimizerConfig:
     finite('optimizer.', self)
     choice('optimizer.name', self.name, ('adamw', 'muon'))
     choice('optimizer.schedule', self.schedule, ('cosine', 'wsd', 'constant'))
+    if not all(word.strip(' !') for word in self.train.split(',')):
+      raise ValueError(
+        f"optimizer.train={self.train!r} must be 'all' or patterns with commas "
+        'between them, none of them empty'
+      )
     positive(
       **{
         'optimizer.learning_rate': self.learning_rate,

@@ -33,6 +33,7 @@ class Kind(enum.Enum):
   ROUTER = 'router'  # the matrix that scores experts
   LOAD_BIAS = 'load_bias'  # chooses experts; its gradient is the excess load
   DECAY = 'decay'  # how fast a recurrent state forgets
+  ADAPTER = 'adapter'  # one of two thin matrices whose product is added
 
 
 # Computed with in float32 as they are stored, whatever the model's dtype.

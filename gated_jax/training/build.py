@@ -47,6 +47,7 @@ from gated_jax.training.metrics import Clock
 from gated_jax.training.metrics import Metrics
 from gated_jax.training.optimizer import make_optimizer
 from gated_jax.training.optimizer import make_schedule
+from gated_jax.training.parts import trained_part
 from gated_jax.training.rows import HostRows
 from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices
@@ -229,11 +230,12 @@ def make_functions(
   """
   length = config.data.length
   boxed = boxed_parameters(config.model, length)
+  part = trained_part(config.optimizer.train, boxed)
   schedule = None
   if optimizer is None:
     optimizer = make_optimizer(config.optimizer, config.steps, boxed)
     schedule = make_schedule(config.optimizer, config.steps)
-  init = make_init(model, optimizer, length)
+  init = make_init(model, optimizer, length, part)
   # Nothing is computed here: the mesh may be of devices that are not there.
   key = jax.eval_shape(lambda: jax.random.key(config.seed))
   shapes = jax.eval_shape(init, key)
@@ -244,12 +246,7 @@ def make_functions(
     shapes,
     places,
   )
-  step = make_step(
-    model,
-    optimizer,
-    schedule,
-    config.optimizer,
-  )
+  step = make_step(model, optimizer, schedule, config.optimizer, part)
   kind = mesh.devices.flat[0].device_kind
   jitted_step = jax.jit(
     step,

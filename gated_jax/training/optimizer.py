@@ -40,6 +40,7 @@ RULES: dict[Kind, Rule] = {
   Kind.DECAY: Rule('vector', decay=False),
   Kind.GATE: Rule('gate', decay=True),
   Kind.GATE_SCORES: Rule('gate', decay=False),
+  Kind.ADAPTER: Rule('vector', decay=True),
 }
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 
 from gated_jax.evals.likelihood import Likelihood
+from gated_jax.model.abstract import boxed_parameters
 from gated_jax.training import commands
 from gated_jax.training.build import RunState
+from gated_jax.training.parts import trained_part
 
 NAMED = 10  # skipped files
 
@@ -29,11 +31,15 @@ class RunResult:
 
 def opening(run: RunState) -> str:
   """One line on the model, the data and the devices of a run."""
-  count = sum(x.size for x in jax.tree.leaves(run.state.params))
+  params = run.state.params
+  count = f'{sum(x.size for x in jax.tree.leaves(params)):,} parameters'
   kind = jax.devices()[0].device_kind
   config, data = run.config, run.config.data
+  if config.optimizer.train != 'all':
+    part = trained_part(config.optimizer.train, boxed_parameters(config.model))
+    count += f', of which {part.size(params):,} train'
   return (
-    f'{count:,} parameters; {data.batch} x {data.length} tokens a step from '
+    f'{count}; {data.batch} x {data.length} tokens a step from '
     f'{run.data.name}; {config.steps} steps on {jax.device_count()} x {kind}; '
     f'in {run.workdir}'
   )

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from gated_jax.config import OptimizerConfig
 from gated_jax.training.optimizer import Schedule
+from gated_jax.training.parts import Part
 
 Tree = Any
 Batch = Mapping[str, Any]
@@ -44,9 +45,19 @@ class TrainState:
 
 
 def make_init(
-  model: Any, optimizer: optax.GradientTransformation, length: int
+  model: Any,
+  optimizer: optax.GradientTransformation,
+  length: int,
+  part: Part = Part(),
 ) -> Callable[[jax.Array], TrainState]:
-  """A function from a key to the state before the first step."""
+  """A function from a key to the state before the first step.
+
+  Args:
+    model: has the method `init`.
+    optimizer: its state is made for the part that trains.
+    length: of the row that is traced.
+    part: the parameters that train.
+  """
 
   def init(key: jax.Array) -> TrainState:
     """Parameters, optimizer state and keys of step 0."""
@@ -58,7 +69,7 @@ def make_init(
     return TrainState(
       step=zero,
       params=params,
-      opt_state=optimizer.init(params),
+      opt_state=optimizer.init(part.of(params)),
       key=jax.random.key_data(run_key),
       skipped=zero,
       bad_in_row=zero,
@@ -168,6 +179,7 @@ def make_step(
   optimizer: optax.GradientTransformation,
   schedule: Schedule | None,
   config: OptimizerConfig,
+  part: Part = Part(),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The pure function (state, batch) -> (state, metrics); see the file.
 
@@ -176,30 +188,29 @@ def make_step(
     optimizer: its updates are added to the parameters.
     schedule: the learning rate that is reported; None: it is not known.
     config: says how many parts a batch is worked through in.
+    part: the parameters that train; no gradient is computed for the others.
   """
-
-  def loss(params, batch, key):
-    """The model's loss for one part of the batch."""
-    return model.apply(
-      {'params': params},
-      batch,
-      method='loss',
-      rngs={'dropout': key},
-      deterministic=False,
-    )
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One step; a step that is not finite changes no parameter."""
+
+    def loss(trained, batch, key):
+      """The model's loss for one part of the batch."""
+      return model.apply(
+        {'params': part.put(trained, state.params)},
+        batch,
+        method='loss',
+        rngs={'dropout': key},
+        deterministic=False,
+      )
+
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    gradient, metrics = _gradients(
-      loss, state.params, batch, key, config.accumulate
-    )
+    old = part.of(state.params)
+    gradient, metrics = _gradients(loss, old, batch, key, config.accumulate)
     norm: Float[Array, ''] = optax.tree.norm(gradient)
     good = jnp.isfinite(metrics['total_loss']) & jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(
-      gradient, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, old)
+    trained = optax.apply_updates(old, updates)
 
     def keep(new, old):
       """The new values if the step was finite, else the old."""
@@ -208,7 +219,7 @@ def make_step(
     bad = 1 - good.astype(jnp.int32)
     new = TrainState(
       step=state.step + 1,
-      params=keep(params, state.params),
+      params=part.put(keep(trained, old), state.params),
       opt_state=keep(opt_state, state.opt_state),
       key=state.key,
       skipped=state.skipped + bad,

@@ -39,6 +39,7 @@ POLICY = {
   Kind.DECAY: ('vector', False),
   Kind.GATE: ('gate', True),
   Kind.GATE_SCORES: ('gate', False),
+  Kind.ADAPTER: ('vector', True),
 }
 
 # The parameters of models with every kind of layer.
