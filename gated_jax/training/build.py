@@ -160,12 +160,7 @@ def build(
 
   rows = sharding.batch_sharding(mesh)
   own = rows_of_process(rows, *shape)
-  data = (
-    read(config, 'train', own)
-    if custom.data is None
-    else OwnData(custom.data, config.data, len(own.rows))
-  )
-  data.start()
+  data = _training_data(config, own, custom)
   with sharding.activate(mesh):
     checkpoints = Checkpoints(workdir / 'checkpoints', config, say=console.say)
     restored = checkpoints.restore(abstract)
@@ -198,6 +193,17 @@ def build(
     clock=clock,
     callbacks=custom.callbacks,
   )
+
+
+def _training_data(
+  config: RunConfig, own: HostRows, custom: Custom
+) -> Pipeline | OwnData:
+  """The batches of the config's files, or the caller's; reads ahead."""
+  if custom.data is not None:
+    return OwnData(custom.data, config.data, len(own.rows))
+  data = read(config, 'train', own)
+  data.start()
+  return data
 
 
 def _restore_data(

@@ -174,8 +174,5 @@ class OwnData:
       self._iterator.set_state(place)
     self.batches = saved['batches']
 
-  def start(self) -> None:
-    """Nothing is read ahead."""
-
   def close(self) -> None:
     """Nothing is to be let go of."""

@@ -26,7 +26,6 @@ from gated_jax import sharding
 from gated_jax.config import RunConfig
 from gated_jax.data.batch import arrays_of
 from gated_jax.evals.likelihood import Likelihood
-from gated_jax.model.accounting import flops_per_token
 from gated_jax.training import commands
 from gated_jax.training import report
 from gated_jax.training.build import RunState
@@ -42,9 +41,10 @@ from gated_jax.training.custom import Callback
 from gated_jax.training.custom import Custom
 from gated_jax.training.custom import Progress
 from gated_jax.training.lock import locked
-from gated_jax.training.metrics import utilisation
 from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices
+from gated_jax.training.speed import Profile
+from gated_jax.training.speed import Speed
 
 # Steps dispatched ahead of the one whose metrics the host has seen: enough to
 # keep the device busy, few enough to notice trouble at once.
@@ -65,32 +65,22 @@ class Loop:
     self._validated = -1  # the step it was measured at
     self.report: Any = None
     self._pending: collections.deque[Any] = collections.deque()
-    self._waited = run.data.wait_seconds
-    self._lap_step = self.first
-    self._tokens = run.config.data.batch * run.config.data.length
-    self._flops = sum(
-      flops_per_token(run.config.model, run.config.data.length).values()
-    )
-    self._trained = 0.0  # seconds of steps alone
-    self._profiling = False
-    self._compared = False
     self.asked_to_stop = False  # by a callback
     self._rows = sharding.batch_sharding(run.mesh)
     self._own = rows_of_process(
       self._rows, run.config.data.batch, run.config.data.length
     )
-
-  @property
-  def tokens_per_second(self) -> float:
-    """Over this run's steps, without evaluations, saves and compilation."""
-    steps = self._lap_step - self.first
-    return steps * self._tokens / self._trained if self._trained else 0.0
+    self._speed = Speed(run, self.first, self._own.parts)
+    self._profile = Profile(run)
 
   @property
   def result(self) -> report.RunResult:
     """The figures that the report closes with."""
     return report.RunResult(
-      self.done, self.validation, self.report, self.tokens_per_second
+      self.done,
+      self.validation,
+      self.report,
+      self._speed.tokens_per_second,
     )
 
   def train(self, request: StopRequest) -> bool:
@@ -103,13 +93,16 @@ class Loop:
         self._save()
         run.checkpoints.wait()
         return False
-      self._profile()
+      if self._profile.is_due(self.done):
+        self._drain()
+        self._profile.start()
+      self._profile.stop(self.done)
       batch = to_devices(self._next_batch(), self._rows, self._own)
       run.state, metrics = step(run.state, batch)
       self.done += 1
       self._after_step(metrics)
     self._drain()
-    self._stop_profile()
+    self._profile.stop()
     return True
 
   def _next_batch(self) -> dict[str, np.ndarray]:
@@ -171,43 +164,6 @@ class Loop:
     if due(config.checkpoint.every):
       self._save()
 
-  def _rates(self, step: int) -> dict[str, float]:
-    """Speed since the last logged step, and where the time went."""
-    run = self.run
-    seconds, spent = run.clock.lap()
-    waited = run.data.wait_seconds - self._waited
-    self._waited = run.data.wait_seconds
-    run.clock.add('data', waited)
-    run.clock.lap()
-    steps, self._lap_step = step - self._lap_step, step
-    training = max(seconds - sum(spent.values()), 1e-9)
-    self._trained += training
-    speed = steps * self._tokens / training
-    device = jax.devices()[0].device_kind
-    mfu = utilisation(self._flops, speed, device, jax.device_count())
-    total = run.clock.seconds
-    return {
-      'tokens_per_second': speed,
-      **({'mfu': mfu} if mfu else {}),
-      **({'padding': run.data.padding} if run.data.padding else {}),
-      'time/data': waited / max(seconds, 1e-9),
-      **{
-        f'time/{name}': run.clock.total.get(name, 0.0) / total
-        for name in ('compile', 'checkpoint', 'evaluation')
-      },
-    }
-
-  def _compare_with_data(self, speed: float) -> None:
-    """Says, once, where reading is hardly faster than training, or slower."""
-    run = self.run
-    reading = run.data.tokens_per_second * self._own.parts
-    if not self._compared and 0 < reading < 2 * speed:
-      run.console.say(
-        f'data comes at {reading:,.0f} tokens/s where nothing waits for it, '
-        f'steps take {speed:,.0f}: docs/data.md says what makes it faster'
-      )
-    self._compared = True
-
   def _look(self) -> None:
     """Takes in the oldest step whose metrics the host has not seen."""
     run, config = self.run, self.run.config
@@ -225,8 +181,7 @@ class Loop:
       )
     if step == config.steps or step % config.log_every == 0:
       values = {name: np.asarray(x).item() for name, x in metrics.items()}
-      values |= self._rates(step)
-      self._compare_with_data(values['tokens_per_second'])
+      values |= self._speed.since_last(step)
       run.metrics.write(step, values)
       run.console.show(step, config.steps, values)
       progress = Progress(step, values, run.state)
@@ -275,24 +230,6 @@ class Loop:
         run.data.state().decode(),
         self.validation.loss if fresh else float('inf'),
       )
-
-  def _profile(self) -> None:
-    config = self.run.config
-    if not config.profile_steps:
-      return
-    if self.done == config.profile_start:
-      self._drain()
-      jax.profiler.start_trace(str(self.run.workdir / 'profile'))
-      self._profiling = True
-    elif self.done == config.profile_start + config.profile_steps:
-      self._stop_profile()
-
-  def _stop_profile(self) -> None:
-    if self._profiling:
-      jax.block_until_ready(self.run.state)
-      jax.profiler.stop_trace()
-      self._profiling = False
-      self.run.console.say(f'profile in {self.run.workdir / "profile"}')
 
   def finish(self) -> None:
     """Measures and saves what a run that came back finished still lacks."""

@@ -174,6 +174,22 @@ def _gradients(
   return grads, {**metrics, 'tokens': weight}
 
 
+def _loss_of(model: Any, part: Part, params: Tree) -> Callable[..., Any]:
+  """The model's loss, of the parameters that train alone."""
+
+  def loss(trained, batch, key):
+    """The loss of one part of a batch."""
+    return model.apply(
+      {'params': part.put(trained, params)},
+      batch,
+      method='loss',
+      rngs={'dropout': key},
+      deterministic=False,
+    )
+
+  return loss
+
+
 def make_step(
   model: Any,
   optimizer: optax.GradientTransformation,
@@ -193,18 +209,8 @@ def make_step(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One step; a step that is not finite changes no parameter."""
-
-    def loss(trained, batch, key):
-      """The model's loss for one part of the batch."""
-      return model.apply(
-        {'params': part.put(trained, state.params)},
-        batch,
-        method='loss',
-        rngs={'dropout': key},
-        deterministic=False,
-      )
-
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    loss = _loss_of(model, part, state.params)
     old = part.of(state.params)
     gradient, metrics = _gradients(loss, old, batch, key, config.accumulate)
     norm: Float[Array, ''] = optax.tree.norm(gradient)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gated_jax.training import metrics
-from gated_jax.training.loop import Loop
+from gated_jax.training.speed import Speed
 
 # Together most of a minute or more; see CONTRIBUTING.md.
 pytestmark = pytest.mark.long
@@ -151,14 +151,14 @@ def test_a_run_ends_with_what_to_know_and_what_to_type(reference):
 @pytest.mark.parametrize(('reading', 'lines'), [(150.0, 1), (201.0, 0), (0, 0)])
 def test_data_that_hardly_keeps_up_is_reported_once(reading, lines):
   said = []
-  loop = Loop.__new__(Loop)
-  loop.run = types.SimpleNamespace(
+  speed = Speed.__new__(Speed)
+  speed._run = types.SimpleNamespace(
     data=types.SimpleNamespace(tokens_per_second=reading),
     console=types.SimpleNamespace(say=said.append),
   )
-  loop._own, loop._compared = types.SimpleNamespace(parts=1), False
+  speed._parts, speed._compared = 1, False
   for _ in range(3):
-    loop._compare_with_data(100.0)
+    speed._compare_with_data(100.0)
   assert len(said) == lines
   assert all('150 tokens/s' in line and '100' in line for line in said)
 
