@@ -12,8 +12,6 @@ other people's models). The mathematics is in `gated_jax/ops/gate.py` and
 `gated_jax/ops/attention/xla.py`.
 """
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
@@ -26,17 +24,16 @@ from gated_jax.model.gate import LOGITS_NAME
 from gated_jax.model.gate import apply_gate
 from gated_jax.model.gate import gate_logits
 from gated_jax.model.gate import key_and_gate_share_product
-from gated_jax.model.layers import rms_norm
 from gated_jax.model.linear import project
 from gated_jax.model.linear import project_both
 from gated_jax.model.mixers import attend as attention
 from gated_jax.model.mixers import probes
 from gated_jax.model.mixers.attend import AttentionLayer
 from gated_jax.model.mixers.owned import gate_matrix
-from gated_jax.model.mixers.owned import head_scale
+from gated_jax.model.mixers.owned import in_place_of_a_gate
 from gated_jax.model.mixers.owned import kernel
+from gated_jax.model.mixers.owned import norm_scale
 from gated_jax.ops import rope
-from gated_jax.ops.exclusive import without_own_value
 
 # Logical axes of the heads of queries, and of keys and values.
 QUERY = ('heads', 'head_dim')
@@ -66,8 +63,8 @@ def gated_attention(
     The output, as wide as the first input, and the cache with these tokens.
   """
   query, key, value, logits = project_inputs(module, layer, inputs, call.valid)
-  query = _norm_and_rotate(layer, query, rotation, QUERY)
-  key = _norm_and_rotate(layer, key, rotation, KEY)
+  query = _norm_and_rotate(layer, query, rotation, 'heads')
+  key = _norm_and_rotate(layer, key, rotation, 'kv_heads')
   # The gate at sdpa_output is applied inside.
   arrays = (query, key, value, logits)
   output, cache = attention.attend(module, layer, arrays, call)
@@ -102,21 +99,11 @@ def project_output(
 ) -> Float[Array, 'B T M']:
   """The outputs of heads, projected back.
 
-  Args:
-    module: the layer's module, for probes.
-    layer: its sizes and kinds.
-    arrays: outputs of heads [B, T, N, H], the layer's input [B, T, D], and the
-      values of the same tokens [B, T, K, H].
-    call: says how wide the result is, and what is padding.
+  `arrays` are outputs of heads [B, T, N, H], the layer's input [B, T, D], and
+  the values of the same tokens [B, T, K, H].
   """
   output, x, value = arrays
-  if layer.gate.kind == 'rms_norm':
-    scale = head_scale(layer, 'output_norm')
-    output = rms_norm(output, scale, layer.norm_eps)
-  elif layer.gate.kind == 'silu':
-    output = jax.nn.silu(output)
-  elif layer.gate.kind == 'exclusive':
-    output = without_own_value(output, value)
+  output = in_place_of_a_gate(layer, output, value)
   shape = (*output.shape[2:], call.out_features or x.shape[-1])
   out = kernel(layer, 'out', shape, (*QUERY, 'embed'), inputs=2)
   y = project(output, out, layer.dtype)
@@ -176,19 +163,13 @@ def _norm_and_rotate(
   layer: AttentionLayer,
   y: Float[Array, 'B T N H'],
   rotation: rope.Rotation | None,
-  axes: sharding.Axes,
+  axis: str,
 ) -> Float[Array, 'B T N H']:
   """Queries or keys, as far as their norm, factor and rotation go."""
-  name, factor = 'key_norm', 1.0
-  if axes == QUERY:
-    name, factor = 'query_norm', layer.query_scale
-  scale = None
-  if layer.qk_norm:
-    owns = layer.qk_norm_scale
-    scale = head_scale(layer, name) if owns else jnp.ones(layer.head_dim)
-  if factor != 1:  # free as a part of the norm's scale
-    scale, y = (None, y * factor) if scale is None else (scale * factor, y)
-  kind, axis = layer.implementation, axes[0] or ''
-  return norm_and_rotate(
-    y, scale, rotation, kind, eps=layer.norm_eps, axis=axis
-  )
+  of_query = axis == 'heads'
+  factor = layer.query_scale if of_query else 1.0
+  scale = norm_scale(layer, 'query_norm' if of_query else 'key_norm', factor)
+  if scale is None and factor != 1:
+    y = y * factor
+  kind, eps = layer.implementation, layer.norm_eps
+  return norm_and_rotate(y, scale, rotation, kind, eps=eps, axis=axis)

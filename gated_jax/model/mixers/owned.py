@@ -1,14 +1,18 @@
 """The parameters of an attention layer, owned by the module that calls."""
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
 from gated_jax import sharding
 from gated_jax.model.gate import Gate
 from gated_jax.model.layers import Scale
+from gated_jax.model.layers import rms_norm
 from gated_jax.model.linear import Kernel
 from gated_jax.model.linear import Matrix
 from gated_jax.model.mixers.attend import AttentionLayer
+from gated_jax.ops.exclusive import without_own_value
 
 
 def kernel(
@@ -39,3 +43,44 @@ def head_scale(layer: AttentionLayer, name: str) -> Float[Array, ' H']:
   """The scale of a norm over each head, owned by the calling module."""
   kinds = (layer.norm_zero_centered, layer.param_dtype, layer.making.boxed)
   return Scale(layer.head_dim, *kinds, name=name)()
+
+
+def norm_scale(
+  layer: AttentionLayer, name: str, factor: float = 1.0
+) -> Array | None:
+  """The scale of heads' RMSNorm times a factor, which is free there.
+
+  Args:
+    layer: its sizes and kinds.
+    name: of the norm.
+    factor: of what the norm gives.
+
+  Returns:
+    [H]; None where heads are not normed.
+  """
+  if not layer.qk_norm:
+    return None
+  owns = layer.qk_norm_scale
+  scale = head_scale(layer, name) if owns else jnp.ones(layer.head_dim)
+  return scale if factor == 1 else scale * factor
+
+
+def in_place_of_a_gate(
+  layer: AttentionLayer,
+  output: Float[Array, 'B T N H'],
+  value: Float[Array, 'B T K H'],
+) -> Float[Array, 'B T N H']:
+  """The outputs of heads through what the paper, or others, compare gates with.
+
+  Args:
+    layer: its gate's `kind` says which; a gate itself changes nothing here.
+    output: of the heads.
+    value: of the same tokens.
+  """
+  if layer.gate.kind == 'rms_norm':
+    return rms_norm(output, head_scale(layer, 'output_norm'), layer.norm_eps)
+  if layer.gate.kind == 'silu':
+    return jax.nn.silu(output)
+  if layer.gate.kind == 'exclusive':
+    return without_own_value(output, value)
+  return output
