@@ -37,6 +37,11 @@ EXTRAS = {
   ],
   'eval': ['lm-eval>=0.4.9,<0.5'],  # tasks for evals/harness.py
   'plot': ['matplotlib>=3.9'],  # figures at the end of a run
+  'docs': [
+    'mkdocs>=1.6,<2',  # the site that docs/ becomes
+    'mkdocs-material>=9.6,<10',  # its theme, which fetches nothing
+    'mkdocstrings[python]>=1,<2',  # its reference, out of the docstrings
+  ],
   # What tests and benches compare with: heavy, so in no other extra, and of one
   # version each, so that what was compared is known.
   'compare': [

@@ -33,7 +33,7 @@ def explain(group: str = '', default: Any = RunConfig()) -> str:
   for name in filter(None, group.split('.')):
     config = getattr(config, name, None)
   if not dataclasses.is_dataclass(config):
-    known = list(_groups(default, ''))
+    known = list(groups(default, ''))
     near = difflib.get_close_matches(group, known, n=1) or known[:1]
     raise ValueError(
       f'--help={group}: there is no such group of settings; did you mean '
@@ -51,21 +51,21 @@ def explain(group: str = '', default: Any = RunConfig()) -> str:
     lines += textwrap.wrap(
       comment, WIDTH, initial_indent='    ', subsequent_indent='    '
     )
-  below = list(_groups(config, group))
+  below = list(groups(config, group))
   if below:
     more = ', '.join(f'--help={name}' for name in below)
     lines += ['', *textwrap.wrap(f'More settings: {more}', WIDTH)]
   return '\n'.join(lines)
 
 
-def _groups(config: Any, path: str) -> Iterator[str]:
+def groups(config: Any, path: str = '') -> Iterator[str]:
   """Names of the groups within settings, as flags write them."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):
       name = f'{path}.{field.name}' if path else field.name
       yield name
-      yield from _groups(value, name)
+      yield from groups(value, name)
 
 
 def _written(value: Any) -> str:
