@@ -33,6 +33,9 @@ class Collective:
   times: int
   op_name: str
   shape: str
+  # The instruction that starts it on a core of its own, where the compiled text
+  # says when it is waited for; '': it does not.
+  start: str = ''
 
   @property
   def size(self) -> int:
@@ -52,6 +55,11 @@ def collectives_of(
     kind = i.op.removesuffix('-start')
     if kind in COLLECTIVES:
       yield _collective(module, (computation, i), i.op != kind, times)
+    elif i.op == 'call-start':
+      for inner_computation, inner in _fused(module, i.attribute('to_apply')):
+        where = inner_computation, inner
+        found = _collective(module, where, True, times)
+        yield dataclasses.replace(found, start=i.name)
     elif i.op in ('fusion', 'async-start') and i.calls:
       for inner_computation, inner in _fused(module, i.calls):
         # The start, the steps and the end of one collective each hold it.
@@ -71,6 +79,8 @@ def _fused(
       yield computation, i
     elif i.op in ('fusion', 'async-start') and i.calls:
       yield from _fused(module, i.calls)
+    elif i.op == 'call-start':
+      yield from _fused(module, i.attribute('to_apply'))
 
 
 def _collective(

@@ -5,8 +5,11 @@
 XLA is the compiler's cycles over the clock. A kernel counts at the time its
 matmuls would take on the matrix units, a floor, unless its own cycles are
 given. A collective counts by its bytes over the links that its group spans.
-Synchronous ones are waited for; asynchronous ones only as far as they take
-longer than all the computing. None of this was measured.
+Synchronous ones are waited for. One that runs on a core of its own, between a
+start and an end, is waited for as long as it outlasts the instructions between
+them, one after the other on the links. Other asynchronous ones are waited for
+only as far as they take longer than all the computing. None of this was
+measured.
 """
 
 import dataclasses
@@ -16,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from gated_jax.aot.collectives import Collective
+from gated_jax.aot.collectives import collectives_of
 from gated_jax.aot.collectives import mesh_axes
+from gated_jax.aot.program import KERNEL
 from gated_jax.aot.program import Kernel
 from gated_jax.aot.program import Program
 from gated_jax.chips import Tpu
@@ -32,6 +37,7 @@ class Traffic:
   calls: int
   payload: int  # bytes, all calls together
   seconds: float
+  exposed: float = 0.0  # seconds of these that are known to be waited for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +64,13 @@ class Prediction:
 
   @property
   def synchronous(self) -> float:
-    """Seconds spent in collectives that nothing overlaps."""
-    return sum(t.seconds for t in self.traffic if not t.asynchronous)
+    """Seconds in which nothing but a collective is under way."""
+    return sum(t.exposed for t in self.traffic)
 
   @property
   def asynchronous(self) -> float:
     """Seconds of collectives that run beside the computing."""
-    return sum(t.seconds for t in self.traffic if t.asynchronous)
+    return sum(t.seconds - t.exposed for t in self.traffic)
 
   @property
   def total(self) -> float:
@@ -118,27 +124,97 @@ def collective_seconds(
   return seconds
 
 
-def _traffic(program: Program, mesh: Any, chip: Tpu) -> tuple[Traffic, ...]:
+Seconds = Callable[[Collective], float]
+Price = Callable[[Kernel], float | None]
+
+
+def _traffic(
+  program: Program, mesh: Any, chip: Tpu, price: Price
+) -> tuple[Traffic, ...]:
   devices = list(mesh.devices.flat)
   sizes = dict(mesh.shape)
+
+  def seconds(c: Collective) -> float:
+    """One run of a collective."""
+    return collective_seconds(c, devices, chip)
+
   traffic: dict[tuple, Traffic] = {}
-  for c in program.collectives():
-    key = (c.kind, mesh_axes(c.groups, sizes), c.asynchronous)
-    old = traffic.get(key, Traffic(*key, calls=0, payload=0, seconds=0.0))
-    traffic[key] = dataclasses.replace(
-      old,
-      calls=old.calls + c.times,
-      payload=old.payload + c.times * c.payload,
-      seconds=old.seconds + c.times * collective_seconds(c, devices, chip),
-    )
+  for computation, times in program.frames().items():
+    found = list(collectives_of(program.module, computation, times))
+    stalls = _stalls(program, computation, found, chip, seconds, price)
+    for c in found:
+      key = (c.kind, mesh_axes(c.groups, sizes), c.asynchronous)
+      old = traffic.get(key, Traffic(*key, calls=0, payload=0, seconds=0.0))
+      taken = times * seconds(c)
+      waited = times * stalls[c.start] if c.start else 0.0
+      traffic[key] = dataclasses.replace(
+        old,
+        calls=old.calls + times,
+        payload=old.payload + times * c.payload,
+        seconds=old.seconds + taken,
+        exposed=old.exposed + (waited if c.asynchronous else taken),
+      )
   return tuple(sorted(traffic.values(), key=lambda t: -t.seconds))
+
+
+def _stalls(
+  program: Program,
+  computation: str,
+  found: list[Collective],
+  chip: Tpu,
+  seconds: Seconds,
+  price: Price,
+) -> dict[str, float]:
+  """How long one run of a computation waits for what its starts have begun.
+
+  Args:
+    program: of which the computation is a part.
+    computation: its name; its instructions stand in the order they run in.
+    found: its collectives.
+    chip: that it runs on.
+    seconds: of one run of a collective.
+    price: cycles of one call of a kernel.
+
+  Returns:
+    Name of each start to seconds.
+  """
+  work = {c.start: seconds(c) for c in found if c.start}
+  stalls = dict.fromkeys(work, 0.0)
+  if not work:
+    return stalls
+  now = free = 0.0  # on the core that computes, and on the links
+  ends: dict[str, float] = {}
+  for i in program.module.computations[computation].values():
+    if i.name in work:
+      free = max(now, free) + work[i.name]
+      ends[i.name] = free
+    elif i.op == 'call-done' and i.operands[0] in ends:
+      stalls[i.operands[0]] = max(0.0, ends.pop(i.operands[0]) - now)
+      now += stalls[i.operands[0]]
+    elif i.target == KERNEL:
+      kernel = program.kernel(computation, i, 1)
+      now += _kernel_time(kernel, chip, price).seconds
+    else:
+      now += (i.cycles or 0) / chip.clock
+  for name, end in ends.items():
+    stalls[name] = max(0.0, end - now)
+  return stalls
+
+
+def _kernel_time(kernel: Kernel, chip: Tpu, price: Price) -> KernelTime:
+  """A kernel's time by its schedule, or by its FLOPs where none is known."""
+  known = price(kernel)
+  cycles = kernel.flops / chip.flops_per_cycle if known is None else known
+  return KernelTime(
+    kernel, kernel.calls * cycles / chip.clock, known is not None
+  )
 
 
 def predict(
   program: Program,
   mesh: Any,
   chip: Tpu,
-  price: Callable[[Kernel], float | None] = lambda kernel: None,
+  price: Price = lambda kernel: None,
 ) -> Prediction:
   """The parts of one step's time.
 
@@ -149,16 +225,8 @@ def predict(
     price: cycles of one call of a kernel, None where they are not known.
   """
 
-  def time(kernel: Kernel) -> KernelTime:
-    """A kernel's time by its schedule, or by its FLOPs where none is known."""
-    known = price(kernel)
-    floor = kernel.flops / chip.flops_per_cycle
-    cycles = floor if known is None else known
-    seconds = kernel.calls * cycles / chip.clock
-    return KernelTime(kernel, seconds, known is not None)
-
   return Prediction(
     xla=program.cycles / chip.clock,
-    kernels=tuple(time(k) for k in program.kernels()),
-    traffic=_traffic(program, mesh, chip),
+    kernels=tuple(_kernel_time(k, chip, price) for k in program.kernels()),
+    traffic=_traffic(program, mesh, chip, price),
   )

@@ -229,36 +229,44 @@ class Program:
         counts[i.target or re.sub(r'[.\d]+$', '', i.name[1:])] += v.times
     return dict(counts)
 
+  def kernel(self, computation: str, i: Instruction, calls: int) -> Kernel:
+    """The kernel that an instruction of a computation calls."""
+    types = self.module.operand_types(computation, i)
+    declared = re.search(r'"flops":"?(\d+)', i.attributes)
+    return Kernel(
+      name=_kernel_name(i),
+      operands=tuple(hlo.without_layout(t) for t in types),
+      output=hlo.without_layout(i.type),
+      flops=int(declared.group(1)) if declared else 0,
+      calls=calls,
+      op_name=i.op_name,
+    )
+
   def kernels(self) -> list[Kernel]:
     """Pallas kernels, equal calls together."""
     kernels: dict[tuple, Kernel] = {}
     for v in self.visits:
       i = v.instruction
       if i.target == KERNEL:
-        types = self.module.operand_types(v.computation, i)
-        declared = re.search(r'"flops":"?(\d+)', i.attributes)
-        kernel = Kernel(
-          name=_kernel_name(i),
-          operands=tuple(hlo.without_layout(t) for t in types),
-          output=hlo.without_layout(i.type),
-          flops=int(declared.group(1)) if declared else 0,
-          calls=v.times,
-          op_name=i.op_name,
-        )
+        kernel = self.kernel(v.computation, i, v.times)
         key = dataclasses.astuple(dataclasses.replace(kernel, calls=0))
         calls = kernels[key].calls if key in kernels else 0
         kernels[key] = dataclasses.replace(kernel, calls=calls + v.times)
     return list(kernels.values())
 
-  def collectives(self) -> list[Collective]:
-    """Every collective that runs."""
+  def frames(self) -> dict[str, int]:
+    """The computations that control reaches, and how often each runs."""
     frames: collections.Counter[str] = collections.Counter()
     for v in self.visits:
       if v.instruction.root:
         frames[v.computation] += v.times
+    return dict(frames)
+
+  def collectives(self) -> list[Collective]:
+    """Every collective that runs."""
     return [
       collective
-      for computation, times in frames.items()
+      for computation, times in self.frames().items()
       for collective in collectives_of(self.module, computation, times)
     ]
 

@@ -12,6 +12,7 @@ from gated_jax.aot.compile import Compiled
 from gated_jax.aot.compile import compile_step
 from gated_jax.aot.compile import shard_bytes
 from gated_jax.aot.predict import Prediction
+from gated_jax.aot.predict import Traffic
 from gated_jax.aot.predict import predict
 from gated_jax.aot.program import Kernel
 from gated_jax.aot.program import Program
@@ -183,7 +184,7 @@ def _collectives(report: Report) -> str:
   traffic = report.prediction.traffic
   rows = [('kind', 'mesh axes', 'calls', 'bytes', 'time', '')]
   for t in traffic:
-    how = 'beside computing' if t.asynchronous else 'waited for'
+    how = _waiting(t)
     axes = '+'.join(t.axes) or '-'
     rows.append(
       (t.kind, axes, f'{t.calls}', _gib(t.payload), _ms(t.seconds), how)
@@ -191,6 +192,15 @@ def _collectives(report: Report) -> str:
   return 'collectives per device and step\n' + (
     _table(rows) if traffic else '  none'
   )
+
+
+def _waiting(t: Traffic) -> str:
+  """Tells whether such collectives are waited for."""
+  if not t.asynchronous:
+    return 'waited for'
+  if not t.exposed:
+    return 'beside computing'
+  return f'beside computing, {_ms(t.exposed)} waited for'
 
 
 def _kernels(report: Report) -> str:

@@ -245,6 +245,40 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
   assert program.visits[1].instruction.op_name == 'x'
 
 
+SPARSE_CORES = """HloModule m, is_scheduled=true, num_partitions=4
+
+%called (p: bf16[1024,1024]) -> bf16[1024,1024] {
+  %p = bf16[1024,1024]{1,0} parameter(0)
+  ROOT %r = bf16[1024,1024]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3}}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[1024,1024]) -> bf16[1024,1024] {
+  %a = bf16[1024,1024]{1,0} parameter(0)
+  %s = ((bf16[1024,1024]{1,0}), bf16[1024,1024]{1,0}, u32[]) call-start(%a), async_execution_thread="sparsecore", to_apply=%called
+  %b = bf16[1024,1024]{1,0} negate(%a), backend_config={"estimated_cycles":"BESIDE"}
+  %d = bf16[1024,1024]{1,0} call-done(%s)
+  ROOT %c = bf16[1024,1024]{1,0} add(%b, %d), backend_config={"estimated_cycles":"1000"}
+}
+"""
+
+
+@pytest.mark.parametrize('beside', [0, 10_000, 10**9])
+def test_a_call_of_the_sparse_cores_is_waited_for_as_it_outlasts_the_rest(
+  beside,
+):
+  program = Program(SPARSE_CORES.replace('BESIDE', str(beside)))
+  where = mesh(x=4)
+  chip = chip_of(devices())
+  (c,) = program.collectives()
+  assert (c.kind, c.asynchronous, c.payload) == ('all-reduce', True, 2 << 20)
+  taken = collective_seconds(c, list(where.devices.flat), chip)
+  p = predict(program, where, chip)
+  exposed = max(0.0, taken - beside / chip.clock)
+  assert p.synchronous == pytest.approx(exposed)
+  assert p.synchronous + p.asynchronous == pytest.approx(taken)
+  assert p.xla == (beside + 1000) / chip.clock
+
+
 def test_prediction_is_the_sum_of_its_parts():
   where, program = communicating()
   chip = chip_of(devices())
