@@ -267,12 +267,15 @@ def save_parameters(
 
 
 def _one_by_one(params: Tree) -> ocp.CompositeCheckpointHandler:
-  """A handler whose buffers hold two arrays at most, not all of `params`."""
+  """A handler whose buffers hold an array or two, not all of `params`."""
   largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-  most: Any = 2 * largest / 10**9  # fractions of a gigabyte are fine
+  # Fractions of a gigabyte are fine. A part that is read is rounded up to whole
+  # chunks, and more than there is room for would be an error.
+  write: Any = 1.1 * largest / 10**9
+  read: Any = 2 * largest / 10**9
   return ocp.CompositeCheckpointHandler(
     params=ocp.StandardCheckpointHandler(
-      save_concurrent_gb=most, restore_concurrent_gb=most
+      save_concurrent_gb=write, restore_concurrent_gb=read
     ),
     run=ocp.JsonCheckpointHandler(),
   )

@@ -21,6 +21,7 @@ from gated_jax.config import MeshConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
 from gated_jax.config import OptimizerConfig
+from gated_jax.config import RopeConfig
 from gated_jax.config import RunConfig
 from gated_jax.model import gate as gate_module
 from gated_jax.model.cache import init_cache
@@ -232,6 +233,58 @@ def test_a_product_for_keys_and_a_narrow_gate(mesh, monkeypatch):
   expected = one_device(config)  # each by itself
   monkeypatch.setattr(gate_module, 'on_tpu', lambda implementation: True)
   assert_same(measure(config, MESHES[mesh]), expected)
+
+
+# What released models have beside the gate, all at once.
+RELEASED = dataclasses.replace(
+  MODEL,
+  depth=2,
+  lead=('attention:nope+mlp:limit=1.5',),
+  pattern=(
+    'attention:window=6,heads=16,rope_scaling=none,rope_base=100'
+    '+moe:limit=1.5,shared_limit=1.0',
+  ),
+  rope=RopeConfig(scaling='llama3', factor=4.0, original_length=16),
+  gate=GateConfig(
+    granularity='headwise', activation='softplus', bias=True, init_std=0.5
+  ),
+  moe=MoEConfig(
+    experts=8,
+    top_k=2,
+    width=16,
+    shared_width=16,
+    score='sigmoid',
+    softcap=2.0,
+    bias=True,
+    scale=1.7,
+  ),
+  norm='sandwich',
+  norm_zero_centered=True,
+  final_norm_plain=True,
+  post_norm_eps=1e-3,
+  qk_norm=True,
+  qk_norm_scale=False,
+  query_scale=2.0,
+  qkv_bias=True,
+  out_bias=True,
+  embed_norm=True,
+  output_scale=0.5,
+  logit_softcap=3.0,
+  z_loss=1e-2,
+  tie_embeddings=False,
+)
+
+
+def test_settings_of_released_models_are_the_same_on_a_mesh():
+  one = dataclasses.replace(RELEASED, depth=1, lead=())
+  mesh = MESHES['fsdp_expert_tensor']
+  assert_same(measure(one, mesh), one_device(one))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('mesh', MESHES)
+def test_and_so_they_are_on_every_mesh(mesh):
+  assert_same(measure(RELEASED, MESHES[mesh]), one_device(RELEASED))
 
 
 @pytest.mark.long

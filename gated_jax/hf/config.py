@@ -123,7 +123,7 @@ def read_config(
         _check_sizes(experts, max(len(shapes), most))
       _check_sizes(_axes(config), most)
   except ValueError as error:
-    # What stops the reading comes first; what it had refused before, after it.
+    # The error that stops the reading comes before what was refused until then.
     raise ValueError('; '.join([str(error), *keys.refused])) from None
   if keys.refused:
     raise ValueError('; '.join(keys.refused))
@@ -147,7 +147,7 @@ def _read_settings(
         f' has partial_rotary_factor={rope["fraction"]}, which '
         f'{family.architecture} does not read'
       )
-  # What a family refuses weighs more than what all of them do.
+  # Refusals of this family weigh more than those that all families share.
   common, keys.refused = keys.refused, []
   try:
     return settings | family.read(keys, depth)

@@ -147,7 +147,7 @@ class Keys:
     return Keys(self.take(key, {}), f'{key} of {self.where}')
 
   def rest(self) -> dict[str, Any]:
-    """What nobody has taken."""
+    """The keys that nobody has taken."""
     return dict(self._left)
 
   def peek(self, key: str) -> Any:
@@ -192,7 +192,7 @@ def read_common(keys: Keys, inert: Collection[str]) -> dict[str, Any]:
   for key, value in FIXED.items():
     if key not in inert:
       keys.expect(key, value)
-  # Where all layers have experts there need not be an MLP's width.
+  # A model whose layers all have experts need not say an MLP's width.
   keys.fill('intermediate_size', 'moe_intermediate_size')
   values = {ours: keys.integer(theirs) for theirs, ours in SAME.items()}
   biases = keys.flag('attention_bias', False)

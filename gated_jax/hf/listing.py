@@ -22,7 +22,7 @@ def _lines(family: Family) -> Iterator[str]:
 
 
 def text() -> str:
-  """What `python -m gated_jax.hf list` prints."""
+  """The page that `python -m gated_jax.hf list` prints."""
   paragraphs = []
   for family in FAMILIES:
     paragraphs.append(family.name)

@@ -23,7 +23,7 @@ def read_rope(keys: Keys, length: int, fraction: float) -> dict[str, Any]:
     length: max_position_embeddings.
     fraction: partial_rotary_factor where it is absent.
   """
-  # Where both are there, the classes of transformers let rope_scaling win.
+  # The classes of transformers let rope_scaling win where both are there.
   scaling, inside = (
     keys.take('rope_scaling', {}),
     keys.take('rope_parameters', {}),
@@ -115,7 +115,7 @@ def widest(ropes: Iterable[RopeConfig | None]) -> RopeConfig:
 
 _YARN_OPTIONAL = ('attention_factor', 'mscale', 'mscale_all_dim')
 _LLAMA3 = {'low_freq_factor': 'low_turns', 'high_freq_factor': 'high_turns'}
-# Of three equal positions (text) a mixture is one.
+# Text has three equal positions, of which any mixture is the same.
 _INERT = {'mrope_section', 'mrope_interleaved'}
 
 
@@ -144,7 +144,7 @@ def write_ropes(layers: Iterable[LayerSpec]) -> dict[str, Any]:
 
 
 def _write_scaling(rope: RopeConfig) -> dict[str, Any]:
-  """What stretches a rotary embedding; empty where nothing does."""
+  """The keys that stretch a rotary embedding; none where nothing does."""
   if rope.scaling == 'none':
     return {}
   scaling: dict[str, Any] = {'rope_type': rope.scaling, 'factor': rope.factor}

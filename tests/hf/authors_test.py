@@ -48,7 +48,7 @@ CONFIG = {
 TOKENS = np.random.default_rng(5).integers(0, VOCAB, (2, 19))
 
 
-def make_tensors(gate):
+def make_tensors(gate, biases=False):
   rng = np.random.default_rng(3)
 
   def matrix(rows, columns):
@@ -76,6 +76,10 @@ def make_tensors(gate):
       'mlp.down_proj': matrix(WIDTH, MLP),
     }
     tensors |= {f'model.layers.{i}.{k}.weight': v for k, v in layer.items()}
+    for name in 'qkvo' if biases else '':
+      rows = len(layer[f'self_attn.{name}_proj'])
+      bias = rng.normal(size=rows).astype(np.float32)
+      tensors[f'model.layers.{i}.self_attn.{name}_proj.bias'] = bias
   return tensors
 
 
@@ -115,11 +119,11 @@ def turn(x):
 
 
 def attention(x, weight, gate):
-  rows = x @ weight('self_attn.q_proj').T
-  keys, values = (
-    (x @ weight(f'self_attn.{n}_proj').T).reshape(len(x), KV, SIZE)
-    for n in 'kv'
+  rows, keys, values = (
+    x @ weight(f'self_attn.{n}_proj').T + weight(f'self_attn.{n}_proj', 'bias')
+    for n in 'qkv'
   )
+  keys, values = (y.reshape(len(x), KV, SIZE) for y in (keys, values))
   rows = rows.reshape(len(x), KV, -1)
   heads = []
   for g in range(KV):
@@ -137,7 +141,10 @@ def attention(x, weight, gate):
       elif gate == 'headwise':
         out = out * sigmoid(gates[:, r : r + 1])
       heads.append(out)
-  return np.concatenate(heads, axis=1) @ weight('self_attn.o_proj').T
+  heads = np.concatenate(heads, axis=1)
+  return heads @ weight('self_attn.o_proj').T + weight(
+    'self_attn.o_proj', 'bias'
+  )
 
 
 def forward(tensors, gate):
@@ -147,8 +154,8 @@ def forward(tensors, gate):
     x = wide['model.embed_tokens.weight'][tokens]
     for i in range(LAYERS):
 
-      def weight(name, i=i):
-        return wide[f'model.layers.{i}.{name}.weight']
+      def weight(name, kind='weight', i=i):
+        return wide.get(f'model.layers.{i}.{name}.{kind}', 0.0)
 
       x = x + attention(rms(x, weight('input_layernorm')), weight, gate)
       h = rms(x, weight('post_attention_layernorm'))
@@ -199,10 +206,11 @@ def write_resorted(folder, tensors):
   write(folder, resorted(tensors), **NEXT, **absent)
 
 
+@pytest.mark.parametrize('biases', [False, True], ids=['', 'biases'])
 @pytest.mark.parametrize('gate', GATES)
-def test_logits_are_those_of_the_description(gate, tmp_path):
-  tensors = make_tensors(gate)
-  write(tmp_path / 'x', tensors, **flags(gate))
+def test_logits_are_those_of_the_description(gate, biases, tmp_path):
+  tensors = make_tensors(gate, biases)
+  write(tmp_path / 'x', tensors, **flags(gate), qkv_bias=biases)
   config, params = convert.load(tmp_path / 'x')
   close(our_logits(config, params), forward(tensors, gate))
   convert.save(tmp_path / 'back', params, config, 'gated_qwen3')

@@ -131,7 +131,7 @@ def _read_qwen3_next(keys: Keys, depth: int) -> dict[str, Any]:
   step = keys.integer('decoder_sparse_step', 1)
 
   def sparse(layer: int) -> bool:
-    """Whether a layer has experts."""
+    """True for a layer that has experts."""
     return bool(experts) and layer not in dense and (layer + 1) % step == 0
 
   values = _read_hybrid(keys, depth, sparse)
@@ -257,7 +257,7 @@ QWEN3_NEXT = Family(
   about='Gated DeltaNet and gated attention, experts in all layers or in some',
   limits='`mtp.*`, as above',
 )
-# As Qwen publishes them: the language model inside of a larger one.
+# The form that Qwen publishes: the language model inside of a larger one.
 QWEN3_5_PUBLISHED = Family(
   name='qwen3_5_published',
   model_type='qwen3_5',
