@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from gated_jax import sharding
+from gated_jax.chips import LANES
 from gated_jax.config import RunConfig
 from gated_jax.data.batch import arrays_of
 from gated_jax.evals import likelihood
@@ -60,6 +61,12 @@ def on_tpu(config: RunConfig) -> list[RunConfig]:
   if model.has_experts and model.moe.implementation == 'auto':
     moe = dataclasses.replace(model.moe, implementation='gmm')
     model = dataclasses.replace(model, moe=moe)
+  linear = any(x.mixer == 'gated_deltanet' for x in model.distinct_layers)
+  if linear and model.delta.implementation == 'auto':
+    whole = not (model.delta.key_dim % LANES or model.delta.value_dim % LANES)
+    kind = 'pallas_tpu' if whole else 'chunks'
+    delta = dataclasses.replace(model.delta, implementation=kind)
+    model = dataclasses.replace(model, delta=delta)
   names = api.candidates(model.attention, platform='tpu')
   return [
     dataclasses.replace(

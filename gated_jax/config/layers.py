@@ -90,6 +90,8 @@ class DeltaConfig:
   # own included.
   filter_width: int = 4
   gate: str = 'silu'  # or 'sigmoid'; of the gate on the normed output
+  # 'chunks' in plain arrays, 'pallas_tpu' in kernels.
+  implementation: str = setting('auto', 'free')
 
   def __post_init__(self) -> None:
     positive(
@@ -105,6 +107,11 @@ class DeltaConfig:
       }
     )
     choice('delta.gate', self.gate, DELTA_GATES)
+    choice(
+      'delta.implementation',
+      self.implementation,
+      ('auto', 'chunks', 'pallas_tpu'),
+    )
     if self.value_heads % self.key_heads:
       raise ValueError(
         f'delta.value_heads={self.value_heads} must be a multiple of '

@@ -32,6 +32,7 @@ from gated_jax.model.mixers import mixer_named
 from gated_jax.model.size import check_fits
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
+from gated_jax.ops.delta import rule as delta
 from gated_jax.processes import first_problem
 from gated_jax.processes import gather
 from gated_jax.training.checkpoints import CannotResume
@@ -108,6 +109,7 @@ def check_platform(config: ModelConfig, platform: str) -> None:
   attention.check_platform(config.attention, platform)
   if config.has_experts:
     moe.check_platform(config.moe.implementation, platform)
+  delta.check_platform(config.delta.implementation, platform)
 
 
 def check_rows(config: RunConfig) -> None:

@@ -43,7 +43,10 @@ class DeltaArrays(NamedTuple):
 
 
 def delta_on_mesh(
-  arrays: DeltaArrays, ctx: Context, state: DeltaState | None
+  arrays: DeltaArrays,
+  ctx: Context,
+  state: DeltaState | None,
+  implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N H V'] | None]:
   """Computes what each token reads, in float32, and the new memory.
 
@@ -51,6 +54,7 @@ def delta_on_mesh(
     arrays: made of the layer's input.
     ctx: documents and padding.
     state: before these tokens; None: they are all, and there is no new memory.
+    implementation: of the rule.
   """
   parts = 1 if state is not None else sharding.axis_size('length')
   axis = sharding.mesh_axes('length')[0] if parts > 1 else ''
@@ -85,9 +89,9 @@ def delta_on_mesh(
     query, key, value = (x.astype(raw[0].dtype) for x in wide)
     inputs = Inputs(query, key, value, log_decay, beta).without_padding(valid)
     if axis:
-      output = context.delta_rule_in_parts(inputs, first, axis)
+      output = context.delta_rule_in_parts(inputs, first, axis, implementation)
       return context.from_rows(output), None
-    output, new = rule.delta_rule(inputs, memory, first)
+    output, new = rule.delta_rule(inputs, memory, first, implementation)
     return output, None if memory is None else new
 
   heads = [axes[0] for axes in FILTERED.values()]

@@ -63,7 +63,7 @@ class GatedDeltaNet(nn.Module):
     log_decay, beta = self._decay_and_beta(x, ctx)
     filters = tuple(self._filter(name) for name in FILTERED)
     arrays = DeltaArrays(raw, filters, log_decay, beta)
-    y, memory = delta_on_mesh(arrays, ctx, state)
+    y, memory = delta_on_mesh(arrays, ctx, state, sizes.implementation)
     y = checkpoint_name(y, OUTPUT_NAME)
     scale = self._vector(
       'output_scale', sizes.value_dim, Kind.VECTOR, nn.initializers.ones

@@ -59,9 +59,9 @@ def by_chunks(
     first = jnp.zeros(inputs.query.shape[:2], bool)
   # Padding has beta = 0 and g = 0.
   pad = -length % chunk
-  inputs = Inputs(*(_pad(x, pad) for x in inputs))
+  inputs = Inputs(*(pad_tokens(x, pad) for x in inputs))
   products = _Products(inputs, state.dtype)
-  parts = _within(inputs, _pad(first, pad), chunk, products)
+  parts = _within(inputs, pad_tokens(first, pad), chunk, products)
   state, output = jax.lax.scan(products.across, state, parts)
   # [chunks, B, N, C, V] to [B, T, N, V].
   output = jnp.moveaxis(output, (0, 3), (1, 2))
@@ -69,7 +69,7 @@ def by_chunks(
   return output[:, :length], state
 
 
-def _pad(x: Array, pad: int) -> Array:
+def pad_tokens(x: Array, pad: int) -> Array:
   """x with `pad` zeros after its tokens."""
   if not pad:
     return x
@@ -108,7 +108,7 @@ class _Products:
     return state + self('BNCH,BNCV->BNHV', key, written), output
 
 
-def _running_sum(x: Float[Array, '... C']) -> tuple[Array, Array]:
+def running_sum(x: Float[Array, '... C']) -> tuple[Array, Array]:
   """The running sum of x, in two parts to be added after any difference.
 
   After tokens that forget everything, sums are large, and the difference of two
@@ -135,7 +135,7 @@ def _within(
     _split(x.astype(wide), chunk) for x in inputs
   )
   document = jnp.cumsum(_split(first[..., None], chunk), axis=3)
-  total = _running_sum(log_decay)
+  total = running_sum(log_decay)
   before = jnp.tril(jnp.ones((chunk, chunk), bool))
   related = document[..., :, None] == document[..., None, :]
   # The mask comes before the exponential, which overflows where j is later.

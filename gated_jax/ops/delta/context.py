@@ -50,7 +50,10 @@ def previous_parts(
 
 
 def delta_rule_in_parts(
-  inputs: Inputs, first: Bool[Array, 'b t'] | None, axis: str
+  inputs: Inputs,
+  first: Bool[Array, 'b t'] | None,
+  axis: str,
+  implementation: str = 'auto',
 ) -> Float[Array, 'b t N V']:
   """Computes what the tokens of this device's parts read.
 
@@ -58,13 +61,14 @@ def delta_rule_in_parts(
     inputs: of this device's parts, as rows.
     first: True at the first token of a document; None: nowhere.
     axis: the mesh axis that splits the sequence.
+    implementation: of the rule.
   """
   width, channels = inputs.key.shape[3], inputs.value.shape[3]
   zeros = jnp.zeros((*inputs.value.shape[:3], width), inputs.value.dtype)
   both = inputs._replace(value=jnp.concatenate([zeros, inputs.value], axis=3))
   empty = both.empty_state()
   identity = jnp.eye(width, width + channels, dtype=empty.dtype)
-  output, state = delta_rule(both, empty + identity, first)
+  output, state = delta_rule(both, empty + identity, first, implementation)
   passed, own = jnp.split(output, [width], axis=3)
   states = _carry(_in_order(state, axis), width)
   entering = _own(states, axis)

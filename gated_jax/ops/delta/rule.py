@@ -23,6 +23,8 @@ from jaxtyping import Int
 from gated_jax.ops.delta.chunks import by_chunks
 from gated_jax.ops.delta.inputs import Inputs
 from gated_jax.ops.delta.inputs import State
+from gated_jax.ops.delta.pallas_tpu.call import by_kernel
+from gated_jax.ops.delta.pallas_tpu.call import refusal
 
 
 class Result(NamedTuple):
@@ -36,21 +38,50 @@ def delta_rule(
   inputs: Inputs,
   state: State | None = None,
   first: Bool[Array, 'B T'] | None = None,
+  implementation: str = 'auto',
 ) -> Result:
   """Reads and updates the state, token after token.
 
-  A single token takes the recurrence, more take the chunked form; they differ
-  by rounding alone.
+  A single token takes the recurrence, more take chunks: in plain arrays, or in
+  TPU kernels. All differ by rounding alone.
 
   Args:
     inputs: of all tokens.
     state: before the first token; None: zeros.
     first: True at the first token of a document, where the state begins anew;
       None: all tokens belong to the document that the state has seen.
+    implementation: 'chunks', 'pallas_tpu', or 'auto': kernels on a TPU where
+      they can do the call.
+
+  Raises:
+    NotImplementedError: the kernels are asked for by name and cannot do this.
   """
-  compute = recurrence if inputs.query.shape[1] == 1 else by_chunks
   state = inputs.empty_state() if state is None else state
-  return Result(*compute(inputs, state, first))
+  if inputs.query.shape[1] == 1:
+    return Result(*recurrence(inputs, state, first))
+  if _takes_kernels(inputs, implementation):
+    return Result(*by_kernel(inputs, state, first))
+  return Result(*by_chunks(inputs, state, first))
+
+
+def _takes_kernels(inputs: Inputs, implementation: str) -> bool:
+  """Whether TPU kernels compute a call."""
+  if implementation == 'auto':
+    return jax.default_backend() == 'tpu' and not refusal(inputs)
+  if implementation == 'pallas_tpu' and refusal(inputs):
+    raise NotImplementedError(
+      f'the gated delta rule by pallas_tpu: {refusal(inputs)}'
+    )
+  return implementation == 'pallas_tpu'
+
+
+def check_platform(implementation: str, platform: str) -> None:
+  """NotImplementedError where an implementation cannot run."""
+  if implementation == 'pallas_tpu' and platform != 'tpu':
+    raise NotImplementedError(
+      f'delta.implementation={implementation!r} needs a TPU and this is a '
+      f'{platform}'
+    )
 
 
 def recurrence(

@@ -1,0 +1,1 @@
+"""The gated delta rule in TPU kernels; `call.py` is where to begin."""
