@@ -65,7 +65,7 @@ def delta_rule(
 
 
 def _takes_kernels(inputs: Inputs, implementation: str) -> bool:
-  """Whether TPU kernels compute a call."""
+  """True where TPU kernels compute a call."""
   if implementation == 'auto':
     return jax.default_backend() == 'tpu' and not refusal(inputs)
   if implementation == 'pallas_tpu' and refusal(inputs):

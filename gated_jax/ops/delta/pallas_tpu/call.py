@@ -26,7 +26,8 @@ from gated_jax.ops.delta.pallas_tpu.products import CHUNK
 from gated_jax.ops.delta.pallas_tpu.products import SUBLANES
 from gated_jax.ops.delta.pallas_tpu.tokens import rows_of
 
-KEY_HEADS = 2  # of a step of the grid, where they divide
+# A step of the grid takes so many key heads where they divide.
+KEY_HEADS = 2
 
 
 def refusal(inputs: Inputs) -> str:
@@ -46,7 +47,7 @@ def by_kernel(
   first: Bool[Array, 'B T'] | None,
   interpret: bool = False,
 ) -> tuple[Float[Array, 'B T N V'], State]:
-  """What each token reads, and the state after the last one.
+  """Computes what each token reads, and the state after the last one.
 
   Args:
     inputs: of all tokens; see `refusal`.

@@ -78,5 +78,5 @@ def decay_of(tokens: PerToken) -> Float[Array, 'C C']:
   here, there = (
     jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1)
   )
-  # Where a token comes before the other the exponential may overflow.
+  # The exponential may overflow where a token comes before the other.
   return jnp.where(here >= there, jnp.exp(total), 0)
