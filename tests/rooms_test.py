@@ -104,7 +104,7 @@ def test_only_plots_import_matplotlib():
     for path in FILES.values()
     if any(name.split('.', 1)[0] == 'matplotlib' for name in imports(path))
   ]
-  assert set(found) <= {'plot.py', 'plot_runs.py'}
+  assert set(found) <= {'plot.py', 'plot_runs.py', 'plot_compare.py'}
 
 
 def test_only_the_bench_of_attention_imports_a_peer():

@@ -43,6 +43,8 @@ class Record:
   probe: dict[str, Any]  # evals.diagnostics.Report.arrays at the end
   spikes: int
   outcome: str = 'done'  # 'cut' and 'diverged' are the others
+  # [step, tokens per second], as `curve`; packed files leave it out.
+  speed: list[list[float]] = dataclasses.field(default_factory=list)
 
   @property
   def arm(self) -> str:
@@ -105,7 +107,10 @@ def read(paths: Iterable[str | pathlib.Path]) -> list[Record]:
 def pack(records: Sequence[Record], path: pathlib.Path) -> None:
   """Writes the runs to one JSON file, a line each."""
   lines = [
-    json.dumps(dataclasses.asdict(record), separators=(',', ':'))
+    json.dumps(
+      {k: x for k, x in dataclasses.asdict(record).items() if k != 'speed'},
+      separators=(',', ':'),
+    )
     for record in records
   ]
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +138,7 @@ def _read_folder(folder: pathlib.Path) -> Record:
     for r in metrics
     if 'loss' in r
   ]
+  timed = [r for r in metrics if _number(r.get('tokens_per_second'))]
   whole = last.get('step') == about.get('steps', last.get('step'))
   diverged = DIVERGED in last_line(folder / 'log.txt')
   return Record(
@@ -148,6 +154,9 @@ def _read_folder(folder: pathlib.Path) -> Record:
     probe=_json(folder / 'probe.json'),
     spikes=spikes(losses),
     outcome='diverged' if diverged else 'done' if whole else 'cut',
+    speed=thin(
+      [r['step'] for r in timed], [r['tokens_per_second'] for r in timed]
+    ),
   )
 
 

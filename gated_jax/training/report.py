@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from gated_jax.evals import page
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.training import commands
@@ -70,24 +71,36 @@ def _rows(run: RunState, result: RunResult) -> list[tuple[str, str]]:
   return rows
 
 
-def _figures(run: RunState, report: Any) -> str:
-  """Draws them; a reason where they cannot be drawn."""
+def _figures(run: RunState, report: Any) -> tuple[str, list[pathlib.Path]]:
+  """Draws them: what is said of them, or why there are none, and the files."""
   if not run.config.figures:
-    return 'off (figures=False)'
+    return 'off (figures=False)', []
   if report is None:
-    return 'none: nothing was held out to look at'
+    return 'none: nothing was held out to look at', []
   if jax.process_index():
-    return ''
+    return '', []
   folder = run.workdir / 'figures'
   try:
     from gated_jax.evals import plot
 
     paths = plot.figures(run.metrics.path, report, folder)
   except ImportError:
-    return "none: matplotlib is missing, pip install 'gated_jax[plot]'"
+    return "none: matplotlib is missing, pip install 'gated_jax[plot]'", []
   except OSError as error:  # the rest of the report is no less true
+    return f'none: {error}', []
+  return f'{folder} ({", ".join(path.name for path in paths)})', paths
+
+
+def _page(
+  run: RunState, rows: list[tuple[str, str]], figures: list[pathlib.Path]
+) -> str:
+  """Writes all of it as one page beside the figures; where, or why not."""
+  path = run.workdir / 'figures/report.html'
+  try:
+    page.write(path, run.workdir.absolute().name, rows, figures, run.config)
+  except OSError as error:
     return f'none: {error}'
-  return f'{folder} ({", ".join(path.name for path in paths)})'
+  return str(path)
 
 
 def _keep_probe(run: RunState, report: Any) -> None:
@@ -126,16 +139,19 @@ def closing(run: RunState, result: RunResult, command: str) -> None:
   """Prints what came out, where it lies and what to type next."""
   _keep_probe(run, result.report)
   checkpoint = run.checkpoints.path(result.step)
+  figures, drawn = _figures(run, result.report)
   rows = [
     *_rows(run, result),
     ('checkpoint', str(checkpoint)),
     ('metrics', str(run.metrics.path)),
-    ('figures', _figures(run, result.report)),
+    ('figures', figures),
     ('sample from it', _sample(run, checkpoint, command)),
     ('resume it', commands.longer(command, 2 * run.config.steps)),
   ]
   if run.data.skipped:
     rows.append(('skipped files', _skipped(run.data.skipped)))
+  if drawn:
+    rows.append(('all on one page', _page(run, rows, drawn)))
   width = max(len(name) for name, _ in rows)
   run.console.say('')
   for name, value in rows:

@@ -1,5 +1,7 @@
 """The last words of a run: what came out, where it lies, what to type."""
 
+import base64
+import re
 import types
 
 import numpy as np
@@ -135,3 +137,35 @@ def test_a_run_from_python_is_told_how_to_go_on_there(tmp_path, capsys):
     'the same workdir'
   )
   assert found['sample from it'].startswith('python -m gated_jax.decode ')
+
+
+def test_figures_table_and_settings_are_one_page_that_fetches_nothing(
+  tmp_path, capsys
+):
+  pytest.importorskip('matplotlib')
+  said_of_run = said(tmp_path, capsys, seed=7, export_as='<b>')
+  path = tmp_path / 'figures/report.html'
+  assert said_of_run['all on one page'] == str(path)
+  text = path.read_text()
+  images = re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)
+  figures = [
+    (tmp_path / 'figures' / name).read_bytes()
+    for name in ('sink.png', 'activation.png')
+  ]
+  assert [base64.b64decode(image) for image in images] == figures
+  assert not re.search(r'(?:src|href)="(?!data:)', text)
+  assert "default-src 'none'" in text
+  assert '<td>validation loss</td><td>2.0000 nats per token</td>' in text
+  assert '<tr><td>seed</td><td>7</td></tr>' in text
+  assert '&lt;b&gt;' in text
+  assert '<b>' not in text
+  assert '<td>steps</td>' not in text, 'a default'
+
+
+def test_a_page_that_cannot_be_written_costs_only_the_page(tmp_path, capsys):
+  pytest.importorskip('matplotlib')
+  (tmp_path / 'figures/report.html').mkdir(parents=True)
+  said_of_run = said(tmp_path, capsys)
+  assert said_of_run['all on one page'].startswith('none: ')
+  assert 'sink.png' in said_of_run['figures']
+  assert said_of_run['checkpoint'] == f'{tmp_path}/9'
