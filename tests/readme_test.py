@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+import gated_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text()
 EXAMPLES = re.findall(r'```python\n(.*?)```', TEXT, flags=re.DOTALL)
@@ -23,6 +25,12 @@ def test_files_it_links_to_exist():
   links = re.findall(r'\]\(([^)#:]+)\)', TEXT)
   assert links
   assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_citation_is_of_this_version():
+  citation = (ROOT / 'CITATION.cff').read_text()
+  assert f'\nversion: {gated_jax.__version__}\n' in citation
+  assert 'arXiv:2505.06708' in citation
 
 
 def test_the_map_names_what_is_there():
