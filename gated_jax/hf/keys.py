@@ -58,6 +58,19 @@ INERT = {
 }
 
 
+# Keys that change nothing where they say this, in a family that has none of it.
+OFF = {
+  'decoder_sparse_step': 1,
+  'mlp_bias': False,
+  'mlp_only_layers': [],
+  'num_nextn_predict_layers': 0,
+  'pretraining_tp': 1,
+  'qkv_bias': False,
+  'use_mrope': False,
+  'use_sliding_window': False,
+}
+
+
 class Keys:
   """A config.json whose keys are taken one by one, so that none is missed.
 
@@ -175,7 +188,9 @@ class Keys:
   def finish(self, inert: Collection[str]) -> None:
     """Refuses what nobody took."""
     for key, value in self._left.items():
-      if key not in inert and value is not None:
+      # Layers that predict several tokens at once have keys of this beginning.
+      idle = key.startswith('mtp_') or (key in OFF and OFF[key] == value)
+      if key not in inert and value is not None and not idle:
         self.refused.append(
           f'{self.where} has {key}={reprlib.repr(value)}, which is not known '
           f'here; if it changes no logits, name it with --ignore={key}'

@@ -304,3 +304,22 @@ def test_what_stops_the_reading_is_said_with_what_was_refused_before():
   wrong = {'attention_dropout': 0.1, 'layer_types': FULL[:3]}
   with pytest.raises(ValueError, match=r'3 layer_types.*; .*attention_dropout'):
     read(**wrong)
+
+
+@pytest.mark.parametrize('name', ['qwen3', 'trinity', 'muse_glimmer', 'step'])
+def test_keys_that_say_that_there_is_none_of_it_are_accepted(name, cases):
+  family, config = cases[name]
+  kind = family_named(family)
+  values = write_config(config, kind)
+  off = {
+    'use_sliding_window': False,
+    'mlp_only_layers': [],
+    'qkv_bias': False,
+    'mtp_num_hidden_layers': 1,
+  }
+  inner = values.get('text_config', values)
+  inner |= {key: value for key, value in off.items() if key not in inner}
+  assert read_config(values, kind) == config
+  inner['qkv_bias'] = True
+  with pytest.raises(ValueError, match='qkv_bias=True'):
+    read_config(values, kind)

@@ -87,6 +87,10 @@ def _read(keys: Keys, depth: int) -> dict[str, Any]:
     for i in range(depth)
   ]
   scalar = keys.number('query_pre_attn_scalar', float(taken['head_dim']))
+  if scalar <= 0:
+    raise ValueError(
+      f'{keys.where} has query_pre_attn_scalar={scalar}, which is not positive'
+    )
   return in_words(keys, layers, widest(ropes.values()), moe) | {
     'norm_zero_centered': True,
     'query_scale': math.sqrt(taken['head_dim'] / scalar),

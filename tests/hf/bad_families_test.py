@@ -1,0 +1,159 @@
+"""A config.json of a family that cannot be: one line, with the value in it."""
+
+import copy
+import json
+
+import pytest
+
+from gated_jax.hf import __main__ as cli
+from gated_jax.hf import convert
+from gated_jax.hf.config import family_named
+from gated_jax.hf.config import read_config
+from gated_jax.hf.config import write_config
+
+NAN, STRETCHED = float('nan'), {'rope_type': 'yarn', 'factor': 2.0}
+ROPES = {
+  'full_attention': {'rope_theta': 1e4} | STRETCHED,
+  'sliding_attention': {'rope_theta': 1e5} | STRETCHED,
+}
+# The case, what its config.json says otherwise, and the reason that is given.
+MUSE = [
+  ({'layer_rope_theta': [1.0] * 3}, 'has 3 layer_rope_theta for num_hidden_la'),
+  ({'layer_rope_theta': ['x'] * 4}, 'is not a list of finite numbers'),
+  ({'hidden_activation': 'gelu'}, "hidden_activation='gelu'"),
+  ({'layer_types': ['mamba'] * 4}, "layer 0 is 'mamba'"),
+  ({'final_logit_softcapping': -1.0}, r'model\.logit_softcap=-1'),
+  ({'output_multiplier': 0}, r'model\.output_scale=0'),
+  ({'qk_scale_factor': NAN}, 'qk_scale_factor=nan'),
+  ({'tie_word_embeddings': True}, 'tie_word_embeddings=False, and its text_co'),
+  (
+    {'softcap': 3},
+    'text_config of config.json has softcap=3, which is not kno',
+  ),
+]
+LAGUNA = [
+  ({'num_attention_heads_per_layer': [4]}, 'has 1 num_attention_heads_per_la'),
+  ({'num_attention_heads_per_layer': [3] * 4}, r'model\.heads=3 must be a mul'),
+  ({'num_attention_heads_per_layer': ['4'] * 4}, 'is not a list of int'),
+  ({'mlp_layer_types': ['thin'] * 4}, "layer 0 is 'thin'"),
+  ({'mlp_layer_types': ['dense']}, 'has 1 mlp_layer_types for num_hidden_lay'),
+  ({'moe_apply_router_weight_on_input': True}, 'router_weight_on_input=True'),
+  ({'rope_parameters': {}}, 'has no rope_parameters of full_attention'),
+  ({'rope_parameters': []}, 'rope parameters are no object'),
+  ({'rope_parameters': ROPES}, 'stretch rotary embeddings differently'),
+  ({'rope_parameters': dict.fromkeys(ROPES, 5)}, 'full_attention are no obj'),
+  ({'moe_router_logit_softcapping': -2.0}, r'moe\.softcap=-2'),
+]
+STEP = [
+  ({'swiglu_limits': [1.0]}, 'has 1 swiglu_limits for num_hidden_layers=4'),
+  ({'swiglu_limits': [NAN] * 4}, 'is not a list of finite numbers'),
+  ({'swiglu_limits': [-7.0] * 4}, r'limit=-7\.0 must not be negative'),
+  ({'mlp_bias': True}, 'mlp_bias=True'),
+  ({'per_layer_config': {'1': 5}}, '1=5, which is not an object'),
+  ({'per_layer_config': [5]}, r'per_layer_config=\[5\], which is not an obje'),
+  (
+    {'num_sliding_attention_heads': None, 'attention_other_setting': 5},
+    'attention_other_setting=5, which is not an object',
+  ),
+  (
+    {'mlp_layer_types': None, 'moe_layers_enum': 'a,b'},
+    "moe_layers_enum='a,b', which is no list of layers",
+  ),
+  ({'query_pre_attn_scalar': 0}, r'query_pre_attn_scalar=0\.0, which is not'),
+  (
+    {'rope_parameters': None, 'rope_theta': [1e4]},
+    'has 1 rope_theta for num_hidden_layers=4',
+  ),
+]
+BAD = [
+  *(('muse_glimmer', *row) for row in MUSE),
+  *(('laguna', *row) for row in LAGUNA),
+  *(('step', *row) for row in STEP),
+]
+
+
+def changed(values, changes):
+  values = copy.deepcopy(values)
+  inner = values.get('text_config', values)
+  inner |= changes
+  return values
+
+
+@pytest.mark.parametrize(('name', 'changes', 'message'), BAD)
+def test_what_cannot_be_is_refused_in_one_line(name, changes, message, cases):
+  family, config = cases[name]
+  kind = family_named(family)
+  values = changed(write_config(config, kind), changes)
+  with pytest.raises(ValueError, match=message) as error:
+    read_config(values, kind)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('values', 'message'),
+  [
+    ({'text_config': 5}, 'has text_config=5, which is no object'),
+    ({'softcap': 3}, 'config.json has softcap=3, which is not known'),
+  ],
+)
+def test_so_is_what_stands_around_the_language_model(values, message, cases):
+  family, config = cases['muse_glimmer']
+  kind = family_named(family)
+  with pytest.raises(ValueError, match=message):
+    read_config(write_config(config, kind) | values, kind)
+
+
+def test_both_spellings_of_step_are_the_same_model(cases):
+  _, config = cases['step']
+  kind = family_named('step')
+  values = write_config(config, kind)['text_config']
+  ropes = values.pop('rope_parameters')
+  full, sliding = (ropes[f'{x}_attention'] for x in ('full', 'sliding'))
+  windows = [kind == 'sliding_attention' for kind in values['layer_types']]
+  ffns = values.pop('mlp_layer_types')
+  sparse = [i for i, ffn in enumerate(ffns) if ffn == 'sparse']
+  older = {
+    key: values.pop(key)
+    for key in ('num_key_value_heads', 'n_routed_experts', 'share_expert_dim')
+  }
+  heads = values.pop('num_sliding_attention_heads')
+  del values['per_layer_config']
+  published = values | {
+    'model_type': 'step3p5',
+    'num_attention_groups': older['num_key_value_heads'],
+    'moe_num_experts': older['n_routed_experts'],
+    'share_expert_dims': older['share_expert_dim'],
+    'attention_other_setting': {'num_attention_heads': heads},
+    'moe_layers_enum': ','.join(map(str, sparse)),
+    'num_nextn_predict_layers': 2,
+    'layer_types': [*values['layer_types'], *['full_attention'] * 2],
+    'rope_theta': [
+      (sliding if x else full)['rope_theta'] for x in [*windows, 0, 0]
+    ],
+    'partial_rotary_factors': [
+      (sliding if x else full)['partial_rotary_factor']
+      for x in [*windows, 0, 0]
+    ],
+    'rope_scaling': {
+      key: value
+      for key, value in full.items()
+      if key not in ('rope_theta', 'partial_rotary_factor')
+    },
+    'use_head_wise_attn_gate': True,
+    'zero_centered': True,
+  }
+  assert read_config(published, kind) == config
+
+
+def test_a_refused_folder_leaves_nothing(cases, make_params, tmp_path, capsys):
+  family, config = cases['step']
+  convert.save(tmp_path / 'theirs', make_params(config), config, family)
+  path = tmp_path / 'theirs/config.json'
+  values = changed(json.loads(path.read_text()), {'mlp_bias': True, 'why': 1})
+  path.write_text(json.dumps(values))
+  args = ['import', str(tmp_path / 'theirs'), str(tmp_path / 'ours')]
+  assert cli.main(args) == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1
+  assert error.index('mlp_bias=True') < error.index('why=1')
+  assert [p.name for p in tmp_path.iterdir()] == ['theirs']
