@@ -30,9 +30,10 @@ EXTRAS = {
   'hf': [
     'safetensors>=0.5',  # Hugging Face weights without torch
     'tokenizers>=0.21',  # tokenizer.json files
-    'sentencepiece>=0.2',  # .model tokenizer files
+    'sentencepiece>=0.2.2',  # .model tokenizer files
     'pyarrow>=18',  # Parquet text
     'array-record>=0.8',  # ArrayRecord shards
+    'jinja2>=3.1',  # chat templates, which are written in it
     'datasets>=4',  # data sets of the Hugging Face hub
   ],
   'eval': ['lm-eval>=0.4.9,<0.5'],  # tasks for evals/harness.py

@@ -19,11 +19,22 @@ SOURCES = (
   'parquet',
   'array_record',
   'huggingface',
+  'conversations',
   'tokens',
   'synthetic',
 )
 # How documents become rows; see gated_jax/data/packing.py.
 ROWS = ('cut', 'joined', 'whole')
+# What a conversation teaches, and what becomes of one that fills no single row;
+# see gated_jax/data/chat.py.
+TARGETS = ('assistant', 'last', 'all')
+TOO_LONG = ('cut', 'drop')
+
+# Settings that one kind of source alone reads.
+ONLY_FOR = {
+  'huggingface': ('hub_subset', 'hub_split', 'hub_revision', 'hub_streaming'),
+  'conversations': ('targets', 'too_long'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +52,12 @@ class DataConfig:
   column: str = 'text'  # field of JSONL, Parquet and ArrayRecord examples
   # For source='mixture': entries 'weight:source:paths', weighted by tokens.
   mixture: tuple[str, ...] = ()
+  # For source='conversations': which tokens are targets, those of the
+  # assistant's turns, of the last of them, or all.
+  targets: str = 'assistant'
+  # For source='conversations': one that is longer than a row loses its
+  # beginning ('cut') or is left out ('drop').
+  too_long: str = 'cut'
   # For source='huggingface', where `paths` is a name on the hub or a folder:
   # configuration, split, and a branch, tag or commit; whether rows are streamed
   # instead of being downloaded first.
@@ -90,6 +107,8 @@ class DataConfig:
     )
     below_one(**{'data.validation': self.validation})
     choice('data.rows', self.rows, ROWS)
+    choice('data.targets', self.targets, TARGETS)
+    choice('data.too_long', self.too_long, TOO_LONG)
     if self.first_token < -1:
       raise ValueError(
         f'data.first_token={self.first_token} must be an id, or -1 for none'
@@ -122,13 +141,13 @@ class DataConfig:
         f'data.paths={self.paths!r} does nothing with '
         f'data.source={self.source!r}'
       )
-    parts = self.parts()
-    if all(part.source != 'huggingface' for _, part in parts):
-      for name in ('hub_subset', 'hub_split', 'hub_revision', 'hub_streaming'):
+    sources = {part.source for _, part in self.parts()}
+    for source, names in ONLY_FOR.items():
+      for name in () if source in sources else names:
         value = getattr(self, name)
         if value != type(self).__dataclass_fields__[name].default:
           raise ValueError(
-            f"data.{name}={value!r} does nothing without a source 'huggingface'"
+            f'data.{name}={value!r} does nothing without a source {source!r}'
           )
 
   @property

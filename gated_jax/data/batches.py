@@ -116,6 +116,8 @@ def finish(rows: Rows) -> Arrays:
     weights = np.ones(shape, np.float32)
   else:
     weights = used.astype(np.float32)
+  if rows.counts is not None:
+    weights *= rows.counts
   return {**arrays, 'weights': weights}
 
 

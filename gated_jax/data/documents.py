@@ -47,6 +47,8 @@ class Chunk(NamedTuple):
   place: int  # the unit's place in the order
   before: Int64[np.ndarray, ' N']  # the cursor before each
   after: int  # the cursor after the last
+  # True where an id counts as a target; None: all of them.
+  counts: Bool[np.ndarray, ' T'] | None = None
 
 
 class _UnitEnd(NamedTuple):
@@ -96,7 +98,7 @@ class Reading:
 
   Attributes:
     select: which documents are this stream's own.
-    encode: texts to ids.
+    encode: texts, and where each was read, to ids.
     vocab: ids of arrays must lie below it.
     least: a document with fewer ids is left out.
     nothing: the error's text where a whole pass has no document.
@@ -105,7 +107,7 @@ class Reading:
   """
 
   select: Selection
-  encode: Callable[[Sequence[str]], Encoded]
+  encode: Callable[[Sequence[str], Sequence[str]], Encoded]
   vocab: int
   least: int
   nothing: Callable[[], str]
@@ -209,23 +211,30 @@ class DocumentStream:
       def finish() -> Chunk:
         """The block's wanted documents, with ids already at hand."""
         encoded = _checked(block, wanted, reading.vocab, origin)
-        return Chunk(*encoded, place, before[wanted], after)
+        return Chunk(encoded.ids, encoded.lengths, place, before[wanted], after)
 
       return finish
 
-    texts = block.texts
+    texts, origins = block.texts, block.origins
     if wanted is not None:
       texts = list(itertools.compress(texts, wanted))
+      origins = list(itertools.compress(origins, wanted))
       before = before[wanted]
-    future = reading.pool and reading.pool.submit(reading.encode, texts)
+    future = reading.pool and reading.pool.submit(
+      reading.encode, texts, origins
+    )
 
     def finish_encoding() -> Chunk:
       """Waits for the encoder; short documents are left out."""
-      ids, lengths = future.result() if future else reading.encode(texts)
+      ids, lengths, counts = (
+        future.result() if future else reading.encode(texts, origins)
+      )
       long = lengths >= reading.least
       if not long.all():
-        ids = ids[np.repeat(long, lengths)]
-      return Chunk(ids, lengths[long], place, before[long], after)
+        of_long = np.repeat(long, lengths)
+        ids = ids[of_long]
+        counts = None if counts is None else counts[of_long]
+      return Chunk(ids, lengths[long], place, before[long], after, counts)
 
     return finish_encoding
 

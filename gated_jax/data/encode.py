@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 from jaxtyping import Int32
 from jaxtyping import Int64
 
@@ -23,6 +24,7 @@ class Encoded(NamedTuple):
 
   ids: Int32[np.ndarray, ' T']
   lengths: Int64[np.ndarray, ' N']
+  counts: Bool[np.ndarray, ' T'] | None = None  # see `Chunk`
 
 
 def ends_of(tokenizer: Tokenizer, end_to_end: bool) -> tuple[int, int]:

@@ -124,6 +124,11 @@ def look(
       if split == 'train':
         yield from counted.histogram()
   yield from _first_rows(config, vocab, rows)
+  if views['train'].chat is not None:
+    yield (
+      f'\nshortened  {views["train"].skipped.shortened:,} conversations, to '
+      'the last tokens that fit into a row'
+    )
   skipped = views['train'].skipped.report()
   yield f'\nskipped  {len(skipped):,} files, or parts of files'
   for where, reason in list(skipped.items())[:10]:

@@ -47,6 +47,9 @@ class Rows(NamedTuple):
   # row always does. None: nothing divides the row.
   begins: Bool[np.ndarray, 'N T'] | None
   filled: Int64[np.ndarray, ' N']  # places of each row that have a target
+  # False where a target does not count; None: all count. Where there is no
+  # target it is undefined.
+  counts: Bool[np.ndarray, 'N T'] | None = None
 
 
 class RowStream(Protocol):
@@ -67,6 +70,7 @@ class Items(NamedTuple):
 
   values: tuple[Int32[np.ndarray, ' M'], ...]
   starts: Int64[np.ndarray, ' N']  # the beginning of each document
+  counts: Bool[np.ndarray, ' M'] | None = None  # see `Rows`
 
 
 def pairs(chunk: Chunk) -> Items:
@@ -77,12 +81,22 @@ def pairs(chunk: Chunk) -> Items:
   has_next[ends - 1] = False
   has_last[starts] = False
   values = chunk.ids[has_next], chunk.ids[has_last]
-  return Items(values, starts - np.arange(len(starts)))
+  counts = None if chunk.counts is None else chunk.counts[has_last]
+  return Items(values, starts - np.arange(len(starts)), counts)
 
 
 def single(chunk: Chunk) -> Items:
   """The ids themselves."""
-  return Items((chunk.ids,), np.cumsum(chunk.lengths) - chunk.lengths)
+  starts = np.cumsum(chunk.lengths) - chunk.lengths
+  return Items((chunk.ids,), starts, chunk.counts)
+
+
+class Taken(NamedTuple):
+  """What `Stream.take` filled arrays with."""
+
+  filled: int  # how many items there were
+  borders: Int64[np.ndarray, ' N']  # where among them documents begin
+  counts: Bool[np.ndarray, ' M'] | None  # see `Rows`
 
 
 class Stream:
@@ -129,26 +143,30 @@ class Stream:
     """The first value of the next item, where there is one."""
     return int(self._open.values[0][self._offset])
 
-  def take(
-    self, out: tuple[Int32[np.ndarray, ' M'], ...]
-  ) -> tuple[int, Int64[np.ndarray, ' N']]:
-    """Fills arrays from their beginning on.
+  def counts(self) -> bool:
+    """Whether the next item counts as a target, where there is one."""
+    counts = self._open.counts
+    return counts is None or bool(counts[self._offset])
 
-    Returns:
-      How many items there were, and where among them documents begin.
-    """
+  def take(self, out: tuple[Int32[np.ndarray, ' M'], ...]) -> Taken:
+    """Fills arrays from their beginning on."""
     filled, borders = 0, [np.empty(0, np.int64)]
+    counts: Bool[np.ndarray, ' M'] | None = None
     while filled < len(out[0]) and self.has_more():
       begin = self._offset
       size = min(len(out[0]) - filled, len(self._open.values[0]) - begin)
       for array, values in zip(out, self._open.values, strict=True):
         array[filled : filled + size] = values[begin : begin + size]
+      if self._open.counts is not None:
+        if counts is None:
+          counts = np.ones(len(out[0]), bool)
+        counts[filled : filled + size] = self._open.counts[begin : begin + size]
       starts = self._open.starts
       first, last = np.searchsorted(starts, (begin, begin + size))
       borders.append(starts[first:last] + (filled - begin))
       self._offset += size
       filled += size
-    return filled, np.concatenate(borders)
+    return Taken(filled, np.concatenate(borders), counts)
 
 
 class CutRows:
@@ -170,10 +188,11 @@ class CutRows:
     """See `RowStream`."""
     length = self._length
     tokens, targets = np.empty((2, count * length), np.int32)
-    filled, borders = self._stream.take((tokens, targets))
+    filled, borders, counts = self._stream.take((tokens, targets))
     begins = np.zeros(len(tokens), bool)
     begins[borders] = begins[::length] = True
-    return end_to_end(tokens, targets, begins, filled, length)
+    rows = end_to_end(tokens, targets, begins, filled, length)
+    return with_counts(rows, counts)
 
 
 def end_to_end(
@@ -196,6 +215,15 @@ def end_to_end(
     cut(targets),
     None if begins is None else cut(begins),
     np.clip(filled - length * np.arange(count), 0, length),
+  )
+
+
+def with_counts(rows: Rows, counts: Bool[np.ndarray, ' M'] | None) -> Rows:
+  """The same rows, with a mark for each of their places or more."""
+  if counts is None:
+    return rows
+  return rows._replace(
+    counts=counts[: rows.tokens.size].reshape(rows.tokens.shape)
   )
 
 
@@ -225,11 +253,15 @@ class JoinedRows:
     """See `RowStream`."""
     length = self._length
     ids = np.empty(count * length + 1, np.int32)
-    filled, _ = self._stream.take((ids[:-1],))
+    filled, _, counts = self._stream.take((ids[:-1],))
     if self._first < 0:
       # A row's last target is the id that the next row goes on with.
+      if counts is not None:
+        counts = np.roll(counts, -1)
       if self._stream.has_more():
         ids[filled] = self._stream.peek()
+        if counts is not None:
+          counts[filled - 1] = self._stream.counts()
       else:
         filled = max(filled - 1, 0)
       tokens, targets = ids[:-1].copy(), ids[1:]
@@ -237,4 +269,5 @@ class JoinedRows:
       targets = ids[:-1]
       tokens = np.roll(targets, 1)
       tokens[::length] = self._first
-    return end_to_end(tokens, targets, None, filled, length)
+    rows = end_to_end(tokens, targets, None, filled, length)
+    return with_counts(rows, counts)

@@ -34,6 +34,7 @@ import numpy as np
 from gated_jax.config import DataConfig
 from gated_jax.config import names_with
 from gated_jax.data import positions
+from gated_jax.data.chat import Chat
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
 from gated_jax.data.stages import View
@@ -105,6 +106,11 @@ class Pipeline:
   def skipped(self) -> dict[str, str]:
     """Files, or parts of files, left out so far: name to reason."""
     return self._view.skipped.report()
+
+  @property
+  def shortened(self) -> int:
+    """Conversations so far that lost their beginning to fit into a row."""
+    return self._view.skipped.shortened
 
   def state(self) -> bytes:
     """The place after the last batch given out, however far ahead it reads."""
@@ -223,6 +229,9 @@ def make_view(
   text = any(
     part.source not in ('tokens', 'synthetic') for _, part in config.parts()
   )
+  chat = None
+  if any(part.source == 'conversations' for _, part in config.parts()):
+    chat = Chat(tokenizer, config.special_tokens)
   return View(
     config,
     split,
@@ -235,6 +244,7 @@ def make_view(
     pool=concurrent.futures.ThreadPoolExecutor(config.workers, 'tokenise')
     if text and tokenizer.name != 'bytes'
     else None,
+    chat=chat,
   )
 
 
@@ -264,6 +274,8 @@ def _about(
     'files': digest.hexdigest(),
     'contents': digest_of(list(dict.fromkeys(paths))),
   }
+  if view.chat is not None:
+    about['chat template'] = view.chat.digest
   return json.loads(json.dumps(about))
 
 

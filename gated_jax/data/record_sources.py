@@ -5,6 +5,7 @@ Read `gated_jax/data/sources.py` first.
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from gated_jax.data.long_documents import cut_long
 from gated_jax.data.sources import Document
@@ -21,7 +22,7 @@ class ParquetSource(Records):
   def __init__(
     self, files: list[str], column: str, max_document: int, skipped: Skipped
   ):
-    arrow, parquet = _parquet()
+    arrow, parquet = parquet_modules()
 
     self.skipped = skipped
     self._column = column
@@ -51,7 +52,7 @@ class ParquetSource(Records):
     return cut_long(self._records, unit, cursor, self._max_document)
 
   def _records(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    arrow, parquet = _parquet()
+    arrow, parquet = parquet_modules()
 
     try:
       with parquet.ParquetFile(unit.path) as file:
@@ -138,7 +139,7 @@ def _array_record(path: str):
   return reader
 
 
-def _parquet():
+def parquet_modules() -> tuple[Any, Any]:
   """The two modules that read Parquet."""
   try:
     import pyarrow
@@ -150,14 +151,20 @@ def _parquet():
   return pyarrow, parquet
 
 
-def json_text(line: bytes, column: str) -> str:
-  """The string in the field `column` of the JSON object `line`."""
+def json_object(line: bytes) -> dict[str, Any]:
+  """The JSON object that a line holds."""
   try:
     record = json.loads(line.decode('utf-8'))
   except RecursionError as error:
     raise ValueError('nested too deeply') from error
   if not isinstance(record, dict):
     raise ValueError(f'a JSON {type(record).__name__}, not an object')
+  return record
+
+
+def json_text(line: bytes, column: str) -> str:
+  """The string in the field `column` of the JSON object `line`."""
+  record = json_object(line)
   if column not in record:
     raise ValueError(f'no field {column!r}, only {", ".join(record)[:80]}')
   if not isinstance(record[column], str):

@@ -57,6 +57,7 @@ class Texts(NamedTuple):
 
   cursors: list[int]  # the place after each
   texts: list[str]
+  origins: list[str]  # where each was read
 
 
 class Ids(NamedTuple):
@@ -115,12 +116,16 @@ class Records:
 def _block(cursors: list[int], documents: list[Document]) -> Block:
   ids = [d.ids for d in documents if d.ids is not None]
   if not ids:
-    return Texts(cursors, [d.text for d in documents])
+    return Texts(
+      cursors, [d.text for d in documents], [d.origin for d in documents]
+    )
   return Ids(cursors, np.concatenate(ids), np.array([len(x) for x in ids]))
 
 
 class Skipped:
   """Files, or parts of them, that were left out, each with its reason.
+
+  It counts conversations that were cut to a row, too, which are not left out.
 
   `log`: whether to say so when it happens, besides in the report.
   """
@@ -128,6 +133,7 @@ class Skipped:
   def __init__(self, log: bool = True):
     self._log = log
     self._reasons: dict[str, str] = {}
+    self._cut: set[str] = set()
     self._lock = threading.Lock()
 
   def add(self, where: str, reason: object) -> None:
@@ -145,6 +151,16 @@ class Skipped:
       _LOG.warning('skipped %s: %s', where, line)
     if count == _LOGGED:
       _LOG.warning('further skipped files are counted, but not logged')
+
+  def cut(self, where: str) -> None:
+    """Notes a conversation that lost its beginning, once."""
+    with self._lock:
+      self._cut.add(where)
+
+  @property
+  def shortened(self) -> int:
+    """Conversations that lost their beginning."""
+    return len(self._cut)
 
   def report(self) -> dict[str, str]:
     """Everything skipped so far: name to reason, in the order met."""

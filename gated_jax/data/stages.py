@@ -6,6 +6,8 @@
 import concurrent.futures
 import dataclasses
 import functools
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import grain
 
@@ -14,9 +16,13 @@ from gated_jax.data.array_files import Wanted
 from gated_jax.data.batches import Ahead
 from gated_jax.data.batches import Batches
 from gated_jax.data.batches import InTurn
+from gated_jax.data.chat import Chat
+from gated_jax.data.chat import encode_conversations
+from gated_jax.data.conversations import ConversationSource
 from gated_jax.data.documents import DocumentStream
 from gated_jax.data.documents import Reading
 from gated_jax.data.documents import Selection
+from gated_jax.data.encode import Encoded
 from gated_jax.data.encode import digest_of
 from gated_jax.data.encode import encode
 from gated_jax.data.encode import ends_of
@@ -53,6 +59,7 @@ class View:
   tokenizer: Tokenizer
   skipped: Skipped
   pool: concurrent.futures.Executor | None
+  chat: Chat | None = None  # for sources of conversations
 
   @property
   def ids_below(self) -> int:
@@ -119,6 +126,8 @@ def make_source(part: DataConfig, view: View) -> Source:
     )
   if part.source == 'huggingface':
     return HubSource(part, view.skipped)
+  if part.source == 'conversations':
+    return ConversationSource(find_files(part.paths), view.skipped)
   return make_text_source(
     part.source, part.paths, part.column, part.max_document, view.skipped
   )
@@ -169,9 +178,7 @@ def documents(
   joined = part.rows == 'joined'
   reading = Reading(
     select=select,
-    encode=functools.partial(
-      encode, view.tokenizer, ends=ends_of(view.tokenizer, joined)
-    ),
+    encode=_encoder(part, view),
     vocab=view.vocab or 2**31,
     # In rows of their own, documents of a single id predict nothing.
     least=1 if joined else 2,
@@ -182,6 +189,25 @@ def documents(
   return DocumentStream(
     source, Order(deal, 0 if train and not once else 1), reading
   )
+
+
+def _encoder(
+  part: DataConfig, view: View
+) -> Callable[[Sequence[str], Sequence[str]], Encoded]:
+  """What turns a block's texts into ids."""
+  if part.source == 'conversations':
+    assert view.chat is not None
+    return functools.partial(
+      encode_conversations, chat=view.chat, skipped=view.skipped, config=part
+    )
+  ends = ends_of(view.tokenizer, part.rows == 'joined')
+
+  def plain(texts: Sequence[str], origins: Sequence[str]) -> Encoded:
+    """Text is text wherever it was read."""
+    del origins
+    return encode(view.tokenizer, texts, ends)
+
+  return plain
 
 
 def rows(part: DataConfig, documents: DocumentStream, view: View) -> RowStream:

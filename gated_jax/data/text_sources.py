@@ -58,7 +58,7 @@ class TextSource(Records):
 
   def __init__(self, files: list[str], max_document: int, skipped: Skipped):
     self.skipped = skipped
-    self.units = byte_units(files, _RANGE, skipped)
+    self.units = text_units(files, skipped)
     self._max_document = max_document
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
@@ -79,7 +79,7 @@ class JsonLinesSource(Records):
     self, files: list[str], column: str, max_document: int, skipped: Skipped
   ):
     self.skipped = skipped
-    self.units = byte_units(files, _RANGE, skipped)
+    self.units = text_units(files, skipped)
     self._column = column
     self._max_document = max_document
 
@@ -88,7 +88,7 @@ class JsonLinesSource(Records):
     return cut_long(self._records, unit, cursor, self._max_document)
 
   def _records(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    for end, line in _lines(unit, cursor):
+    for end, line in lines_of(unit, cursor):
       if not line.strip():
         continue
       try:
@@ -98,6 +98,11 @@ class JsonLinesSource(Records):
         self.skipped.add(where, error)
         continue
       yield end, Document(text, None, unit.path)
+
+
+def text_units(files: list[str], skipped: Skipped) -> list[Unit]:
+  """Ranges of files of lines."""
+  return byte_units(files, _RANGE, skipped)
 
 
 def _whole_lines(unit: Unit) -> bytes:
@@ -126,7 +131,7 @@ def _refuse_truncated(place: int, unit: Unit) -> None:
     )
 
 
-def _lines(unit: Unit, cursor: int) -> Iterator[tuple[int, bytes]]:
+def lines_of(unit: Unit, cursor: int) -> Iterator[tuple[int, bytes]]:
   """Lines that start inside the unit, each with the place after it."""
   with open(unit.path, 'rb') as file:
     if cursor:

@@ -23,6 +23,7 @@ from gated_jax.data.text_stream import ByteStream
 from gated_jax.data.text_stream import TextStream
 from gated_jax.data.tokenizer_files import HuggingFaceTokenizer
 from gated_jax.data.tokenizer_files import SentencePieceTokenizer
+from gated_jax.data.tokenizer_files import Spans
 from gated_jax.paths import expand
 
 
@@ -50,6 +51,12 @@ class Tokenizer(Protocol):
 
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' _']]:
     """`encode` of each text, outside Python's lock where it can."""
+
+  def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
+    """`encode_batch`, with the characters that each token stands for."""
+
+  def spelling(self, i: int) -> str:
+    """Text that becomes this id where special tokens are read; '': none."""
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of `ids`, without the ends of a document."""
@@ -136,6 +143,20 @@ class ByteTokenizer:
   def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' _']]:
     """See `Tokenizer`."""
     return [self.encode(text) for text in texts]
+
+  def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
+    """See `Tokenizer`."""
+    rows = []
+    for text in texts:
+      sizes = [len(c.encode('utf-8', errors='surrogatepass')) for c in text]
+      begins = np.repeat(np.arange(len(text)), sizes)
+      rows.append(Spans(self.encode(text), begins, begins + 1))
+    return rows
+
+  def spelling(self, i: int) -> str:
+    """See `Tokenizer`; no text spells the end of a document."""
+    del i
+    return ''
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """See `Tokenizer`."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 from jaxtyping import Int32
+from jaxtyping import Int64
 
 from gated_jax.data.text_stream import PieceStream
 from gated_jax.data.text_stream import TextStream
@@ -52,7 +53,29 @@ class Ends(NamedTuple):
     return Ends(bos if put_before else -1, eos, start)
 
 
-def _stated(folder: pathlib.Path) -> dict[str, Any] | None:
+class Spans(NamedTuple):
+  """Ids of a text, and the characters that each of them stands for."""
+
+  ids: Int32[np.ndarray, ' T']
+  begins: Int64[np.ndarray, ' T']
+  ends: Int64[np.ndarray, ' T']  # a character may be several tokens' own
+
+
+def without_gaps(
+  ids: Sequence[int],
+  begins: Int64[np.ndarray, ' T'],
+  ends: Int64[np.ndarray, ' T'],
+) -> Spans:
+  """Spans that leave no character out.
+
+  Packages trim spaces off the spans of tokens that hold them.
+  """
+  before = np.zeros_like(ends)
+  np.maximum.accumulate(ends[:-1], out=before[1:])
+  return Spans(np.asarray(ids, np.int32), np.minimum(begins, before), ends)
+
+
+def stated(folder: pathlib.Path) -> dict[str, Any] | None:
   """The contents of tokenizer_config.json; None where there is none."""
   path = folder / _CONFIG
   if not path.is_file():
@@ -71,7 +94,7 @@ def _stated(folder: pathlib.Path) -> dict[str, Any] | None:
   return values
 
 
-def _content(token: Any) -> str:
+def spelled(token: Any) -> str:
   """The spelling of a token that a config names; '' for null."""
   if isinstance(token, dict):
     token = token.get('content')
@@ -118,12 +141,12 @@ class HuggingFaceTokenizer:
     self._spellable = self._find_spellable()
 
   def _find_ends(self, folder: pathlib.Path, tokens: dict[str, int]) -> Ends:
-    stated = _stated(folder)
+    says = stated(folder)
 
     def find(key: str, names: tuple[str, ...]) -> int:
       """The id of a stated token, else of the first name known; or -1."""
-      if stated and key in stated:
-        return tokens.get(_content(stated[key]), -1)
+      if says and key in says:
+        return tokens.get(spelled(says[key]), -1)
       return next((tokens[name] for name in names if name in tokens), -1)
 
     bos = find('bos_token', _BOS_NAMES)
@@ -131,8 +154,8 @@ class HuggingFaceTokenizer:
     around = self._tokenizer.encode('', add_special_tokens=True).ids
     puts = bool(around) and around[0] == bos
     put_before: bool | None = True if puts else None
-    if stated is not None:
-      asked = stated.get('add_bos_token')
+    if says is not None:
+      asked = says.get('add_bos_token')
       put_before = puts if asked is None else asked
     return Ends.of(bos, eos, put_before)
 
@@ -166,6 +189,21 @@ class HuggingFaceTokenizer:
       self.encode(text) if self._spellable[ids].any() else ids
       for text, ids in zip(texts, rows, strict=True)
     ]
+
+  def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
+    """See `Tokenizer`."""
+    encodings = self._tokenizer.encode_batch(
+      list(texts), add_special_tokens=False
+    )
+    rows = []
+    for encoding in encodings:
+      spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+      rows.append(without_gaps(encoding.ids, spans[:, 0], spans[:, 1]))
+    return rows
+
+  def spelling(self, i: int) -> str:
+    """See `Tokenizer`."""
+    return self._pieces[i] if i in self._special else ''
 
   def encode(self, text: str) -> Int32[np.ndarray, ' T']:
     """See `Tokenizer`."""
@@ -247,12 +285,12 @@ class SentencePieceTokenizer:
       raise ValueError(f'{path} is no SentencePiece model: {error}') from error
     self.name = str(path)
     self.vocab = self._processor.vocab_size()
-    bos, stated = self._processor.bos_id(), _stated(path.parent)
+    bos, says = self._processor.bos_id(), stated(path.parent)
     put_before = None
-    if stated is not None and 'bos_token' in stated:
-      put_before = stated['bos_token'] is not None
-    if stated is not None and isinstance(stated.get('add_bos_token'), bool):
-      put_before = stated['add_bos_token']
+    if says is not None and 'bos_token' in says:
+      put_before = says['bos_token'] is not None
+    if says is not None and isinstance(says.get('add_bos_token'), bool):
+      put_before = says['add_bos_token']
     ends = Ends.of(bos, self._processor.eos_id(), put_before)
     self.bos, self.eos, self.start = ends
     self._no_text = set(ends)
@@ -265,6 +303,20 @@ class SentencePieceTokenizer:
     """See `Tokenizer`."""
     rows = self._processor.encode(list(texts), num_threads=1)
     return [np.array(ids, np.int32) for ids in rows]
+
+  def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
+    """See `Tokenizer`."""
+    rows = []
+    for text in texts:
+      found = self._processor.encode(text, out_type='offset_mapping')
+      begins, ends = np.array(found['offsets'], np.int64).reshape(-1, 2).T
+      rows.append(without_gaps(found['ids'], begins, ends))
+    return rows
+
+  def spelling(self, i: int) -> str:
+    """See `Tokenizer`; a model never reads its control pieces from text."""
+    del i
+    return ''
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """See `Tokenizer`."""

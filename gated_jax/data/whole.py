@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 from jaxtyping import Int32
 from jaxtyping import Int64
 
@@ -30,6 +31,7 @@ class Pieces(NamedTuple):
   targets: Int32[np.ndarray, ' M']
   lengths: Int64[np.ndarray, ' N']
   positions: Int64[np.ndarray, 'N 3']  # a `Position` each
+  counts: Bool[np.ndarray, ' M'] | None = None  # see `Rows`
 
   def part(self, begin: int, end: int) -> 'Pieces':
     """Some of them, by their numbers."""
@@ -40,6 +42,7 @@ class Pieces(NamedTuple):
       self.targets[first:last],
       self.lengths[begin:end],
       self.positions[begin:end],
+      None if self.counts is None else self.counts[first:last],
     )
 
 
@@ -51,7 +54,7 @@ def pieces_of(chunk: Chunk, length: int, used: int) -> Pieces:
     length: tokens of a row.
     used: tokens of the first document that earlier rows have; full rows.
   """
-  tokens, targets = pairs(chunk).values
+  (tokens, targets), _, counts = pairs(chunk)
   sizes = chunk.lengths - 1
   per_document = -(-sizes // length)
   document = np.repeat(np.arange(len(sizes)), per_document)
@@ -61,8 +64,21 @@ def pieces_of(chunk: Chunk, length: int, used: int) -> Pieces:
   positions = np.stack(
     [np.full(len(document), chunk.place), chunk.before[document], offsets], 1
   )
-  whole = Pieces(tokens, targets, lengths, positions)
+  whole = Pieces(tokens, targets, lengths, positions, counts)
   return whole.part(used // length, len(lengths))
+
+
+def concatenated(parts: Sequence[Pieces]) -> Pieces:
+  """Pieces one after the other."""
+  *arrays, counts = zip(*parts, strict=True)
+  joined = Pieces(*(np.concatenate(array) for array in arrays))
+  if all(mark is None for mark in counts):
+    return joined
+  marks = [
+    np.ones(len(part.tokens), bool) if part.counts is None else part.counts
+    for part in parts
+  ]
+  return joined._replace(counts=np.concatenate(marks))
 
 
 def best_fit(sizes: Sequence[int], length: int) -> Int64[np.ndarray, ' N']:
@@ -148,9 +164,7 @@ class WholeRows:
       self._next = Position(chunk.place, chunk.after, 0)
       size += len(parts[-1].tokens)
     if len(parts) > 1:
-      self._open = Pieces(
-        *(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-      )
+      self._open = concatenated(parts)
 
   def _check(self, most: int) -> None:
     """ValueError where none of the first pieces is a whole document."""
@@ -205,6 +219,11 @@ def lay_out(pieces: Pieces, rows: Int64[np.ndarray, ' N'], length: int) -> Rows:
   begins[starts] = True
   # Padding follows the last document of its row and is no part of it.
   shape = (count, length)
-  return Rows(
+  laid = Rows(
     tokens.reshape(shape), targets.reshape(shape), begins.reshape(shape), filled
   )
+  if pieces.counts is None:
+    return laid
+  counts = np.zeros(count * length, bool)
+  counts[places] = pieces.counts
+  return laid._replace(counts=counts.reshape(shape))

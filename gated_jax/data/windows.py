@@ -153,21 +153,29 @@ def _interleave(
 
 def some(rows: Rows, chosen: Int64[np.ndarray, ' M']) -> Rows:
   """Rows by their numbers."""
-  begins = rows.begins
+  begins, counts = rows.begins, rows.counts
   return Rows(
     rows.tokens.take(chosen, 0),
     rows.targets.take(chosen, 0),
     None if begins is None else begins.take(chosen, 0),
     rows.filled.take(chosen),
+    None if counts is None else counts.take(chosen, 0),
   )
 
 
 def join(parts: Sequence[Rows]) -> Rows:
   """Rows one after the other."""
   begins = [part.begins for part in parts if part.begins is not None]
+  counts: list[np.ndarray] = []
+  if any(part.counts is not None for part in parts):
+    counts = [
+      np.ones(part.tokens.shape, bool) if part.counts is None else part.counts
+      for part in parts
+    ]
   return Rows(
     np.concatenate([part.tokens for part in parts]),
     np.concatenate([part.targets for part in parts]),
     np.concatenate(begins) if begins else None,
     np.concatenate([part.filled for part in parts]),
+    np.concatenate(counts) if counts else None,
   )

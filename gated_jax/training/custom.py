@@ -114,6 +114,7 @@ class OwnData:
   name = 'batches of your own'
   is_text = False
   tokens_per_second = padding = 0.0
+  shortened = 0
 
   def __init__(self, batches: Iterable[Batch], config: DataConfig, rows: int):
     self._batches = batches

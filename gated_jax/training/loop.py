@@ -174,6 +174,8 @@ class Loop:
         f'step {step}: loss {float(metrics["loss"])}, gradient norm '
         f'{float(metrics["grad_norm"])}: update skipped'
       )
+    elif not float(metrics['tokens']):
+      run.console.say(f'step {step}: the batch has no target: update skipped')
     if bad >= config.max_bad_steps:
       raise RunStopped(
         f'loss or gradient was not finite in {bad} steps in a row, '

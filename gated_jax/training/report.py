@@ -150,6 +150,10 @@ def closing(run: RunState, result: RunResult, command: str) -> None:
   ]
   if run.data.skipped:
     rows.append(('skipped files', _skipped(run.data.skipped)))
+  if run.data.shortened:
+    rows.append(
+      ('shortened', f'{run.data.shortened:,} conversations, to fit into a row')
+    )
   if drawn:
     rows.append(('all on one page', _page(run, rows, drawn)))
   width = max(len(name) for name, _ in rows)

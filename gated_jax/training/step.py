@@ -1,9 +1,10 @@
 """One update: gradients over microbatches, clipping, and a guard.
 
 A step whose loss or gradient is not finite leaves parameters and optimizer
-as they were and is counted. Randomness is `fold_in(key, step)`, so a run that
-resumes at a step draws what it would have drawn. Read
-`gated_jax/training/loop.py` next.
+as they were and is counted. So does one whose batch has no target: weight
+decay and momentum alone are no update that anybody asked for. Randomness is
+`fold_in(key, step)`, so a run that resumes at a step draws what it would have
+drawn. Read `gated_jax/training/loop.py` next.
 """
 
 from collections.abc import Callable
@@ -32,8 +33,9 @@ class TrainState:
   """All that the next step depends on, apart from the data.
 
   `step` counts batches seen; `skipped` those that changed nothing because
-  they were not finite, `bad_in_row` the ones since the last good step. Fields
-  are arrays, or in their place shapes or shardings: so no types stand here.
+  they were not finite or had no target; `bad_in_row` those that were not
+  finite, since the last that was. Fields are arrays, or in their place shapes
+  or shardings: so no types stand here.
   """
 
   step: Any  # int32 []
@@ -208,27 +210,28 @@ def make_step(
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """One step; a step that is not finite changes no parameter."""
+    """One step; without a finite update it changes no parameter."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     loss = _loss_of(model, part, state.params)
     old = part.of(state.params)
     gradient, metrics = _gradients(loss, old, batch, key, config.accumulate)
     norm: Float[Array, ''] = optax.tree.norm(gradient)
-    good = jnp.isfinite(metrics['total_loss']) & jnp.isfinite(norm)
+    finite = jnp.isfinite(metrics['total_loss']) & jnp.isfinite(norm)
+    good = finite & (metrics['tokens'] > 0)
     updates, opt_state = optimizer.update(gradient, state.opt_state, old)
     trained = optax.apply_updates(old, updates)
 
     def keep(new, old):
-      """The new values if the step was finite, else the old."""
+      """The new values if the step counts, else the old."""
       return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
-    bad = 1 - good.astype(jnp.int32)
+    bad = 1 - finite.astype(jnp.int32)
     new = TrainState(
       step=state.step + 1,
       params=part.put(keep(trained, old), state.params),
       opt_state=keep(opt_state, state.opt_state),
       key=state.key,
-      skipped=state.skipped + bad,
+      skipped=state.skipped + 1 - good.astype(jnp.int32),
       bad_in_row=(state.bad_in_row + 1) * bad,
     )
     metrics |= {

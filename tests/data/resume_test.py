@@ -16,6 +16,10 @@ from gated_jax.data.train_tokenizer import train_tokenizer
 VOCAB = 300
 
 
+def answer(text):
+  return {'role': 'assistant', 'content': text}
+
+
 @pytest.fixture(scope='module')
 def sources(tmp_path_factory):
   """Settings that read the same kind of documents from every kind of file."""
@@ -28,6 +32,11 @@ def sources(tmp_path_factory):
     lines = [json.dumps({'text': text}) for text in part]
     (folder / f'{i}.jsonl').write_text('\n'.join(lines))
     ids = [[(7 * i + k) % 250 + 1 for k in range(len(t) // 4)] for t in part]
+    talks = [
+      {'messages': [{'role': 'user', 'content': t[:20]}, answer(t)]}
+      for t in part
+    ]
+    (folder / f'{i}.chat').write_text('\n'.join(map(json.dumps, talks)))
     array = np.concatenate([[*row, 0] for row in ids]).astype(np.uint16)
     np.save(folder / f'{i}.npy', array)
   plain = DataConfig(
@@ -43,6 +52,7 @@ def sources(tmp_path_factory):
     'text': f'{folder}/*.txt',
     'jsonl': f'{folder}/*.jsonl',
     'tokens': f'{folder}/*.npy',
+    'conversations': f'{folder}/*.chat',
   }
   configs = {
     kind: dataclasses.replace(plain, source=kind, paths=paths)
@@ -51,14 +61,20 @@ def sources(tmp_path_factory):
   configs['mixture'] = dataclasses.replace(
     plain,
     source='mixture',
-    mixture=(f'2:jsonl:{files["jsonl"]}', f'1:tokens:{files["tokens"]}'),
+    mixture=(
+      f'2:jsonl:{files["jsonl"]}',
+      f'1:tokens:{files["tokens"]}',
+      f'1:conversations:{files["conversations"]}',
+    ),
   )
   return configs
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-  source=st.sampled_from(['text', 'jsonl', 'tokens', 'mixture']),
+  source=st.sampled_from(
+    ['text', 'jsonl', 'tokens', 'conversations', 'mixture']
+  ),
   rows=st.sampled_from(['cut', 'joined', 'whole']),
   shuffle=st.booleans(),
   processes=st.integers(1, 2),

@@ -51,7 +51,9 @@ def said(
     metrics=types.SimpleNamespace(path=workdir / 'metrics.jsonl'),
     checkpoints=types.SimpleNamespace(path=lambda step: workdir / str(step)),
     data=types.SimpleNamespace(
-      skipped=dict(skipped), is_text=RunConfig(**settings).data.is_text
+      skipped=dict(skipped),
+      shortened=3,
+      is_text=RunConfig(**settings).data.is_text,
     ),
     evaluation=types.SimpleNamespace(prompt=prompt),
   )
@@ -89,6 +91,7 @@ def test_everything_worth_knowing_is_said(tmp_path, capsys):
       '.venv/bin/python train.py --config=configs/smoke.py '
       "'--workdir=my runs/a' --config.steps=2000"
     ),
+    'shortened': '3 conversations, to fit into a row',
   }
 
 

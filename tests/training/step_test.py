@@ -107,6 +107,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(value):
   np.testing.assert_allclose(metrics['learning_rate'], 0.1, rtol=1e-6)
 
 
+def test_a_batch_without_any_target_is_skipped_and_is_not_called_bad():
+  # Weight decay would move parameters though every gradient is zero.
+  state, step = make(4, optimizer=optax.adamw(0.1, weight_decay=1))
+  one, _ = step(state, batch_of())
+  empty = batch_of(seed=1)
+  empty['weights'][:] = 0
+  two, metrics = step(one, empty)
+  assert (int(two.step), int(two.skipped), int(two.bad_in_row)) == (2, 1, 0)
+  assert np.isfinite([float(x) for x in metrics.values()]).all()
+  for kept, old in zip(
+    jax.tree.leaves((two.params, two.opt_state)),
+    jax.tree.leaves((one.params, one.opt_state)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(kept, old)
+
+
 def test_randomness_depends_on_the_step_alone():
   state, step = make(noise=1.0)
   batch = batch_of()
