@@ -51,6 +51,7 @@ WORDS = {
     'yarn128k,smoke',
   ],
   'start_from': [],  # takes the folder of a checkpoint
+  'lora': [],  # so does this
 }
 
 # By hand from the shapes. The authors' released 28-layer checkpoints have
@@ -139,6 +140,7 @@ def test_configs_build_models_whose_parameters_say_what_they_are(file):
     'evidence:stability,baseline,1e-3,-1',
     'start_from:',
     'start_from:no/such/folder',
+    'lora:',
   ],
 )
 def test_words_that_mean_nothing_are_refused(name):
@@ -240,6 +242,9 @@ def test_a_run_starts_from_the_model_and_the_tokenizer_of_a_checkpoint(
   config = load(f'start_from:{folder}')
   assert config.model == model and config.init_from == str(folder)
   assert config.data.tokenizer == str(folder / 'tokenizer')
+  tuned = load(f'lora:{folder}')
+  assert tuned.model.lora.rank and tuned.optimizer.train == 'adapters'
+  assert dataclasses.replace(tuned.model, lora=model.lora) == model
   folder.rename(tmp_path / 'moved')
   config = load(f'start_from:{tmp_path / "moved"}')
   assert config.data.tokenizer == str(tmp_path / 'moved/tokenizer')

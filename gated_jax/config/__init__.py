@@ -20,6 +20,7 @@ from gated_jax.config.gate import GateConfig
 from gated_jax.config.layers import DeltaConfig
 from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
+from gated_jax.config.lora import LoraConfig
 from gated_jax.config.model import ModelConfig
 from gated_jax.config.overrides import override
 from gated_jax.config.roles import names_with
@@ -38,6 +39,7 @@ __all__ = [
   'DeltaConfig',
   'GateConfig',
   'LayerSpec',
+  'LoraConfig',
   'MeshConfig',
   'MoEConfig',
   'ModelConfig',

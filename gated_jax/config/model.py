@@ -13,6 +13,7 @@ from gated_jax.config.gate import GateConfig
 from gated_jax.config.layers import DeltaConfig
 from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
+from gated_jax.config.lora import LoraConfig
 from gated_jax.config.roles import setting
 from gated_jax.config.stack import LayerSpec
 from gated_jax.config.stack import read_word
@@ -69,6 +70,7 @@ class ModelConfig:
   rope: RopeConfig = RopeConfig()
   moe: MoEConfig = MoEConfig()
   delta: DeltaConfig = DeltaConfig()
+  lora: LoraConfig = LoraConfig()
 
   def __post_init__(self) -> None:
     finite('model.', self)

@@ -24,9 +24,10 @@ class OptimizerConfig:
   ROLE: ClassVar[str] = 'execution'
 
   name: str = 'adamw'  # 'muon': matrices by Muon, the rest by AdamW
-  # 'all', or patterns over the names of the parameters that train, as '*/gate'
-  # or '!embed,!unembed'; see gated_jax/model/patterns.py. The others get no
-  # optimizer state and stay as they are.
+  # 'all', 'adapters' (of model.lora), or patterns over the names of the
+  # parameters that train, as '*/gate' or '!embed,!unembed'; see
+  # gated_jax/model/patterns.py. The others get no optimizer state and stay as
+  # they are.
   train: str = 'all'
   learning_rate: float = 3e-4
   final_learning_rate: float = 3e-5
@@ -227,6 +228,21 @@ class RunConfig:
         '2**31'
       )
     self._refuse_frozen_constants()
+    self._check_adapters()
+
+  def _check_adapters(self) -> None:
+    """Refuses adapters that nothing trains, or a base that trains with them."""
+    rank, train = self.model.lora.rank, self.optimizer.train
+    if train == 'adapters' and not rank:
+      raise ValueError(
+        "optimizer.train='adapters' and model.lora.rank=0, which makes none: a "
+        'rank is 1 or more'
+      )
+    if train == 'all' and rank:
+      raise ValueError(
+        f"optimizer.train='all' would train the base of model.lora.rank={rank} "
+        "too: choose 'adapters' (or '*', if that is meant)"
+      )
 
   def _refuse_frozen_constants(self) -> None:
     """Refuses a gate that starts constant and is never updated."""

@@ -1,8 +1,9 @@
 """Parameters in the form that decoding reads fastest.
 
-Layers stand apart, so that each one's cache is updated where it lies, and
-matrices are in the dtype they are used in, so that a step reads no more bytes
-than it needs. Neither changes any bit of a logit.
+Layers stand apart, so that each one's cache is updated where it lies, adapters
+are added to their matrices, and those are in the dtype they are used in, so
+that a step reads no more bytes than it needs. None of it changes any bit of a
+logit.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from gated_jax.checkpoint import load_config
 from gated_jax.checkpoint import load_parameters
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
+from gated_jax.model import adapters
 from gated_jax.model import parameters
 from gated_jax.model import tree
 from gated_jax.model.abstract import abstract_parameters
@@ -41,13 +43,16 @@ def for_decoding(
     config: Settings of the model.
     params: Its parameters, stacked if `config.scan`.
   """
-  new = dataclasses.replace(config, scan=False, remat='none', attention='auto')
+  new = dataclasses.replace(
+    adapters.plain(config), scan=False, remat='none', attention='auto'
+  )
   return new, _convert(config, params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _convert(config: ModelConfig, params: Params) -> Params:
   dtype = jnp.dtype(config.dtype)
+  config, params = adapters.merge(config, params)
   facts = parameters.about(boxed_parameters(config))
 
   def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:

@@ -39,6 +39,7 @@ from gated_jax.hf.files import DTYPES
 from gated_jax.hf.files import check_free
 from gated_jax.hf.files import read_json
 from gated_jax.hf.files import whole_folder
+from gated_jax.model import adapters
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.paths import expand
 from gated_jax.platform import check_devices
@@ -222,7 +223,10 @@ def run(args: argparse.Namespace) -> None:
   target = expand(args.target)
   check_free(target)
   config, params, files = read(args)
-  model = config.model
+  if config.model.lora.rank:
+    print('adapters are added to their matrices')
+  merge = jax.jit(lambda x: adapters.merge(config.model, x, keep_dtype=True)[1])
+  model, params = adapters.plain(config.model), merge(params)
   if args.command == 'add-gate':
     mesh = make_mesh(args.mesh)
     model, params = rewrites.add_gate(model, params, args.granularity, mesh)

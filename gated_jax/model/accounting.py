@@ -28,7 +28,8 @@ class _Parameter:
   """One array of a model: its part in the sums, and its numbers.
 
   Attributes:
-    part: embed, unembed, norms, gate, router, experts, mlp, or a mixer's word.
+    part: embed, unembed, norms, gate, router, experts, mlp, adapters, or a
+      mixer's word.
     size: of the array.
     active: how many of them one token uses; of experts those that it chooses.
     multiplied: whether a token is multiplied by those.
@@ -49,6 +50,7 @@ def _part(
     Kind.GATE_SCORES: 'gate',
     Kind.ROUTER: 'router',
     Kind.LOAD_BIAS: 'router',
+    Kind.ADAPTER: 'adapters',
     Kind.EMBEDDING: path[0],
   }
   if about.kind in by_kind:

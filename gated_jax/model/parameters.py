@@ -8,6 +8,7 @@ any of them.
 
 import dataclasses
 import enum
+import math
 from typing import Any
 
 import jax
@@ -17,6 +18,11 @@ from flax import struct
 from flax.core import meta
 from jaxtyping import Array
 
+from gated_jax.config import LoraConfig
+from gated_jax.config import ModelConfig
+from gated_jax.model.low_rank import NAMES
+from gated_jax.model.low_rank import add_product
+from gated_jax.model.patterns import chosen
 from gated_jax.sharding import Axes
 
 
@@ -38,6 +44,8 @@ class Kind(enum.Enum):
 
 # Computed with in float32 as they are stored, whatever the model's dtype.
 FLOAT32 = frozenset({Kind.VECTOR, Kind.ROUTER, Kind.LOAD_BIAS, Kind.DECAY})
+# Matrices that may have an adapter.
+ADAPTED = frozenset({Kind.MATRIX, Kind.GATE})
 # Multiplied by activations: these cost FLOPs for every token.
 MULTIPLIED = frozenset({Kind.MATRIX, Kind.GATE, Kind.ROUTER, Kind.FILTER})
 
@@ -108,8 +116,74 @@ def parameter(
       init(key, *args), axes, kind=kind, inputs=inputs, outputs=outputs
     )
 
+  # param() takes it out of its box.
   value: Any = module.param(name, boxed, shape, jnp.dtype(dtype))
-  return value  # param() takes it out of its box
+  lora = _lora_of(module)
+  path = (*(module.scope.path if module.scope else ()), name)
+  if inputs and lora.rank and kind in ADAPTED and chosen(lora.matrices, path):
+    return _adapted(module, name, value, axes, inputs, lora)
+  return value
+
+
+def _lora_of(module: nn.Module) -> LoraConfig:
+  """The adapters that the decoder around a module asks for.
+
+  The owners of matrices need not know of adapters, so the settings are read off
+  the nearest module that has a decoder's.
+  """
+  owner: Any = module
+  while isinstance(owner, nn.Module):
+    config = getattr(owner, 'config', None)
+    if isinstance(config, ModelConfig):
+      return config.lora
+    owner = owner.parent
+  return LoraConfig()
+
+
+def _adapted(
+  module: nn.Module,
+  name: str,
+  value: Array,
+  axes: Axes,
+  inputs: int,
+  lora: LoraConfig,
+) -> Array:
+  """A matrix plus its adapter, two parameters of the same module.
+
+  Args:
+    module: its owner.
+    name: of the matrix.
+    value: the matrix itself.
+    axes: logical name of each of its axes.
+    inputs: how many of them are summed over.
+    lora: settings of the adapter.
+  """
+  first = axes.count('experts')
+  last, shape, rank = first + inputs, value.shape, lora.rank
+  # PyTorch's bounds of a linear layer, as LoRA was published with.
+  bound = math.prod(shape[first:last]) ** -0.5
+
+  def uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Draws A."""
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  a = parameter(
+    module,
+    name + NAMES[0],
+    (*shape[:last], rank),
+    (*axes[:last], None),
+    Kind.ADAPTER,
+    init=uniform,
+  )
+  b = parameter(
+    module,
+    name + NAMES[1],
+    (*shape[:first], rank, *shape[last:]),
+    (*axes[:first], None, *axes[last:]),
+    Kind.ADAPTER,
+    init=nn.initializers.zeros,  # the first step is the base's
+  )
+  return add_product(value, a, b, lora.scale, inputs)
 
 
 def normal(std: float) -> Any:

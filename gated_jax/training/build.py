@@ -26,6 +26,7 @@ from gated_jax.data.batch import arrays_of
 from gated_jax.data.pipeline import Pipeline
 from gated_jax.data.pipeline import make_pipeline
 from gated_jax.evals.likelihood import target_bytes
+from gated_jax.model import adapters
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.mixers import mixer_named
@@ -169,7 +170,7 @@ def build(
     if restored is None:
       state = init(jax.random.key(config.seed))
       if config.init_from:
-        params = load_start(config, abstract.params, mesh)
+        params = load_start(config, abstract.params, mesh, state.params)
         state = state.replace(params=params)
     else:
       state, position, changed = restored
@@ -238,6 +239,7 @@ def make_functions(
   """
   length = config.data.length
   boxed = boxed_parameters(config.model, length)
+  adapters.adapted(config.model)  # refuses a pattern that matches nothing
   part = trained_part(config.optimizer.train, boxed)
   schedule = None
   if optimizer is None:

@@ -71,6 +71,4 @@ def trained_part(train: str, boxed: Tree) -> Part:
   if train != 'adapters':
     return Part(choose('optimizer.train', train, facts))
   adapters = {p for p, facts in facts.items() if facts.kind is Kind.ADAPTER}
-  if not adapters:
-    raise ValueError("optimizer.train='adapters': the model has none")
   return Part(frozenset(adapters))

@@ -3,7 +3,8 @@
 They are those of another run, or of a model that was imported. The two models
 have to compute the same function, but for settings that `init_changes` names.
 How layers are laid out may differ: scanned or not, whatever words describe
-them.
+them. Adapters that only the new model has begin fresh; those that only the
+other has are added to their matrices.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from gated_jax import sharding
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import different_function
+from gated_jax.model import adapters
 from gated_jax.model import tree
 from gated_jax.model.abstract import abstract_parameters
 
@@ -22,7 +24,7 @@ Tree = Any
 
 
 def load_start(
-  config: RunConfig, abstract: Tree, mesh: jax.sharding.Mesh
+  config: RunConfig, abstract: Tree, mesh: jax.sharding.Mesh, fresh: Tree = None
 ) -> Tree:
   """The parameters at `config.init_from`, as a run holds its own.
 
@@ -30,6 +32,8 @@ def load_start(
     config: Settings of the new run.
     abstract: Shapes, dtypes and places of its parameters.
     mesh: The devices that they are placed on.
+    fresh: The run's parameters at random, whose adapters are taken where those
+      at `config.init_from` have none.
 
   Raises:
     ValueError: there is no checkpoint, or one of another function.
@@ -37,12 +41,28 @@ def load_start(
   """
   there = checkpoint.load_config(config.init_from).model
   check_same_function(there, config)
-  if _layout(there) == _layout(config.model):
-    return checkpoint.load_parameters(config.init_from, abstract)
+  here = config.model
+  if not here.lora.rank or there.lora.rank:
+    return _load(config.init_from, there, here, abstract, mesh)
+  base = adapters.without(abstract)
+  params = _load(config.init_from, there, adapters.plain(here), base, mesh)
+  return adapters.put(params, fresh)
+
+
+def _load(
+  path: str,
+  there: ModelConfig,
+  here: ModelConfig,
+  abstract: Tree,
+  mesh: jax.sharding.Mesh,
+) -> Tree:
+  """Parameters of one model as another of the same function holds them."""
+  if _layout(there) == _layout(here) and there.lora == here.lora:
+    return checkpoint.load_parameters(path, abstract)
   as_there = abstract_parameters(there, mesh)
   with sharding.activate(mesh):
-    params = checkpoint.load_parameters(config.init_from, as_there)
-    return _laid_out(there, config.model, params, abstract)
+    params = checkpoint.load_parameters(path, as_there)
+    return _laid_out(there, here, params, abstract)
 
 
 def check_same_function(there: ModelConfig, config: RunConfig) -> None:
@@ -53,10 +73,12 @@ def check_same_function(there: ModelConfig, config: RunConfig) -> None:
     config: The new run. A longer or shorter `model.length` alone changes no
       function.
   """
+  # Adapters that one side lacks are fresh ones, or are added to their base.
+  one_sided = not (there.lora.rank and config.model.lora.rank)
   differing = {
     f'model.{name}': values
     for name, values in different_function(there, config.model).items()
-    if name != 'length'
+    if name != 'length' and not (one_sided and name.startswith('lora.'))
   }
   refused = {
     name: values
@@ -90,7 +112,9 @@ def _laid_out(
   """Parameters of one layout as another holds them."""
 
   def convert(params: Tree) -> Tree:
-    """Stacks or unstacks layers, and casts."""
+    """Adds adapters that are here no more, stacks or unstacks, and casts."""
+    if not here.lora.rank:
+      _, params = adapters.merge(there, params)
     apart = tree.unstack(there, params) if there.scan else params
     laid = tree.stack(here, apart) if here.scan else apart
     return jax.tree.map(lambda x, new: x.astype(new.dtype), laid, abstract)

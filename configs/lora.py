@@ -1,0 +1,37 @@
+"""Adapters (LoRA) on the parameters of another run, which stay as they are.
+
+    python train.py --config=configs/smoke.py --workdir=runs/smoke
+    python train.py --config=configs/lora.py:runs/smoke --workdir=runs/lora \
+      --config.data.source=text --config.data.paths='notes/*.txt'
+
+Differences to `start_from.py`: rank 16 on every matrix of the layers, gates and
+experts included, with a scale of 2; AdamW on the adapters alone, at the larger
+rate that they take. `--config.model.lora.matrices='*/attention'` chooses among
+the matrices, `--config.model.param_dtype=bfloat16` halves what a base in
+float32 takes. A checkpoint that has adapters already goes on with its own.
+docs/tune.md says more.
+"""
+
+import ml_collections
+
+from configs import start_from
+
+
+def get_config(path: str = '') -> ml_collections.ConfigDict:
+  """The settings for adapters on a checkpoint.
+
+  Args:
+    path: A workdir, the folder of a step, or of what was imported.
+  """
+  if not path:
+    raise ValueError('say where to start: --config=configs/lora.py:PATH')
+  config = start_from.get_config(path)
+  if not config.model.lora.rank:
+    config.model.lora.rank = 16
+    config.model.lora.alpha = 32.0
+  config.optimizer.train = 'adapters'
+  config.optimizer.learning_rate = 2e-4
+  config.optimizer.final_learning_rate = 2e-5
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.warmup_steps = 20
+  return config

@@ -1,0 +1,188 @@
+"""Adapters change nothing at first, and what they say once they are trained."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+from flax.core import meta
+
+from gated_jax.config import DeltaConfig
+from gated_jax.config import LoraConfig
+from gated_jax.config import ModelConfig
+from gated_jax.config import MoEConfig
+from gated_jax.config import OptimizerConfig
+from gated_jax.config import RunConfig
+from gated_jax.decode.weights import for_decoding
+from gated_jax.model import accounting
+from gated_jax.model import adapters
+from gated_jax.model import parameters
+from gated_jax.model.abstract import boxed_parameters
+from gated_jax.model.decoder import Decoder
+
+BASE = ModelConfig(
+  vocab=32, length=16, depth=3, width=16, heads=4, kv_heads=2, head_dim=8,
+  mlp_width=24, dtype='float32', lead=('gated_deltanet',),
+  pattern=('attention+moe',), delta=DeltaConfig(1, 2, 4, 8),
+  moe=MoEConfig(experts=4, top_k=2, width=8, shared_width=8, shared_gate=True),
+  lora=LoraConfig(rank=2, alpha=3.0),
+)  # fmt: skip
+TOKENS = np.arange(16).reshape(2, 8) % 32
+# The letters of a matrix's axes, those of A and of B; r is the rank.
+EQUATIONS = {
+  'gated_deltanet/out/kernel': 'NHr,rD->NHD',
+  'attention/out/kernel': 'lNHr,lrD->lNHD',
+  'attention/query/kernel': 'lDr,lrNH->lDNH',
+  'attention/gate/kernel': 'lDr,lrNH->lDNH',
+  'moe/up': 'lEDr,lErF->lEDF',
+  'moe/down': 'lEFr,lErD->lEFD',
+  'moe/shared_gate/kernel': 'lDr,lrO->lDO',
+}
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Parameters in which no adapter is zero."""
+  boxed = boxed_parameters(BASE)
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: rng.normal(size=x.shape, scale=0.3).astype(x.dtype),
+    meta.unbox(boxed),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, params):
+  return Decoder(config).apply({'params': params}, TOKENS)
+
+
+class Owner(nn.Module):
+  """Owns a matrix, and knows nothing of adapters."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self):
+    kind, ones = parameters.Kind.MATRIX, nn.initializers.ones
+    return parameters.parameter(
+      self, 'w', (3, 4), ('embed', 'mlp'), kind, init=ones, inputs=1
+    )
+
+
+def test_a_product_begins_at_zero_in_whatever_owns_a_matrix():
+  w, made = Owner(BASE).init_with_output(jax.random.key(0))
+  np.testing.assert_array_equal(w, np.ones((3, 4)))
+  a, b = (made['params'][f'w_lora_{side}'] for side in ('a', 'b'))
+  assert (a.names, b.names) == (('embed', None), (None, 'mlp'))
+  assert a.value.shape == (3, 2) and 0 < np.abs(a.value).max() < 3**-0.5
+  assert b.value.shape == (2, 4) and not np.any(b.value)
+
+
+def test_the_first_step_is_the_bases_to_the_bit(params):
+  """With a base in a narrower type than its adapters."""
+  config = dataclasses.replace(BASE, param_dtype='bfloat16')
+  like = meta.unbox(boxed_parameters(config))
+  stored = jax.tree_util.tree_map_with_path(
+    lambda path, x, like: x.astype(like.dtype) * ('_lora_b' not in str(path)),
+    params,
+    like,
+  )
+  base = adapters.without(stored)
+  found = logits(config, stored)
+  np.testing.assert_array_equal(found, logits(adapters.plain(config), base))
+  narrow = {x.dtype.name for x in jax.tree.leaves(base)}
+  assert 'bfloat16' in narrow, 'the base is stored as it is asked for'
+  names = traverse_util.flatten_dict(stored, sep='/')
+  assert {
+    x.dtype.name for name, x in names.items() if '_lora_' in name
+  } == {'float32'}  # fmt: skip
+
+
+def test_every_matrix_becomes_what_the_equation_says(params):
+  config, merged = adapters.merge(BASE, params)
+  assert not config.lora.rank
+  flat = traverse_util.flatten_dict(params, sep='/')
+  after = traverse_util.flatten_dict(merged, sep='/')
+  assert not any('_lora_' in name for name in after)
+  for end, equation in EQUATIONS.items():
+    (name,) = [x for x in after if x.endswith(end) and 'shared/' not in x]
+    a, b = (
+      np.float64(flat[f'{name}_lora_{side}']) for side in ('a', 'b')
+    )  # fmt: skip
+    expected = flat[name] + 1.5 * np.einsum(equation, a, b)
+    np.testing.assert_allclose(after[name], expected, atol=1e-6)
+  expected = logits(config, merged)
+  np.testing.assert_allclose(logits(BASE, params), expected, atol=1e-4)
+  assert np.abs(logits(config, adapters.without(params)) - expected).max() > 0.1
+
+
+def test_decoding_merges_and_computes_the_same(params):
+  config, apart = for_decoding(BASE, params)
+  assert not config.lora.rank
+  found = logits(config, apart)
+  np.testing.assert_allclose(found, logits(BASE, params), atol=1e-4)
+
+
+def test_the_scale_is_that_of_the_rank():
+  assert LoraConfig(rank=16, alpha=32.0).scale == 2.0
+  assert LoraConfig(rank=16, alpha=32.0, rank_stabilized=True).scale == 8.0
+
+
+def adapted(**changes):
+  lora = dataclasses.replace(BASE.lora, **changes)
+  return adapters.adapted(dataclasses.replace(BASE, lora=lora))
+
+
+def test_adapters_are_where_patterns_ask_for_them():
+  """Never on routers, norms, filters and the tables of the vocabulary."""
+  ends = {path[1:] for path in adapted(matrices='*/attention,!*/value')}
+  assert ends == {
+    ('attention', name, 'kernel') for name in ('query', 'key', 'gate', 'out')
+  }
+  every = {'/'.join(path) for path in adapted()}
+  assert len(every) == 7 + 3 + 5 + 3 + 4
+  assert not any('router' in x or 'embed/' in x for x in every)
+  boxed = traverse_util.flatten_dict(boxed_parameters(BASE), sep='/')
+  assert {x.removesuffix('_lora_a') for x in boxed if '_lora_a' in x} == every
+
+
+def test_adapters_are_counted_apart():
+  count = accounting.parameters(BASE)
+  plain = accounting.parameters(adapters.plain(BASE))
+  assert count['adapters'] == count['total'] - plain['total']
+  assert {**plain, 'adapters': 0}.keys() == count.keys()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'matrices': '*/gates'}, "'*/gates' matches no parameter; .* gate"),
+    ({'matrices': '*/router'}, "'*/router' matches no parameter"),
+    ({'matrices': ' ,*'}, 'none of them empty'),
+    ({'rank': -1}, 'model.lora.rank=-1 must not be negative'),
+    ({'rank': 0}, 'model.lora.rank=0 makes no adapters'),
+    ({'alpha': 0.0}, 'model.lora.alpha=0.0 must be positive'),
+  ],
+)
+def test_what_makes_no_adapter_is_one_line(changes, message):
+  with pytest.raises(ValueError, match=message.replace('*/', r'\*/')) as error:
+    adapted(**changes)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('rank', 'train', 'message'),
+  [
+    (0, 'adapters', "train='adapters' and model.lora.rank=0, which makes none"),
+    (2, 'all', "train='all' would train the base of model.lora.rank=2 too"),
+  ],
+)
+def test_adapters_and_what_trains_have_to_agree(rank, train, message):
+  lora = LoraConfig(rank=rank)
+  with pytest.raises(ValueError, match=message):
+    RunConfig(
+      model=ModelConfig(lora=lora), optimizer=OptimizerConfig(train=train)
+    )
