@@ -71,11 +71,6 @@ def test_a_part_is_taken_out_and_put_back():
   assert Part().of(params) is params
 
 
-def test_adapters_are_asked_of_a_model_that_has_none():
-  with pytest.raises(ValueError, match="train='adapters': the model has none"):
-    trained_part('adapters', boxed_parameters(MODEL))
-
-
 def test_an_empty_pattern_is_refused():
   with pytest.raises(ValueError, match='none of them empty'):
     OptimizerConfig(train='*/gate,')
