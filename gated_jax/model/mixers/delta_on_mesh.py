@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
@@ -80,13 +81,7 @@ def delta_on_mesh(
       last = segments[:, -1]
       before = context.previous_parts(last, axis) if axis else None
       first = rule.first_tokens(segments, before)
-    query, key, value = (
-      jax.nn.silu(convolve(x, w, before, first))
-      for x, w, before in zip(raw, filters, history, strict=True)
-    )
-    query = rule.normalize(query, query.shape[-1] ** -0.5)
-    wide = (query, rule.normalize(key, 1.0), value)
-    query, key, value = (x.astype(raw[0].dtype) for x in wide)
+    query, key, value = _filtered(raw, filters, history, first)
     inputs = Inputs(query, key, value, log_decay, beta).without_padding(valid)
     if axis:
       output = context.delta_rule_in_parts(inputs, first, axis, implementation)
@@ -107,6 +102,22 @@ def delta_on_mesh(
     *(*raw, *filters, *history, arrays.log_decay, arrays.beta),
     *(ctx.segments, ctx.valid, memory),
   )
+
+
+def _filtered(
+  raw: tuple[Array, ...],
+  filters: tuple[Array, ...],
+  history: tuple[Array | None, ...],
+  first: Bool[Array, 'B T'] | None,
+) -> tuple[Array, Array, Array]:
+  """Query, key and value as the rule takes them, in the model's dtype."""
+  query, key, value = (
+    jax.nn.silu(convolve(x, w, before, first))
+    for x, w, before in zip(raw, filters, history, strict=True)
+  )
+  query = rule.normalize(query, query.shape[-1] ** -0.5)
+  key, dtype = rule.normalize(key, 1.0), raw[0].dtype
+  return query.astype(dtype), key.astype(dtype), value.astype(dtype)
 
 
 def _one_key_head_each(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
