@@ -33,10 +33,12 @@ WORDS = {
   'evidence': [
     'sinks,headwise,0',
     'variants,value_shared,0,small',
-    'stability,sandwich,3e-3,0',
+    'stability,baseline,3e-3,0',
     'stability_qk,headwise_qk,2.4e-2,0',
+    'stability_arms,sandwich,3e-3,0',
     'continued,baseline_qk,1',
   ],
+  'backcopy': ['', 'ns_sigmoid,4'],
   'evidence_gpu': ['', 'baseline', 'headwise,high', 'elementwise,low'],
   'gate_sweep': [
     *ROWS,

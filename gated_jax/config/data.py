@@ -22,7 +22,10 @@ SOURCES = (
   'conversations',
   'tokens',
   'synthetic',
+  'backcopy',
 )
+# Those whose ids stand for no text and come from no file.
+MADE_UP = ('synthetic', 'backcopy')
 # How documents become rows; see gated_jax/data/packing.py.
 ROWS = ('cut', 'joined', 'whole')
 # What a conversation teaches, and what becomes of one that fills no single row;
@@ -44,7 +47,9 @@ class DataConfig:
   ROLE: ClassVar[str] = 'execution'
 
   # 'stdlib': the running interpreter's own standard library. 'synthetic':
-  # random spans that repeat. 'mixture': `mixture` below. The rest read `paths`.
+  # random spans that repeat. 'backcopy': sequences in which small models grow
+  # sinks, a row each (gated_jax/data/backcopy.py). 'mixture': `mixture` below.
+  # The rest read `paths`.
   source: str = 'stdlib'
   # Globs, comma-separated; ** is folders at any depth. Files may move: a
   # checkpoint's position in the data knows their names and sizes.
@@ -133,7 +138,7 @@ class DataConfig:
         f'data.mixture={self.mixture} does nothing with '
         f'data.source={self.source!r}'
       )
-    needs_paths = self.source not in ('stdlib', 'synthetic', 'mixture')
+    needs_paths = self.source not in ('stdlib', 'mixture', *MADE_UP)
     if needs_paths and not self.paths.strip(' ,'):
       raise ValueError(f'data.source={self.source!r} needs data.paths')
     if self.paths and not needs_paths:
@@ -154,6 +159,11 @@ class DataConfig:
   def is_text(self) -> bool:
     """Tells whether all of it is text that the tokenizer reads."""
     return all(p.source not in ('tokens', 'synthetic') for _, p in self.parts())
+
+  @property
+  def made_up(self) -> bool:
+    """True where ids stand for no text."""
+    return self.source in MADE_UP
 
   def names(self) -> tuple[str, ...]:
     """Each source's name in metrics: its entry in the mixture, less the weight.

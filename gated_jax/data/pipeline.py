@@ -227,7 +227,7 @@ def make_view(
     )
   tokenizer = make_tokenizer(config.tokenizer, config.special_tokens)
   text = any(
-    part.source not in ('tokens', 'synthetic') for _, part in config.parts()
+    part.source != 'tokens' and not part.made_up for _, part in config.parts()
   )
   chat = None
   if any(part.source == 'conversations' for _, part in config.parts()):

@@ -13,6 +13,7 @@ import grain
 
 from gated_jax.config import DataConfig
 from gated_jax.data.array_files import Wanted
+from gated_jax.data.backcopy import BackcopySource
 from gated_jax.data.batches import Ahead
 from gated_jax.data.batches import Batches
 from gated_jax.data.batches import InTurn
@@ -110,8 +111,10 @@ def batches(
 def make_source(part: DataConfig, view: View) -> Source:
   """The source of one part of the mixture, or of the whole."""
   vocab = view.ids_below
-  if part.source == 'synthetic':
-    return SyntheticSource(vocab, part.length, part.seed, view.skipped)
+  if part.made_up:
+    backcopy = part.source == 'backcopy'
+    kind = BackcopySource if backcopy else SyntheticSource
+    return kind(vocab, part.length, part.seed, view.skipped)
   if part.source == 'tokens':
     tokenizer = view.tokenizer
     wanted = Wanted(

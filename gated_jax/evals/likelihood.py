@@ -112,7 +112,7 @@ def target_bytes(
     lengths: Bytes of each of the tokenizer's tokens. Ids made elsewhere may
       be of a tokenizer that has more.
   """
-  if any(part.source == 'synthetic' for _, part in data.parts()):
+  if any(part.made_up for _, part in data.parts()):
     return 0.0
   total = 0
   for batch in batches:

@@ -35,6 +35,11 @@ class Measure(NamedTuple):
   paper: str = ''
 
 
+def first_layer(depth: int, from_layer: int) -> int:
+  """The first layer of a mean; a model that has none so late counts whole."""
+  return from_layer if depth > from_layer else 0
+
+
 def columns(from_layer: int) -> list[Measure]:
   """The columns, over layers from this one on where layers are averaged."""
 
@@ -43,7 +48,8 @@ def columns(from_layer: int) -> list[Measure]:
 
     def value(record: Record) -> float:
       """The number for one run; NaN where no layer is left."""
-      rows = record.array(name)[from_layer:]
+      rows = record.array(name)
+      rows = rows[first_layer(len(rows), from_layer) :]
       return float(reduce(rows)) if len(rows) else math.nan
 
     return value

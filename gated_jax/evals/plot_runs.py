@@ -1,7 +1,6 @@
 """Figures of many runs beside each other, as PNG files.
 
-Read `report.py` for the tables of the same runs. One colour is one arm in every
-figure; its seeds share it, and so, dashed, does the arm with QK-norm.
+Read `report.py` for the tables of the same runs, `plot_style.py` for colours.
 """
 
 import math
@@ -14,25 +13,24 @@ from typing import Any
 import numpy as np
 
 from gated_jax.evals.diagnostics import SINK
-from gated_jax.evals.plot import BLUE
+from gated_jax.evals.measures import first_layer
 from gated_jax.evals.plot import GREY
-from gated_jax.evals.plot import ORANGE
 from gated_jax.evals.plot import blank
+from gated_jax.evals.plot_arms import by_arm
+from gated_jax.evals.plot_context import context
+from gated_jax.evals.plot_style import dress
+from gated_jax.evals.plot_style import panels
+from gated_jax.evals.plot_style import styles
 from gated_jax.evals.records import Record
 from gated_jax.ops.probes import EDGES
 from gated_jax.ops.probes import NEAR
 
 if TYPE_CHECKING:
-  from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-# Colours that stay apart in grey and for colour-blind eyes, and what an arm of
-# each name always has; the others take what is left.
-COLOURS = (
-  '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#7a5195', '#999933', '#444444',
-)  # fmt: skip
-OWN = {'baseline': ORANGE, 'elementwise': BLUE, 'headwise': '#009e73'}
-DASHED = '_qk'  # how the name of an arm with QK-norm ends
+
+# Arms beyond which curves cannot be told apart, and dots are drawn instead.
+MANY = 9
 
 
 def figures(
@@ -48,17 +46,7 @@ def figures(
   paths = []
   for claim in sorted({str(r.about.get('claim', 'runs')) for r in runs}):
     chosen = [r for r in runs if str(r.about.get('claim', 'runs')) == claim]
-    several = len({r.about.get('rate') for r in chosen}) > 1
-    drawn: dict[str, Figure | None] = (
-      {'rates': loss_by_rate(chosen), 'loss': loss_curves(chosen, by_rate=True)}
-      if several
-      else {
-        'loss': loss_curves(chosen),
-        'sinks': over_training(chosen, from_layer),
-        'layers': by_layer(chosen),
-        'gates': gate_histograms(chosen),
-      }
-    )
+    drawn = _drawn(chosen, from_layer)
     for name, figure in drawn.items():
       if figure is None:
         continue
@@ -68,19 +56,21 @@ def figures(
   return paths
 
 
-def styles(runs: Sequence[Record]) -> dict[str, dict[str, Any]]:
-  """How the lines of each arm are drawn."""
-  names = list(dict.fromkeys(r.arm for r in runs))
-  bases = list(dict.fromkeys(n.removesuffix(DASHED) for n in names))
-  left = [c for c in COLOURS if c not in [OWN.get(n) for n in bases]]
-  others = [name for name in bases if name not in OWN]
-  palette = {n: left[i % len(left)] for i, n in enumerate(others)} | OWN
+def _drawn(
+  runs: Sequence[Record], from_layer: int
+) -> 'dict[str, Figure | None]':
+  """Name to figure of one claim's runs."""
+  if any(record.context for record in runs):
+    return {'context': context(runs)}
+  if len({r.about.get('rate') for r in runs}) > 1:
+    return {'rates': loss_by_rate(runs), 'loss': loss_curves(runs, True)}
+  if len({r.arm for r in runs}) > MANY:
+    return {'arms': by_arm(runs, from_layer)}
   return {
-    name: {
-      'color': palette[name.removesuffix(DASHED)],
-      'ls': '--' if name.endswith(DASHED) else '-',
-    }
-    for name in names
+    'loss': loss_curves(runs),
+    'sinks': over_training(runs, from_layer),
+    'layers': by_layer(runs),
+    'gates': gate_histograms(runs),
   }
 
 
@@ -186,7 +176,9 @@ def layer_means(
   """Steps, and the mean over layers of a probe written layer by layer."""
   steps, means = [], []
   for probe in record.probes:
-    layers = [x for x in probe.get(name, [])[from_layer:] if x is not None]
+    values = probe.get(name, [])
+    first = first_layer(len(values), from_layer)
+    layers = [x for x in values[first:] if x is not None]
     if layers:
       steps.append(probe['step'])
       means.append(np.mean(layers))
@@ -277,33 +269,6 @@ def series(record: Record, name: str) -> tuple[list[float], list[float]]:
   """Steps and values at which a probe was written."""
   points = [(p['step'], p[name]) for p in record.probes if name in p]
   return [s for s, _ in points], [x for _, x in points]
-
-
-def panels(
-  number: int, columns: int = 3, height: float = 3.4
-) -> 'tuple[Figure, list[Axes]]':
-  """A row or more of axes on a figure that no window will show."""
-  import matplotlib.figure
-
-  columns = min(columns, number)
-  rows = -(-number // columns)
-  figure = matplotlib.figure.Figure(
-    figsize=(4.2 * columns, height * rows), layout='constrained'
-  )
-  grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-  for axes in grid[number:]:
-    axes.set_axis_off()
-  return figure, grid[:number]
-
-
-def dress(axes: 'Axes', title: str, x: str, y: str) -> None:
-  """Title, labels and a light grid."""
-  axes.set_title(title, fontsize=10)
-  axes.set_xlabel(x)
-  axes.set_ylabel(y)
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.grid(axis='y', color=GREY, alpha=0.2)
-  axes.set_axisbelow(True)
 
 
 def _middle(values: Sequence[float]) -> tuple[float, float]:

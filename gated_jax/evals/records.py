@@ -7,6 +7,7 @@ in a repository.
 """
 
 import dataclasses
+import gzip
 import json
 import math
 import pathlib
@@ -45,6 +46,8 @@ class Record:
   outcome: str = 'done'  # 'cut' and 'diverged' are the others
   # [step, tokens per second], as `curve`; packed files leave it out.
   speed: list[list[float]] = dataclasses.field(default_factory=list)
+  # What evals.context measured: name of the rotation to `loss`, `retrieval`.
+  context: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def arm(self) -> str:
@@ -105,7 +108,7 @@ def read(paths: Iterable[str | pathlib.Path]) -> list[Record]:
 
 
 def pack(records: Sequence[Record], path: pathlib.Path) -> None:
-  """Writes the runs to one JSON file, a line each."""
+  """Writes the runs to one JSON file, a line each; compressed for `*.gz`."""
   lines = [
     json.dumps(
       {k: x for k, x in dataclasses.asdict(record).items() if k != 'speed'},
@@ -115,13 +118,18 @@ def pack(records: Sequence[Record], path: pathlib.Path) -> None:
   ]
   path.parent.mkdir(parents=True, exist_ok=True)
   text = '[\n' + ',\n'.join(lines) + '\n]\n'
-  path.write_text(text, encoding='utf-8')
+  data = text.encode()
+  # Without the time: the same runs give the same file.
+  zipped = path.suffix == '.gz'
+  path.write_bytes(gzip.compress(data, mtime=0) if zipped else data)
 
 
 def _unpack(path: pathlib.Path) -> list[Record]:
   try:
-    return [Record(**fields) for fields in json.loads(path.read_text('utf-8'))]
-  except (ValueError, TypeError) as error:
+    data = path.read_bytes()
+    text = gzip.decompress(data) if path.suffix == '.gz' else data
+    return [Record(**fields) for fields in json.loads(text)]
+  except (ValueError, TypeError, OSError, EOFError) as error:
     raise ValueError(f'{path} is no file of packed runs: {error}') from error
 
 
@@ -157,6 +165,7 @@ def _read_folder(folder: pathlib.Path) -> Record:
     speed=thin(
       [r['step'] for r in timed], [r['tokens_per_second'] for r in timed]
     ),
+    context=_json(folder / 'context.json'),
   )
 
 

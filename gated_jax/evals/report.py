@@ -15,6 +15,7 @@ import argparse
 import math
 import pathlib
 import sys
+from collections.abc import Iterable
 from collections.abc import Sequence
 
 from gated_jax import cli
@@ -105,6 +106,37 @@ def rate_table(runs: Sequence[Record]) -> str:
   return markdown([head, *rows])
 
 
+def context_table(runs: Sequence[Record]) -> str:
+  """What evals.context measured: a row for each arm, rotation and figure."""
+  groups: dict[tuple[str, str], list[Record]] = {}
+  for record in runs:
+    for name in record.context:
+      groups.setdefault((record.arm, name), []).append(record)
+  rows, lengths = [], ['']
+  for (arm, name), group in groups.items():
+    measured = [record.context[name] for record in group]
+    losses = [dict(figures['loss']) for figures in measured]
+    lengths = list(next(iter(measured[0]['retrieval'].values())))
+    ends = [_nearest(losses[0], int(length)) for length in lengths]
+    cells = [
+      measures.spread([x[end] for x in losses], '{:.3f}') for end in ends
+    ]
+    rows.append([arm, name, f'loss near there, {len(group)} seeds', *cells])
+    for task in measured[0]['retrieval']:
+      values = [
+        [figures['retrieval'][task][n] for figures in measured] for n in lengths
+      ]
+      cells = [measures.spread(x, '{:.0%}') for x in values]
+      rows.append([arm, name, task, *cells])
+  return markdown([['arm', 'rotation', 'figure', *lengths], *rows])
+
+
+def _nearest(places: Iterable[float], place: int) -> float:
+  """The one of some places that is nearest to another."""
+  distance = {abs(one - place): one for one in places}
+  return distance[min(distance)]
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
   """A table of the first row's headings."""
   lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
@@ -130,6 +162,7 @@ def report(runs: Sequence[Record], from_layer: int) -> str:
         arm_table(chosen, from_layer),
         paper_table(chosen, from_layer),
         correlations(chosen, from_layer),
+        context_table(chosen) if any(r.context for r in chosen) else '',
       )
       if part
     ]

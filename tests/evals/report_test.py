@@ -1,5 +1,6 @@
 """Tables and figures of runs whose numbers are known."""
 
+import dataclasses
 import json
 import math
 
@@ -164,6 +165,52 @@ def test_the_command_prints_markdown_and_draws_every_figure(tmp_path, capsys):
   for path in (tmp_path / 'out').glob('*.png'):
     pixels = matplotlib.image.imread(path)[..., :3]
     assert len(np.unique((pixels * 100).round() @ [1e6, 1e3, 1])) > 10, path
+
+
+def context_run(arm, seed, share):
+  """A run whose loss and retrieval were measured."""
+  figures = {
+    'loss': [[64, 3.0], [128, 2.0 - share]],
+    'retrieval': {'keys': {'64': share, '128': share / 2}},
+  }
+  record = run(arm, seed, claim='continued')
+  return dataclasses.replace(record, context={'trained': figures})
+
+
+def test_contexts_are_a_table_and_a_figure(tmp_path):
+  runs = [context_run('baseline', 0, 0.5), context_run('baseline', 1, 0.75)]
+  rows = report.context_table(runs).splitlines()
+  assert rows[0] == '| arm | rotation | figure | 64 | 128 |'
+  assert rows[2].endswith('| 3.000 (3.000 to 3.000) | 1.375 (1.250 to 1.500) |')
+  assert rows[3].startswith('| baseline | trained | keys | 62% (50% to 75%) |')
+  records.pack(runs, tmp_path / 'packed.json.gz')
+  again = records.read([tmp_path / 'packed.json.gz'])
+  assert again == runs
+  pytest.importorskip('matplotlib')
+  report.main([str(tmp_path / 'packed.json.gz'), f'--out={tmp_path}'])
+  assert (tmp_path / 'continued_context.png').stat().st_size > 10_000
+  assert '| baseline | trained | keys |' in (tmp_path / 'report.md').read_text()
+
+
+def test_many_arms_are_dots_in_the_order_of_the_paper(tmp_path):
+  pytest.importorskip('matplotlib')
+  from gated_jax.evals import plot_arms
+
+  runs = [*RUNS]
+  for i in range(8):
+    about = RUNS[2].about | {'arm': f'other_{i}', 'paper': {}}
+    runs.append(dataclasses.replace(RUNS[2], about=about))
+  figure = plot_arms.by_arm(runs, 2)
+  labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+  assert labels[:4] == ['headwise', 'value', 'broad', 'baseline']
+  records.pack(runs, tmp_path / 'packed.json')
+  report.main([str(tmp_path / 'packed.json'), f'--out={tmp_path}'])
+  assert {p.name for p in tmp_path.glob('*.png')} == {'sinks_arms.png'}
+
+
+def test_means_of_a_model_without_later_layers_are_of_all_its_layers():
+  columns = {c.title: c for c in measures.columns(4)}
+  assert columns['F'].value(RUNS[0]) == pytest.approx((0.9 + 0.4) / 2)
 
 
 def test_seeds_are_compared_with_the_baseline_of_the_same_seed():
