@@ -6,7 +6,8 @@
     moe_15b_a2b   the paper's mixture of experts
     gate_sweep    the rows of the paper's tables, with its figures
     stability     learning rates at which the ungated model breaks
-    evidence_gpu  100M parameters with and without a gate, on one GPU
+    evidence      the paper's claims, each at a size for one GPU in minutes
+    backcopy      attention sinks in a minute on a CPU, gate by gate
     long_context  rotary base change, 32k continuation, YaRN to 128k
 
 Some take words after a colon: --config=configs/gate_sweep.py:value_headwise

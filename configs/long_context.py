@@ -8,7 +8,7 @@
 `base32k` continues `dense_1b7.py:28,3t5`: the rotary base goes from 10,000 to
 1,000,000, and 80B more tokens come in rows of 32k. `yarn128k` is that model
 with YaRN by a factor of 4, which the paper evaluates as it is, without
-training: load it with gated_jax.evals.retrieval. Whoever wants to train it
+training: `gated_jax.evals.context` reads it further. Whoever wants to train it
 as well can start it like the first. `,smoke` after either does the same to
 `smoke.py` on a CPU, from 256 tokens to 1024, then 2048:
 

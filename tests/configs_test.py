@@ -39,7 +39,6 @@ WORDS = {
     'continued,baseline_qk,1',
   ],
   'backcopy': ['', 'ns_sigmoid,4'],
-  'evidence_gpu': ['', 'baseline', 'headwise,high', 'elementwise,low'],
   'gate_sweep': [
     *ROWS,
     *(f'{row},smoke' for row in ROWS if row != 'experts_132'),
@@ -66,9 +65,6 @@ COUNTS = {
   'moe_15b_a2b': 15_779_078_144,
   'evidence:sinks,baseline,0': 48_509_440,
   'evidence:sinks,headwise,0': 48_546_304,
-  'evidence_gpu:baseline': 100_888_064,
-  'evidence_gpu:headwise': 101_035_520,
-  'evidence_gpu:elementwise': 100_888_064,
   'gate_sweep:baseline': 15_577_751_552,
   'gate_sweep:dense28_baseline': 1_720_837_120,
   'gate_sweep:dense48_baseline': 1_705_932_288,
