@@ -33,9 +33,10 @@ matrix is paid for by a narrower MLP: parameters are 48,509,440 without a gate
 and with every such one, 48,546,304 headwise, 0.1% more at most.
 
 One H200 trains 0.9M tokens/s of `sinks` (190 to 220 s a run); compiling takes
-up to a minute, which a second run on the same GPU hides (CUDA_VISIBLE_DEVICES=
-0,0 with --devices=2 and XLA_PYTHON_CLIENT_MEM_FRACTION=0.4). Expected of `sinks`
-(690M characters of Python and C++, seeds 0 to 2, means over layers 2 to 11):
+up to a minute, which a second run on the same GPU hides (--devices=2 with
+CUDA_VISIBLE_DEVICES=0,0 and XLA_PYTHON_CLIENT_MEM_FRACTION=0.4). Expected of
+`sinks` (690M characters of Python and C++, seeds 0 to 2, means over layers 2 to
+11):
 
                      held-out loss    first token    largest activation
     baseline         1.420 to 1.443   0.047 to 0.065   338 to 484

@@ -1,5 +1,6 @@
 """The notebooks run top to bottom, and show something."""
 
+import ast
 import base64
 import contextlib
 import glob
@@ -17,6 +18,8 @@ import nbformat
 import numpy as np
 import pytest
 from matplotlib import image
+
+from gated_jax.evals import records
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
@@ -84,6 +87,24 @@ def test_runs_on_eight_devices(path, tmp_path, monkeypatch):
       '--xla_force_host_platform_device_count=8',
     )
   )
+
+
+def test_curves_in_the_notebook_are_those_of_the_repository():
+  cells = [
+    c.source for c in code_cells(read(ROOT / 'colab/attention_sinks.ipynb'))
+  ]
+  (cell,) = [text for text in cells if 'MEASURED = ' in text]
+  literal = cell[cell.index('MEASURED = ') + 11 : cell.index('\n}') + 2]
+  runs = records.read([ROOT / 'docs/figures/evidence/runs.json.gz'])
+  for arm, curves in ast.literal_eval(literal).items():
+    seeds = [r for r in runs if (r.about['claim'], r.arm) == ('sinks', arm)]
+    assert len(seeds) == 3
+    for name in ('sink', 'activation'):
+      means = [
+        [np.mean(probe[name][2:]) for probe in r.probes if probe.get(name)]
+        for r in seeds
+      ]
+      np.testing.assert_allclose(curves[name], np.mean(means, 0), rtol=1e-2)
 
 
 def test_a_blank_figure_is_found():

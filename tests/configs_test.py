@@ -38,7 +38,6 @@ WORDS = {
     'stability_arms,sandwich,3e-3,0',
     'continued,baseline_qk,1',
   ],
-  'backcopy': ['', 'ns_sigmoid,4'],
   'gate_sweep': [
     *ROWS,
     *(f'{row},smoke' for row in ROWS if row != 'experts_132'),

@@ -60,8 +60,18 @@ def test_plain_functions_under_grad_vmap_and_shard_map():
   np.testing.assert_allclose(split, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_without_a_gate_a_sink_grows_and_with_one_it_hardly_does():
+  example = load('backcopy')
+  sinks = [
+    example.run(example.GATES[name], seed=0, steps=750)[0]
+    for name in ('none', 'elementwise')
+  ]
+  assert sinks[0] > 0.3
+  assert sinks[1] < 0.6 * sinks[0]
+
+
 def test_every_example_is_tested():
-  tested = {'linen_model', 'nnx_transformer', 'plain_jax'}
+  tested = {'backcopy', 'linen_model', 'nnx_transformer', 'plain_jax'}
   assert {path.stem for path in FOLDER.glob('*.py')} == tested
 
 
