@@ -12,11 +12,11 @@ import numpy as np
 
 from gated_jax.evals.plot import BLUE
 from gated_jax.evals.plot import ORANGE
-from gated_jax.evals.plot_runs import COLOURS
-from gated_jax.evals.plot_runs import dress
 from gated_jax.evals.plot_runs import layer_means
-from gated_jax.evals.plot_runs import panels
 from gated_jax.evals.plot_runs import series
+from gated_jax.evals.plot_style import COLOURS
+from gated_jax.evals.plot_style import dress
+from gated_jax.evals.plot_style import panels
 from gated_jax.evals.records import Record
 
 if TYPE_CHECKING:
