@@ -71,7 +71,13 @@ def test_without_a_gate_a_sink_grows_and_with_one_it_hardly_does():
 
 
 def test_every_example_is_tested():
-  tested = {'backcopy', 'linen_model', 'nnx_transformer', 'plain_jax'}
+  tested = {
+    'backcopy',
+    'linen_model',
+    'nnx_transformer',
+    'own_trainer',
+    'plain_jax',
+  }
   assert {path.stem for path in FOLDER.glob('*.py')} == tested
 
 
