@@ -155,7 +155,8 @@ def closing(run: RunState, result: RunResult, command: str) -> None:
       ('shortened', f'{run.data.shortened:,} conversations, to fit into a row')
     )
   if drawn:
-    rows.append(('all on one page', _page(run, rows, drawn)))
+    place = rows.index(('figures', figures)) + 1
+    rows.insert(place, ('all on one page', _page(run, rows, drawn)))
   width = max(len(name) for name, _ in rows)
   run.console.say('')
   for name, value in rows:
