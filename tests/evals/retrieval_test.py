@@ -1,5 +1,6 @@
 """The pass key task: what is asked, and what counts as found."""
 
+import json
 import re
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from gated_jax import cli
 from gated_jax.config import ModelConfig
 from gated_jax.evals import retrieval
 from gated_jax.model.decoder import Decoder
@@ -124,3 +126,50 @@ def test_a_decoder_of_zeros_finds_every_token_equally_likely():
 def test_a_length_without_room_is_refused_with_what_it_takes():
   with pytest.raises(ValueError, match=r'length=40 .* take 78 tokens'):
     retrieval.hide(encode, 40, 0.5, 1, np.random.default_rng(0))
+
+
+def test_several_keys_stand_in_the_text_and_one_is_asked_for():
+  form = retrieval.Form('keys', start=(7,))
+  texts = retrieval.hide(encode, 700, 0.0, 4, np.random.default_rng(0), form)
+  for tokens, count in zip(*texts, strict=True):
+    assert tokens[0] == 7
+    whole = text(tokens[1:])
+    keys = dict(re.findall(r'The (\w+) key is (\d{5})\. ', whole))
+    assert len(keys) == 4
+    asked = re.search(r'What is the (\w+) key\? The \1 key is (\d+)$', whole)
+    assert asked[2] == keys[asked[1]]
+    assert text(tokens[-count:]) == f' {asked[2]}'
+    # The one that is asked for stands where the depth says.
+    assert whole.index(f'The {asked[1]} key') < 100
+
+
+def test_a_variable_leads_to_its_number_through_two_others():
+  form = retrieval.Form('variables')
+  texts = retrieval.hide(encode, 700, 0.5, 6, np.random.default_rng(0), form)
+  for tokens in texts.tokens:
+    whole = text(tokens)
+    values, links = {}, 0
+    for name, value in re.findall(r'Let (\w) be (\w+)\. ', whole):
+      # A name is known before another one is given its number.
+      values[name] = values.get(value, value)
+      links += value in values
+    assert (len(values), links) == (6, 4)
+    asked = re.search(r'What is (\w)\? The number \1 is (\d+)$', whole)
+    assert values[asked[1]] == asked[2]
+
+
+def test_texts_to_train_on_hold_every_task_with_its_answer(tmp_path, capsys):
+  path = tmp_path / 'new/texts.jsonl'
+  retrieval.main(
+    [f'--out={path}', '--documents=9', '--least=300', '--most=500']
+  )
+  assert capsys.readouterr().out.strip() == str(path)
+  lines = [json.loads(x)['text'] for x in path.read_text().splitlines()]
+  assert len(lines) == 9
+  assert all(300 < len(x) < 510 and x.endswith('.\n') for x in lines)
+  for question in ('the pass key', r'the \w+ key', r'\w'):
+    pattern = rf'What is {question}\? .* is \d{{5}}\.\n$'
+    assert sum(bool(re.search(pattern, x)) for x in lines) >= 3
+  arguments = [f'--out={path}', '--least=600', '--most=500']
+  assert cli.run(lambda: retrieval.main(arguments)) == cli.REFUSED
+  assert '--least=600 between 1 and --most=500' in capsys.readouterr().err

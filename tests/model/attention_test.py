@@ -269,3 +269,10 @@ def test_queries_of_one_document_do_not_see_another():
       [0, 0, 0, 0, 0, 1],
     ],
   )
+
+
+def test_values_of_another_sequence_are_no_tokens_own():
+  layer = GatedAttention(num_heads=2, gate=GateConfig(kind='exclusive'))
+  inputs = jnp.ones((1, 4, 8)), jnp.ones((1, 6, 8))
+  with pytest.raises(ValueError, match=r"kind='exclusive'.* 4 tokens .* 6"):
+    layer.init(jax.random.key(0), *inputs)
