@@ -15,6 +15,8 @@ docs/tune.md says more.
 import ml_collections
 
 from configs import start_from
+from gated_jax import checkpoint
+from gated_jax.config import to_dict
 
 
 def get_config(path: str = '') -> ml_collections.ConfigDict:
@@ -26,7 +28,10 @@ def get_config(path: str = '') -> ml_collections.ConfigDict:
   if not path:
     raise ValueError('say where to start: --config=configs/lora.py:PATH')
   config = start_from.get_config(path)
-  if not config.model.lora.rank:
+  there = checkpoint.load_config(path).model.lora
+  if there.rank:
+    config.model.lora.update(to_dict(there))
+  else:
     config.model.lora.rank = 16
     config.model.lora.alpha = 32.0
   config.optimizer.train = 'adapters'

@@ -6,14 +6,16 @@
       --config.data.paths='/data/*.txt'
 
 The model, its tokenizer and the length of its rows are those of the
-checkpoint; everything else stands at the defaults of `gated_jax/config` until
-a flag says otherwise.
+checkpoint, whose adapters, if it has any, are added to their matrices.
+Everything else stands at the defaults of `gated_jax/config` until a flag says
+otherwise.
 """
 
 import ml_collections
 
 from configs import base
 from gated_jax import checkpoint
+from gated_jax.config import LoraConfig
 from gated_jax.config import to_dict
 
 
@@ -28,6 +30,7 @@ def get_config(path: str = '') -> ml_collections.ConfigDict:
   there = checkpoint.load_config(path)
   config = base.get_config()
   config.model = ml_collections.ConfigDict(to_dict(there.model))
+  config.model.lora = ml_collections.ConfigDict(to_dict(LoraConfig()))
   config.data.tokenizer = there.data.tokenizer
   config.data.special_tokens = there.data.special_tokens
   config.data.length = there.data.length

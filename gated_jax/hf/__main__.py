@@ -214,6 +214,24 @@ def write_theirs(
   convert.save(target, params, model, family, args.dtype, size, more)
 
 
+def _merged(config: RunConfig, params: Any) -> tuple[RunConfig, Any]:
+  """The model without adapters; sums take the memory of their matrices."""
+  print('adapters are added to their matrices')
+
+  def merge(base: Any, more: Any) -> Any:
+    """The parameters alone, which may be traced."""
+    whole = adapters.put(base, more)
+    return adapters.merge(config.model, whole, keep_dtype=True)[1]
+
+  new = dataclasses.replace(
+    config,
+    model=adapters.plain(config.model),
+    optimizer=dataclasses.replace(config.optimizer, train='all'),
+  )
+  base, more = adapters.without(params), adapters.alone(params)
+  return new, jax.jit(merge, donate_argnums=0)(base, more)
+
+
 def run(args: argparse.Namespace) -> None:
   """Reads, changes, writes."""
   if args.command == 'list':
@@ -224,9 +242,8 @@ def run(args: argparse.Namespace) -> None:
   check_free(target)
   config, params, files = read(args)
   if config.model.lora.rank:
-    print('adapters are added to their matrices')
-  merge = jax.jit(lambda x: adapters.merge(config.model, x, keep_dtype=True)[1])
-  model, params = adapters.plain(config.model), merge(params)
+    config, params = _merged(config, params)
+  model = config.model
   if args.command == 'add-gate':
     mesh = make_mesh(args.mesh)
     model, params = rewrites.add_gate(model, params, args.granularity, mesh)

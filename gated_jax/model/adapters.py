@@ -58,6 +58,14 @@ def without(params: Mapping[str, Any]) -> Tree:
   )
 
 
+def alone(params: Mapping[str, Any]) -> Tree:
+  """The adapters, without the parameters of their base."""
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict(
+    {path: x for path, x in flat.items() if is_adapter(path)}
+  )
+
+
 def put(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
   """A base with the adapters of another tree of the same model."""
   flat = traverse_util.flatten_dict(base)
