@@ -42,6 +42,7 @@ LINEAR = ModelConfig(
 HYBRID = dataclasses.replace(
   LINEAR,
   depth=3,
+  heads=4,
   pattern=('gated_deltanet+moe', 'gated_deltanet+moe', 'attention+moe'),
   norm_zero_centered=True,
   delta=DeltaConfig(1, 4, key_dim=4, value_dim=6),
@@ -180,7 +181,6 @@ def test_a_row_too_short_for_its_filter_is_refused():
 
 
 def test_rows_of_a_cache_can_be_put_in_another_order():
-  params = random_like(meta.unbox(boxed_parameters(HYBRID)))
   model = Decoder(dataclasses.replace(HYBRID, scan=False))
   params = random_like(meta.unbox(boxed_parameters(model.config)))
   step = jax.jit(model.apply)
