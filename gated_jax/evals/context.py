@@ -49,7 +49,7 @@ from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.platform import skip_absent_tpu
 
-ROWS = 4  # of a batch, at every length
+ROWS = 4  # Rows of a batch, at every length
 BINS = 32  # places in a row for which a loss is given
 
 
@@ -127,7 +127,7 @@ def measure(
 
 
 def _held_out(config: RunConfig, length: int) -> Iterable[dict[str, Any]]:
-  """As many held-out rows of this length as a run would measure."""
+  """Held-out rows of this length, in as many batches as a run measures."""
   data = dataclasses.replace(config.data, batch=ROWS, length=length)
   vocab = config.model.vocab
   with make_pipeline(data, 'validation', vocab=vocab) as batches:

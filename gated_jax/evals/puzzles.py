@@ -1,4 +1,4 @@
-"""What retrieval hides in a text and asks for at its end, a task a function.
+"""Tasks of retrieval: sentences in a text, and a question at its end.
 
 After RULER (arXiv 2404.06654): one number (`needle`), one of several (`keys`),
 and one that has to be followed through other names (`variables`). A new task is
@@ -23,7 +23,7 @@ NAMES = tuple('abcdefghijkmnpqrstuvwxyz')
 
 
 class Puzzle(NamedTuple):
-  """What is hidden in a text, and what is asked at its end.
+  """Sentences hidden in a text, and the question and answer at its end.
 
   Attributes:
     needles: Sentences. The first one stands at the depth that is asked for,

@@ -46,7 +46,7 @@ class Record:
   outcome: str = 'done'  # 'cut' and 'diverged' are the others
   # [step, tokens per second], as `curve`; packed files leave it out.
   speed: list[list[float]] = dataclasses.field(default_factory=list)
-  # What evals.context measured: name of the rotation to `loss`, `retrieval`.
+  # Figures of evals.context: name of the rotation to `loss`, `retrieval`.
   context: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property

@@ -107,7 +107,7 @@ def rate_table(runs: Sequence[Record]) -> str:
 
 
 def context_table(runs: Sequence[Record]) -> str:
-  """What evals.context measured: a row for each arm, rotation and figure."""
+  """Figures of evals.context: a row for each arm, rotation and figure."""
   groups: dict[tuple[str, str], list[Record]] = {}
   for record in runs:
     for name in record.context:
