@@ -20,7 +20,7 @@ from gated_jax.explain import groups
 
 DOCS = pathlib.Path(__file__).parents[1]
 ROOT = DOCS.parent
-# Where the page of each file of the repository's top lies in the site.
+# Pages of the site that are files of the repository's top.
 COPIES = {'index.md': 'README.md', 'contributing.md': 'CONTRIBUTING.md'}
 LINK = re.compile(r'(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)')
 

@@ -14,7 +14,7 @@ from gated_jax.config import RunConfig
 from gated_jax.config import differences
 from gated_jax.config import to_dict
 
-# What each figure of `plot.figures` shows, by the name of its file.
+# Captions of the figures of `plot.figures`, by the names of their files.
 CAPTIONS = {
   'loss': 'Loss over training, and on text that was held out.',
   'sink': "How much attention a document's first token gets, by layer and head"

@@ -33,7 +33,7 @@ def _columns(points: Sequence[Sequence[float]]) -> Points:
   return [step for step, _ in points], [value for _, value in points]
 
 
-# What each panel shows: title, unit, and a run's steps and values.
+# Panels: title, unit, and a run's steps and values.
 PANELS: tuple[tuple[str, str, Callable[[Record], Any]], ...] = (
   ('Training loss', 'nats per token', lambda r: _columns(r.curve)),
   ('Held-out loss', 'nats per token', lambda r: series(r, 'validation/loss')),
