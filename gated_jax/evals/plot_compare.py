@@ -68,8 +68,7 @@ def panels_of(runs: Sequence[Record]) -> 'Figure':
         ms=3.5,
       )
     if title in FROM_ZERO:
-      axes.margins(y=0.08)
-      axes.set_ylim(bottom=0)
+      axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1e-9))
     elif title == 'Training loss':
       _leave_out_the_start(axes, [r for r in runs if r.curve])
   handles = [
