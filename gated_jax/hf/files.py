@@ -1,8 +1,8 @@
 """Folders of tensors: safetensors shards, read and written one at a time.
 
-`pytorch_model.bin` can be read where torch is installed; nothing here imports
-it before that. A folder is written under another name and renamed when it is
-complete, so that none is ever half there.
+`pytorch_model.bin` is read without torch (`torch_file.py`). A folder is written
+under another name and renamed when it is complete, so that none is ever half
+there.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from gated_jax.hf import torch_file
 
 INDEX = 'model.safetensors.index.json'
 WEIGHTS = 'model.safetensors'
@@ -208,47 +210,25 @@ class TensorFiles:
       self._add(path, name, about['shape'], dtype, read)
 
   def _add_torch(self, path: pathlib.Path) -> None:
-    try:
-      import torch
-    except ImportError:
-      raise ValueError(
-        f'{path} can only be read with torch: pip install torch, or convert '
-        'it to safetensors'
-      ) from None
-    try:
-      tensors = torch.load(
-        path, map_location='cpu', mmap=True, weights_only=True
-      )
-    except Exception as error:
-      raise ValueError(
-        f'{path} is truncated or no torch file: {str(error).splitlines()[0]}'
-      ) from None
-
+    tensors = torch_file.describe(path)
     if not isinstance(tensors, dict):
       raise ValueError(
         f'{path} holds a {type(tensors).__name__}, not tensors by name'
       )
-
-    def read(name: str) -> np.ndarray:
-      """A tensor as NumPy; bfloat16 by its bits: torch converts none."""
-      tensor = tensors[name].detach()
-      if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(BFLOAT16)
-      return tensor.numpy()
-
-    for name, tensor in tensors.items():
-      if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+    for name, view in tensors.items():
+      if not (isinstance(name, str) and isinstance(view, torch_file.View)):
         raise ValueError(
           f'{path}: {reprlib.repr(name)} is not the name of a tensor'
         )
-      # Strides of zero make a few bytes look like any number of them.
-      if tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise ValueError(
-          f'{path}: tensor {name} of shape {tuple(tensor.shape)} has more '
-          'numbers than are stored'
-        )
-      dtype = str(tensor.dtype).removeprefix('torch.')
-      self._add(path, name, tensor.shape, dtype, read)
+      view.check(f'{path}: tensor {name}')
+
+    def read(name: str) -> np.ndarray:
+      """The tensor of a name."""
+      view: torch_file.View = tensors[name]
+      return view.read(path, DTYPES[view.storage.dtype])
+
+    for name, view in tensors.items():
+      self._add(path, name, view.shape, view.storage.dtype, read)
 
 
 def check_free(path: pathlib.Path) -> None:
