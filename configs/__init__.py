@@ -7,6 +7,7 @@
     gate_sweep    the rows of the paper's tables, with its figures
     stability     learning rates at which the ungated model breaks
     evidence      the paper's claims, each at a size for one GPU in minutes
+    sft           conversations, of which the assistant's turns are learned
     long_context  rotary base change, 32k continuation, YaRN to 128k
 
 Some take words after a colon: --config=configs/gate_sweep.py:value_headwise

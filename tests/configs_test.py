@@ -50,6 +50,7 @@ WORDS = {
     'base32k,smoke',
     'yarn128k,smoke',
   ],
+  'sft': [''],
   'start_from': [],  # takes the folder of a checkpoint
   'lora': [],  # so does this
 }

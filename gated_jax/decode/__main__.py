@@ -2,8 +2,11 @@
 
     python -m gated_jax.decode --checkpoint=runs/smoke --prompt='def '
 
+    python -m gated_jax.decode --checkpoint=runs/sft --chat
+
 Several prompts (--prompt can be repeated) run as one batch, and each text is
-printed when it is whole. --tensor and --fsdp split the model over devices.
+printed when it is whole. --chat talks with the model instead. --tensor and
+--fsdp split the model over devices.
 The exit code is 2 for what the user has to change, 1 for other failures.
 """
 
@@ -14,8 +17,11 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import argparse
 import dataclasses
+import datetime
 import io
+import itertools
 from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,10 +32,13 @@ from gated_jax import cli
 from gated_jax import sharding
 from gated_jax.config import MeshConfig
 from gated_jax.config import RunConfig
+from gated_jax.data.chat import Chat
 from gated_jax.data.text_stream import TextStream
 from gated_jax.data.tokenizer import Tokenizer
 from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.decode import generation_config
+from gated_jax.decode.chat import converse
+from gated_jax.decode.chat import typed
 from gated_jax.decode.generate import generate
 from gated_jax.decode.sampling import Sampling
 from gated_jax.decode.sampling import ids_without_token
@@ -52,6 +61,8 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
   add: Any = parser.add_argument
   add('--checkpoint', required=True, help='a run, or the folder of a step')
   add('--prompt', action='append', help='text to go on from; repeatable')
+  add('--chat', action='store_true', help='talk: every line is a turn')
+  add('--system', default='', help='what a talk begins with; needs --chat')
   add('--max_tokens', type=int, default=256, help='new ones of each prompt')
   default = f"default: the model's {generation_config.NAME}, or "
   add('--temperature', type=float, help=f'{default}0: the likeliest token')
@@ -123,7 +134,7 @@ def find_tokenizer(flags: argparse.Namespace, config: RunConfig) -> Tokenizer:
   """The tokenizer that a flag names, or the one of the checkpoint."""
   name = flags.tokenizer or config.data.tokenizer
   tokenizer = make_tokenizer(name, flags.special_tokens)
-  for i, text in enumerate(flags.prompt):
+  for i, text in enumerate(flags.prompt or ()):
     special = [] if flags.special_tokens else tokenizer.special_in(text)
     if special:
       note(
@@ -167,7 +178,11 @@ def choose_sampling(
 
 def run(flags: argparse.Namespace) -> None:
   """Prints the prompts and what the model makes of them."""
-  if not flags.prompt:
+  if flags.chat and flags.prompt:
+    raise ValueError('--prompt does nothing with --chat, which asks for turns')
+  if flags.system and not flags.chat:
+    raise ValueError(f'--system={flags.system!r} does nothing without --chat')
+  if not (flags.prompt or flags.chat):
     raise ValueError("--prompt is missing, for example --prompt='The '")
   check_devices()
   mesh = make_mesh(flags.tensor, flags.fsdp)
@@ -175,6 +190,8 @@ def run(flags: argparse.Namespace) -> None:
   tokenizer = find_tokenizer(flags, config)
   vocab = config.model.vocab
   sampling, stop = choose_sampling(flags, tokenizer, vocab)
+  if flags.chat:
+    return talk(flags, mesh, tokenizer, sampling, stop)
   prompts = [encode(tokenizer, text) for text in flags.prompt]
   _, model, params = load(flags.checkpoint, mesh)
   with sharding.activate(mesh):
@@ -190,6 +207,39 @@ def run(flags: argparse.Namespace) -> None:
     )
     streams = [tokenizer.stream(ids) for ids in prompts]
     show(flags.prompt, steps, streams, stop)
+
+
+def talk(
+  flags: argparse.Namespace,
+  mesh: jax.sharding.Mesh,
+  tokenizer: Tokenizer,
+  sampling: Sampling,
+  stop: set[int],
+) -> None:
+  """A conversation; each turn draws by a seed of its own."""
+  chat = Chat(tokenizer, flags.special_tokens, datetime.datetime.now())
+  stop = stop if flags.stop else stop | chat.stops()
+  config, model, params = load(flags.checkpoint, mesh)
+  length = config.model.length
+  turns = itertools.count()
+
+  def answer(ids: np.ndarray) -> Iterator[int]:
+    """Ids that follow a prompt."""
+    for row in generate(
+      model,
+      params,
+      [ids],
+      max_tokens=flags.max_tokens,
+      sampling=sampling,
+      seed=(flags.seed + next(turns)) % 2**32,
+      stop=stop,
+      skip_below=flags.skip_below,
+    ):
+      yield int(row[0])
+
+  with sharding.activate(mesh):
+    room = length - min(flags.max_tokens, length // 4)
+    converse(typed(), chat, tokenizer, answer, stop, room, flags.system)
 
 
 def show(

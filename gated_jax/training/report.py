@@ -124,13 +124,16 @@ def _sample(run: RunState, checkpoint: pathlib.Path, command: str) -> str:
   if not prompt and not run.data.is_text:
     return 'n/a: nothing says which text the ids of the data stand for'
   python = shlex.split(command)[0] if command else 'python'
+  talks = any(
+    part.source == 'conversations' for _, part in run.config.data.parts()
+  )
   return shlex.join(
     [
       python,
       '-m',
       'gated_jax.decode',
       f'--checkpoint={checkpoint}',
-      f'--prompt={prompt or "The "}',
+      '--chat' if talks else f'--prompt={prompt or "The "}',
     ]
   )
 

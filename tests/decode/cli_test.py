@@ -1,6 +1,7 @@
 """python -m gated_jax.decode, as a stranger types it."""
 
 import dataclasses
+import io
 import json
 import os
 
@@ -57,6 +58,18 @@ def test_the_command_prints_prompt_and_text_the_same_each_time(run, capsys):
   assert main([*flags, *two]) == 0
   both = capsys.readouterr().out
   assert '[0] def f' in both and '[1] class' in both
+
+
+def test_lines_from_a_pipe_are_turns_of_a_talk(run, capsys, monkeypatch):
+  monkeypatch.setattr('sys.stdin', io.StringIO('hi\n\nyou\n'))
+  flags = [f'--checkpoint={run}', '--chat', '--system=x', '--max_tokens=4']
+  assert main([*flags, '--temperature=0']) == 0
+  out, error = capsys.readouterr()
+  assert out.endswith('\n') and 'Traceback' not in error
+  assert main([*flags, '--prompt=a']) == 2
+  assert '--prompt does nothing with --chat' in capsys.readouterr().err
+  assert main([f'--checkpoint={run}', '--prompt=a', '--system=b']) == 2
+  assert "--system='b' does nothing without --chat" in capsys.readouterr().err
 
 
 def test_paths_may_begin_at_home(run, capsys, monkeypatch):

@@ -95,6 +95,12 @@ def test_everything_worth_knowing_is_said(tmp_path, capsys):
   }
 
 
+def test_a_run_on_conversations_ends_with_how_to_talk(tmp_path, capsys):
+  data = DataConfig(source='conversations', paths='x')
+  found = said(tmp_path, capsys, figures=False, data=data)
+  assert found['sample from it'].endswith(f'--checkpoint={tmp_path}/9 --chat')
+
+
 def test_many_skipped_files_are_counted_and_some_named(tmp_path, capsys):
   skipped = {f'{i:03d}.txt': 'empty' for i in range(40)}
   found = said(tmp_path, capsys, skipped=skipped.items(), figures=False)
