@@ -94,7 +94,18 @@ def parser() -> argparse.ArgumentParser:
   text = 'which families of models can be read and written'
   commands.add_parser('list', help=text, description=text, allow_abbrev=False)
   command('import', 'theirs to ours')
-  export = command('export', 'ours to theirs')
+  _add_export_flags(command('export', 'ours to theirs'))
+  add = command('add-gate', ADD_GATE, epilog=NEGATIVE)
+  add.add_argument(
+    '--granularity',
+    default='elementwise',
+    choices=['elementwise', 'headwise'],
+  )
+  return top
+
+
+def _add_export_flags(export: argparse.ArgumentParser) -> None:
+  """What only an export is told."""
   export.add_argument(
     '--family',
     default='',
@@ -116,13 +127,6 @@ def parser() -> argparse.ArgumentParser:
   export.add_argument(
     '--shard-gb', type=_gigabytes, default=5.0, help='size of a file at most'
   )
-  add = command('add-gate', ADD_GATE, epilog=NEGATIVE)
-  add.add_argument(
-    '--granularity',
-    default='elementwise',
-    choices=['elementwise', 'headwise'],
-  )
-  return top
 
 
 def _gigabytes(text: str) -> float:
