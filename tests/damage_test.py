@@ -100,6 +100,7 @@ def damages(folder):
       path.write_bytes(data)
 
 
+@pytest.mark.long
 def test_a_run_resumes_or_goes_back_and_names_the_file(saved):
   back = set()
   for name, _ in damages(saved / '2'):
@@ -129,6 +130,7 @@ def load(folder):
   return config, params
 
 
+@pytest.mark.long
 def test_parameters_are_what_was_saved_or_the_file_is_named(saved):
   refused = set()
   for name, _ in damages(saved / '2'):

@@ -54,7 +54,9 @@ class ByteStream:
     self._shown = ''  # text held back here that the reader has already
     for token in before:
       self.feed(int(token))
-    self._shown = REPLACEMENT if self._decoder.getstate()[0] else ''
+    # The decoder holds half of a surrogate back as if a character could come.
+    held: bytes = self._decoder.getstate()[0]
+    self._shown = held.decode('utf-8', errors='replace')
 
   def feed(self, token: int) -> str:
     """See `TextStream`."""

@@ -201,6 +201,13 @@ STREAMED = {
 }
 
 
+def test_half_a_surrogate_before_a_stream_is_not_shown_again():
+  tokenizer = ByteTokenizer()
+  for ids, rest in ([], ''), ([0x41], 'A'), ([0x80, 0x41], '\ufffdA'):
+    stream = tokenizer.stream([0xED, 0xA0])
+    assert ''.join(stream.feed(i) for i in ids) + stream.finish() == rest
+
+
 @pytest.mark.parametrize('make', STREAMED.values(), ids=STREAMED)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from gated_jax import checkpoint
 from gated_jax.config import DataConfig
@@ -16,6 +17,7 @@ from gated_jax.model import adapters
 from gated_jax.model.abstract import abstract_parameters
 
 
+@pytest.mark.long
 def test_export_adds_adapters_to_their_matrices(cases, tmp_path, capsys):
   _, config = cases['qwen3']
   config = dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=3.0))

@@ -81,6 +81,7 @@ def test_a_product_begins_at_zero_in_whatever_owns_a_matrix():
   assert b.value.shape == (2, 4) and not np.any(b.value)
 
 
+@pytest.mark.long
 def test_the_first_step_is_the_bases_to_the_bit(params):
   """With a base in a narrower type than its adapters."""
   config = dataclasses.replace(BASE, param_dtype='bfloat16')

@@ -260,7 +260,13 @@ def test_scanned_layers_are_the_unscanned_ones(name):
   assert found.metrics.keys() == loss.metrics.keys()
 
 
-@pytest.mark.parametrize('policy', SAVED)
+@pytest.mark.parametrize(
+  'policy',
+  [
+    p if p == 'minimal' else pytest.param(p, marks=pytest.mark.long)
+    for p in SAVED
+  ],
+)
 def test_remat_changes_nothing_but_memory(policy):
   config = config_of('plain')
   _, params = make(config)

@@ -138,6 +138,7 @@ def one_device():
   return params, batch, loss_and_gradients(params, batch)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'axes',
   [
@@ -180,6 +181,7 @@ def test_a_row_too_short_for_its_filter_is_refused():
     boxed_parameters(LINEAR, 16)
 
 
+@pytest.mark.long
 def test_rows_of_a_cache_can_be_put_in_another_order():
   model = Decoder(dataclasses.replace(HYBRID, scan=False))
   params = random_like(meta.unbox(boxed_parameters(model.config)))

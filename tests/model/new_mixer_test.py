@@ -102,6 +102,7 @@ def test_it_holds_what_every_mixer_must(check):
   check(PATTERN)
 
 
+@pytest.mark.long
 def test_it_trains_and_is_sharded_and_optimised_by_the_rules_of_its_kinds():
   config = config_of(scan=True, depth=4)
   model, mesh = (

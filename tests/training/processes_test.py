@@ -220,6 +220,7 @@ def test_a_killed_process_costs_only_a_restart(settings, undisturbed, tmp_path):
   assert losses(tmp_path) == losses(undisturbed[0])
 
 
+@pytest.mark.long
 def test_processes_with_different_settings_are_refused(settings, tmp_path):
   other = settings | {'optimizer.learning_rate': 0.5}
   for code, said, err in finish(start(tmp_path, [settings, other])):
@@ -232,6 +233,7 @@ def test_processes_with_different_settings_are_refused(settings, tmp_path):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('present', [0, 1])
 def test_a_process_that_never_joins_is_reported(settings, tmp_path, present):
   begin = time.monotonic()

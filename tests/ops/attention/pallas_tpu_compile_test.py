@@ -180,6 +180,7 @@ def test_every_named_case_compiles(kind):
   assert len(lines) >= len(cases.CASES) - 3
 
 
+@pytest.mark.long
 def test_on_a_mesh_only_projections_and_shared_heads_need_the_others():
   lines = run(SHARDED)
   starts = [i for i, line in enumerate(lines) if line[0] == 'mesh']

@@ -42,7 +42,7 @@ print('MiB', compiled.memory_analysis().temp_size_in_bytes >> 20)
 @pytest.mark.parametrize(
   'case_name, kernels, mib',
   [
-    ('dense_1b7_packed', 2, 1024),
+    pytest.param('dense_1b7_packed', 2, 1024, marks=pytest.mark.long),
     pytest.param('moe_15b_packed', 2, 1024, marks=pytest.mark.nightly),
     pytest.param('dense_1b7_window', 2, 1024, marks=pytest.mark.nightly),
     # Forward, and a kernel each for dQ and for dK with dV.
