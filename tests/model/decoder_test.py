@@ -150,7 +150,7 @@ def test_a_row_without_document_numbers_is_one_document():
   'name',
   [
     name
-    if name in ('plain', 'pattern', 'experts')
+    if name in ('plain', 'pattern')
     else pytest.param(name, marks=pytest.mark.long)
     for name in VARIANTS
   ],
@@ -239,7 +239,10 @@ def test_a_window_hides_what_is_farther_back():
   )
 
 
-@pytest.mark.parametrize('name', ('plain', 'pattern', 'experts'))
+@pytest.mark.parametrize(
+  'name',
+  ['plain', 'pattern', pytest.param('experts', marks=pytest.mark.long)],
+)
 def test_scanned_layers_are_the_unscanned_ones(name):
   config = config_of(name)
   model, params = make(config)

@@ -95,6 +95,7 @@ def config_of(**changes):
   return dataclasses.replace(contract.BASE, pattern=PATTERN, **changes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'check', contract.CHECKS, ids=lambda check: check.__name__
 )

@@ -281,15 +281,18 @@ def narrowed(name, case):
 
 
 def pairs():
-  """Every backend with every case, some of them marked as nightly."""
+  """Every backend with every case, some of them marked as rarer."""
   for name in NAMES:
     for case_name in SMALL:
-      rare = name == 'pallas_tpu' and case_name not in OFTEN_FOR_PALLAS_TPU
-      marks = [pytest.mark.nightly] if rare else []
+      marks = []
+      if name == 'pallas_tpu' and case_name not in OFTEN_FOR_PALLAS_TPU:
+        marks = [pytest.mark.nightly]
+      elif name == 'splash' and case_name not in ('plain', 'packed', 'window'):
+        marks = [pytest.mark.long]
       yield pytest.param(name, case_name, marks=marks)
 
 
-@pytest.mark.parametrize('name, case_name', pairs())
+@pytest.mark.parametrize('name, case_name', list(pairs()))
 def test_backend_agrees_with_float64_matrices(name, case_name):
   if name == 'splash' and case_name in SAME_FOR_SPLASH:
     pytest.skip('nothing new about splash')
@@ -335,6 +338,7 @@ def test_masks_and_dropout_are_done_or_refused(name, masking, spec, reason):
       api.BACKENDS[name].attend(*arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', NAMES)
 def test_the_same_call_twice_gives_the_same_bits(name):
   case = narrowed(name, SMALL['packed'])
