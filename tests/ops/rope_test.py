@@ -179,6 +179,12 @@ def hugging_face(spec: RopeConfig):
       'mscale_all_dim': spec.mscale_all_dim,
       'truncate': spec.truncate,
     }
+  if spec.scaling == 'llama3':
+    settings |= {
+      'original_max_position_embeddings': spec.original_length,
+      'low_freq_factor': spec.low_turns,
+      'high_freq_factor': spec.high_turns,
+    }
   config = transformers.Qwen3NextConfig(
     head_dim=HEAD, rope_parameters=settings, max_position_embeddings=131_072
   )
