@@ -94,6 +94,8 @@ setuptools.setup(
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   author='The gated_jax authors',
+  # All addresses of the project stand here; the repository's is not known yet.
+  project_urls={'Paper': 'https://arxiv.org/abs/2505.06708'},
   keywords=['attention', 'gating', 'jax', 'flax', 'tpu', 'transformer'],
   classifiers=[
     'Development Status :: 4 - Beta',
