@@ -73,8 +73,8 @@ MESHES = {
   'fsdp_expert_tensor': MeshConfig(fsdp=2, expert=2, tensor=2),
   'expert_context_tensor': MeshConfig(expert=2, context=2, tensor=2),
 }
-# Those that split what a gate is made of: heads, kv heads, positions.
-HARD = ('tensor_wider_than_kv_heads', 'fsdp_context_tensor')
+# It splits all that a gate is made of: heads, kv heads, positions.
+HARD = ('fsdp_context_tensor',)
 EVERY_RUN = [
   *itertools.product(HARD, GATES),
   *((mesh, BEST) for mesh in MESHES if mesh not in HARD),

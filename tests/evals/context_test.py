@@ -68,7 +68,7 @@ def test_lengths_are_numbers(lengths, capsys):
   assert f'--lengths={lengths!r} must be lengths' in error
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_run_is_read_further_than_it_was_trained(
   tmp_path, monkeypatch, capsys
 ):

@@ -141,10 +141,8 @@ def test_a_run_ends_with_what_to_know_and_what_to_type(reference):
   } <= names
   assert 'mfu' not in names, 'nobody knows the peak of this CPU'
   drawn = {path.name for path in (workdir / 'figures').iterdir()}
-  assert drawn == {
-    f'{name}.png'
-    for name in ('loss', 'sink', 'gate', 'activation', 'attention')
-  }
+  names = ('loss', 'sink', 'gate', 'activation', 'attention')
+  assert drawn == {'report.html', *(f'{name}.png' for name in names)}
   assert list(workdir.glob('profile/**/*.xplane.pb'))
 
 
