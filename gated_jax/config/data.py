@@ -158,7 +158,7 @@ class DataConfig:
   @property
   def is_text(self) -> bool:
     """Tells whether all of it is text that the tokenizer reads."""
-    return all(p.source not in ('tokens', 'synthetic') for _, p in self.parts())
+    return all(p.source != 'tokens' and not p.made_up for _, p in self.parts())
 
   @property
   def made_up(self) -> bool:

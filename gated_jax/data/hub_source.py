@@ -83,10 +83,8 @@ class HubSource(Records):
     return cut_long(self._records, unit, cursor, self._max_document)
 
   def _records(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    rows = self._stream(unit, cursor) if self._streaming else (
-      self._rows(unit, cursor)
-    )  # fmt: skip
-    for number, text in enumerate(rows, cursor + 1):
+    read = self._stream if self._streaming else self._rows
+    for number, text in enumerate(read(unit, cursor), cursor + 1):
       if isinstance(text, str):
         yield number, Document(text, None, unit.path)
       else:
@@ -119,7 +117,7 @@ def _load(part: DataConfig) -> tuple[Any, str]:
   path = expand(part.paths)
   name = str(path) if path.exists() else part.paths
   try:
-    if (path / 'dataset_dict.json').is_file() or _is_saved(path):
+    if _is_saved(path):
       return _saved(datasets, path, part), ''
     options = {'name': part.hub_subset or None}
     if part.hub_revision:
@@ -143,7 +141,8 @@ def _load(part: DataConfig) -> tuple[Any, str]:
 
 
 def _is_saved(path: pathlib.Path) -> bool:
-  return (path / 'state.json').is_file()
+  names = ('dataset_dict.json', 'state.json')
+  return any((path / name).is_file() for name in names)
 
 
 def _saved(datasets: Any, path: pathlib.Path, part: DataConfig) -> Any:

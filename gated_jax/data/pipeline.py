@@ -226,9 +226,7 @@ def make_view(
       f'data.batch={config.batch} must be a multiple of the {shards} processes'
     )
   tokenizer = make_tokenizer(config.tokenizer, config.special_tokens)
-  text = any(
-    part.source != 'tokens' and not part.made_up for _, part in config.parts()
-  )
+  text = any(part.is_text for _, part in config.parts())
   chat = None
   if any(part.source == 'conversations' for _, part in config.parts()):
     chat = Chat(tokenizer, config.special_tokens)
