@@ -8,6 +8,10 @@ from setuptools.command import build_py
 
 HERE = pathlib.Path(__file__).parent
 
+# The owner's line: the repository's address, like https://github.com/OWNER/NAME.
+# `python docs/site/address.py` then writes it wherever else it is told.
+REPOSITORY = ''
+
 REQUIRED = [
   'jax>=0.10,<0.13',  # arrays, compilation, partitioning
   'flax>=0.12.8,<0.13',  # linen modules, the parameters
@@ -94,8 +98,8 @@ setuptools.setup(
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   author='The gated_jax authors',
-  # All addresses of the project stand here; the repository's is not known yet.
-  project_urls={'Paper': 'https://arxiv.org/abs/2505.06708'},
+  project_urls={'Paper': 'https://arxiv.org/abs/2505.06708'}
+  | ({'Repository': REPOSITORY} if REPOSITORY else {}),
   keywords=['attention', 'gating', 'jax', 'flax', 'tpu', 'transformer'],
   classifiers=[
     'Development Status :: 4 - Beta',

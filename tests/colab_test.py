@@ -3,12 +3,14 @@
 import ast
 import base64
 import contextlib
-import glob
+import dataclasses
+import importlib.metadata
 import importlib.util
 import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -130,75 +132,187 @@ def first_cell(path):
   return code_cells(read(path))[0].source
 
 
-def test_all_begin_with_the_same_cell():
-  assert len({first_cell(path) for path in NOTEBOOKS}) == 1
+def load_address():
+  """docs/site/address.py, which belongs to no package."""
+  path = ROOT / 'docs/site/address.py'
+  spec = importlib.util.spec_from_file_location('address', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_every_file_tells_the_address_of_setup_py():
+  stale = [
+    path.name
+    for path, text in load_address().expected().items()
+    if path.read_text() != text
+  ]
+  assert stale == [], 'run: python docs/site/address.py'
+
+
+ADDRESS = 'https://github.com/owner/gated'
+
+
+@pytest.fixture
+def with_an_address(tmp_path):
+  """A copy of what tells the address, by a setup.py that has one."""
+  address = load_address()
+  for name in (*address.PAGES, 'CITATION.cff', 'setup.py'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    text = (ROOT / name).read_text()
+    text = text.replace("\nREPOSITORY = ''", f'\nREPOSITORY = {ADDRESS!r}')
+    (tmp_path / name).write_text(text)
+  shutil.copytree(ROOT / 'colab', tmp_path / 'colab')
+  for path, text in address.expected(tmp_path).items():
+    path.write_text(text)
+  return tmp_path
+
+
+def test_one_line_puts_the_address_everywhere(with_an_address):
+  readme = (with_an_address / 'README.md').read_text()
+  assert f'git clone {ADDRESS} ' in readme
+  assert f'git+{ADDRESS}' in readme
+  assert f'git+{ADDRESS}' in (with_an_address / 'docs/install.md').read_text()
+  citation = (with_an_address / 'CITATION.cff').read_text()
+  assert f'\nrepository-code: {ADDRESS}\n' in citation
+  for name in NAMES:
+    path = with_an_address / f'colab/{name}.ipynb'
+    assert f'REPOSITORY = {ADDRESS!r}' in first_cell(path)
+
+
+def test_a_badge_opens_its_own_notebook(with_an_address):
+  for name in NAMES:
+    title = read(with_an_address / f'colab/{name}.ipynb').cells[0].source
+    target = f'github/owner/gated/blob/main/colab/{name}.ipynb)'
+    assert title.count('Open in Colab') == 1
+    assert title.startswith('[![Open in Colab](') and target in title
+
+
+def test_what_is_no_address_of_github_has_no_badge(with_an_address):
+  setup = with_an_address / 'setup.py'
+  setup.write_text(setup.read_text().replace(ADDRESS, 'https://host/gated'))
+  files = load_address().expected(with_an_address)
+  assert 'git clone https://host/gated ' in files[with_an_address / 'README.md']
+  assert not any('Open in Colab' in text for text in files.values())
 
 
 COLAB = {'COLAB_JUPYTER_IP': '127.0.0.1', 'KMP_TARGET_PORT': '9'}
 OPENED = 'fileId=https%3A//github.com/owner/gated/blob/main/colab/a.ipynb'
-GIT = 'gated_jax[hf,plot] @ git+https://'
+TPU = {'TPU_ACCELERATOR_TYPE': 'v5e-1'}
+WHEEL = 'gated_jax-0.1.0-py3-none-any.whl'
 
 
-@pytest.mark.parametrize(
-  ('repository', 'inside', 'environment', 'smi', 'wanted'),
-  [
-    ('', True, {}, '', [f'{ROOT}[hf,plot]']),
-    ('https://host/x', False, {}, '', [f'{GIT}host/x']),
-    ('', False, COLAB, '', [f'{GIT}github.com/owner/gated']),
-    (
-      '',
-      False,
-      COLAB,
-      'CUDA Version: 12.4',
-      [f'{GIT}github.com/owner/gated', 'jax[cuda12]'],
-    ),
-    (
-      '',
-      False,
-      COLAB | {'TPU_ACCELERATOR_TYPE': 'v5e-1'},
-      '',
-      [f'{GIT}github.com/owner/gated', 'jax[tpu]'],
-    ),
-    ('', False, {}, '', None),
-  ],
-  ids=['clone', 'set', 'colab', 'colab gpu', 'colab tpu', 'nowhere'],
-)
-def test_installs_what_is_missing(
-  repository, inside, environment, smi, wanted, tmp_path, monkeypatch
-):
-  commands = []
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """What the install cell sees around it, and what it should ask pip for."""
+
+  wanted: tuple[str, ...]
+  repository: str = ''
+  environment: dict[str, str] = dataclasses.field(default_factory=dict)
+  smi: str = ''
+  files: tuple[str, ...] = ()
+  installed: tuple[str, ...] = ('jax', 'jaxlib')
+
+
+MACHINES = {
+  'clone below': Machine(('{here}/gated_jax',), files=('gated_jax/gated_jax/__init__.py',)),
+  'clone above': Machine(('{here}/..',), files=('../gated_jax/__init__.py',)),
+  'wheel': Machine((f'{{here}}/{WHEEL}',), files=(WHEEL, 'gated_jax-0.1.0.tar.gz')),
+  'sdist': Machine(('{here}/gated_jax-0.1.0.tar.gz',), files=('gated_jax-0.1.0.tar.gz',)),
+  'address': Machine(('git+https://host/x',), repository='https://host/x'),
+  'colab': Machine((f'git+{ADDRESS}',), environment=COLAB),
+  'gpu': Machine(('git+https://host/x', 'jax[cuda12]'), 'https://host/x', smi='CUDA Version: 12.4'),
+  'gpu of colab': Machine(
+    ('git+https://host/x', 'jax[cuda12]'), 'https://host/x', smi='CUDA Version: 13.0',
+    installed=('jax', 'jax-cuda12-plugin'),
+  ),
+  'tpu': Machine(('git+https://host/x', 'jax[tpu]'), 'https://host/x', environment=TPU),
+}  # fmt: skip
+
+
+@pytest.fixture
+def machine(request, tmp_path, monkeypatch):
+  """The program of the install cell, and the words that pip would be given."""
+  seen = request.param
+  commands, limits = [], []
 
   def pretend(command, **options):
     del options
     if command[0] == 'nvidia-smi':
-      if not smi:
+      if not seen.smi:
         raise FileNotFoundError
-      return subprocess.CompletedProcess(command, 0, stdout=smi)
-    commands.append(command)
-    return None
+      return subprocess.CompletedProcess(command, 0, stdout=seen.smi)
+    assert command[:5] == [sys.executable, '-m', 'pip', 'install', '-q']
+    commands.append(command[5:])
+    limits.append(pathlib.Path(command[6]).read_text())
+    return subprocess.CompletedProcess(command, 0)
 
   def answer(url):
     assert url == 'http://127.0.0.1:9/api/sessions'
     text = json.dumps([{'path': OPENED}]).encode()
     return contextlib.closing(io.BytesIO(text))
 
-  monkeypatch.chdir(ROOT / 'colab' if inside else tmp_path)
-  for name in (*COLAB, 'TPU_ACCELERATOR_TYPE'):
+  def version(name):
+    if name not in seen.installed:
+      raise importlib.metadata.PackageNotFoundError
+    return '0.12.0+local'
+
+  here = tmp_path / 'work'
+  for file in seen.files:
+    (here / file).parent.mkdir(parents=True, exist_ok=True)
+    (here / file).touch()
+  here.mkdir(exist_ok=True)
+  monkeypatch.chdir(here)
+  for name in (*COLAB, *TPU):
     monkeypatch.delenv(name, raising=False)
-  for name, value in environment.items():
+  for name, value in seen.environment.items():
     monkeypatch.setitem(os.environ, name, value)
-  monkeypatch.setattr(glob, 'glob', lambda pattern: [])
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(importlib.metadata, 'version', version)
   monkeypatch.setattr(subprocess, 'run', pretend)
   monkeypatch.setattr(urllib.request, 'urlopen', answer)
-  source = first_cell(NOTEBOOKS[0])
-  assert "REPOSITORY = ''" in source
-  source = source.replace("REPOSITORY = ''", f'REPOSITORY = {repository!r}')
+  source = (ROOT / 'colab/install_cell.py').read_text()
+  source = source.replace(
+    "REPOSITORY = ''", f'REPOSITORY = {seen.repository!r}'
+  )
   program = compile(source, 'first cell', 'exec')
-  if wanted is None:
-    with pytest.raises(ValueError, match='set REPOSITORY'):
-      exec(program, {})
-    assert not commands
-    return
+  wanted = [word.format(here=here) for word in seen.wanted]
+  return program, wanted, commands, limits
+
+
+@pytest.mark.parametrize(
+  'machine', MACHINES.values(), ids=MACHINES, indirect=True
+)
+def test_installs_what_is_missing(machine, capsys):
+  program, (place, *others), commands, limits = machine
   exec(program, {})
-  assert commands == [[sys.executable, '-m', 'pip', 'install', '-q', *wanted]]
+  if '://' not in place:
+    place = pathlib.Path(place).resolve().as_uri()
+  ((flag, _, *wanted),) = commands
+  assert (flag, wanted) == ('-c', [f'gated_jax[hf,plot] @ {place}', *others])
+  assert 'jax>=0.12.0' in limits[0].splitlines()  # pip knows no >= of +local
+  assert 'jax 0.12.0+local, as it was' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('machine', [Machine(())], indirect=True)
+def test_where_nothing_is_at_hand_it_says_what_to_do(machine):
+  program, _, commands, _ = machine
+  with pytest.raises(ValueError, match='Upload its wheel, clone it, or set'):
+    exec(program, {})
+  assert commands == []
+
+
+def test_a_folder_of_the_same_name_is_no_installed_package(
+  tmp_path, monkeypatch
+):
+  (tmp_path / 'gated_jax').mkdir()
+  source = (ROOT / 'colab/install_cell.py').read_text()
+  done = subprocess.run(
+    [sys.executable, '-S', '-c', source],
+    cwd=tmp_path,
+    env={'PATH': '/nowhere'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert 'ValueError: gated_jax is not here' in done.stderr
