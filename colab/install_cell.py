@@ -78,6 +78,13 @@ def pip(*words: str) -> bool:
   return subprocess.run(command, check=False).returncode == 0
 
 
+def out_of_bounds() -> str:
+  """The lines in which pip says which versions gated_jax does not ask for."""
+  command = [sys.executable, '-m', 'pip', 'check']
+  text = subprocess.run(command, check=False, capture_output=True, text=True)
+  return '\n'.join(re.findall(r'^gated[_-]jax .*', text.stdout, re.MULTILINE))
+
+
 def beside_a_newer_jax(place: str, *limits: str) -> bool:
   """Installs the package though it says that JAX or Flax here is too new."""
   if not pip('--no-deps', place):
@@ -105,7 +112,9 @@ def install() -> None:
     if not pip(*limits, wanted, *for_this_machine()):
       if not beside_a_newer_jax(place, *limits):
         raise RuntimeError('pip could not install gated_jax: its lines say why')
-      print('JAX or Flax here is newer than any that gated_jax was tested with')
+      print(
+        f'kept, though gated_jax was not tested with it:\n{out_of_bounds()}'
+      )
   importlib.invalidate_caches()
   changed = [name for name, old in before.items() if version(name) != old]
   for name in KEPT:
