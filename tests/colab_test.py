@@ -302,6 +302,31 @@ def test_where_nothing_is_at_hand_it_says_what_to_do(machine):
   assert commands == []
 
 
+def test_a_jax_beyond_the_bounds_is_kept_and_what_else_is_missing_comes(
+  tmp_path, monkeypatch, capsys
+):
+  commands = []
+
+  def pretend(command, **options):
+    commands.append(command[3:])
+    refused = any('gated_jax[' in word for word in command)
+    conflict = 'gated-jax 0.1.0 has requirement jax<0.13, but you have 0.14.'
+    return subprocess.CompletedProcess(command, refused, stdout=conflict)
+
+  needs = ['jax<0.13', 'flax', 'optax>=0.2', 'matplotlib; extra == "plot"', 'pytest; extra == "dev"']  # fmt: skip
+  (tmp_path / WHEEL).touch()
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.14.0')
+  monkeypatch.setattr(importlib.metadata, 'requires', lambda name: needs)
+  monkeypatch.setattr(subprocess, 'run', pretend)
+  exec((ROOT / 'colab/install_cell.py').read_text(), {})
+  _, alone, others, _ = commands
+  assert alone == ['install', '-q', '--no-deps', str(tmp_path / WHEEL)]
+  assert others[-2:] == ['optax>=0.2', 'matplotlib']
+  assert 'has requirement jax<0.13' in capsys.readouterr().out
+
+
 def test_a_folder_of_the_same_name_is_no_installed_package(
   tmp_path, monkeypatch
 ):
