@@ -17,7 +17,7 @@ REQUIRED = [
   'flax>=0.12.8,<0.13',  # linen modules, the parameters
   'optax>=0.2.8,<0.3',  # optimizers and schedules, Muon among them
   'orbax-checkpoint>=0.12.8,<0.13',  # asynchronous, sharded checkpoints
-  'etils>=1.9',  # the paths that Orbax's handlers take
+  'etils[epath]>=1.9',  # paths in buckets, which Orbax's handlers take
   'tensorstore>=0.1.80',  # names the file of a checkpoint that is damaged
   'grain>=0.2.18,<0.3',  # input pipeline whose position can be saved
   'ml-collections>=1.1,<2',  # configs that flags override
@@ -40,6 +40,8 @@ EXTRAS = {
     'jinja2>=3.1',  # chat templates, which are written in it
     'datasets>=4',  # data sets of the Hugging Face hub
   ],
+  'gcs': ['gcsfs>=2025.5'],  # gs:// for runs, data and checkpoints
+  's3': ['s3fs>=2025.5'],  # s3:// for data and weights
   'eval': ['lm-eval>=0.4.9,<0.5'],  # tasks for evals/harness.py
   'plot': ['matplotlib>=3.9'],  # figures at the end of a run
   'docs': [
@@ -60,6 +62,7 @@ EXTRAS = {
 EXTRAS['dev'] = [
   *(name for name in EXTRAS['hf'] if 'datasets' not in name),  # it is heavy
   *EXTRAS['plot'],
+  *EXTRAS['gcs'],
   'beartype>=0.20',  # checks jaxtyping's shapes at run time
   'hypothesis>=6.100',  # property-based tests
   'ipykernel>=6.29',  # what the notebooks of colab/ run in

@@ -23,7 +23,7 @@ from gated_jax import cli
 from gated_jax import config_flag
 from gated_jax import processes
 from gated_jax.config import RunConfig
-from gated_jax.paths import expand
+from gated_jax.paths import local
 from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 from gated_jax.processes import Group
@@ -94,7 +94,7 @@ def train(argv: list[str]) -> int:
 
   command = shlex.join(sys.orig_argv)  # with the interpreter as typed
   try:
-    result = loop.run(config, expand(FLAGS.workdir), command)
+    result = loop.run(config, local(FLAGS.workdir), command)
   except RuntimeError as error:
     if several:
       processes.until_explained(error, group.peer_timeout)

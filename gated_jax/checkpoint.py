@@ -27,7 +27,7 @@ from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.config import to_dict
 from gated_jax.config import upgrade
-from gated_jax.paths import expand
+from gated_jax.paths import local
 
 Tree = Any
 TOKENIZER = 'tokenizer'  # the folder of one that travels with a checkpoint
@@ -78,7 +78,7 @@ def steps_in(folder: pathlib.Path) -> list[int]:
 
 def find(path: str | pathlib.Path) -> pathlib.Path:
   """A step's folder, given it, its `checkpoints` folder or the workdir."""
-  given = expand(path)
+  given = local(path)
   if (given / 'params').is_dir():
     return given
   for folder in (given / 'checkpoints', given):
@@ -247,7 +247,7 @@ def save_parameters(
     params: Arrays of any placement.
     config: Settings of the run; its model is the one of the parameters.
   """
-  folder = expand(path).absolute()
+  folder = local(path).absolute()
   if folder.exists():
     raise ValueError(f'{path} exists; choose another name or remove it')
   run = {'config': to_dict(config), 'arrays': records(params, 'params')}

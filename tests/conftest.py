@@ -1,8 +1,79 @@
-"""Eight CPU devices for every test, set before JAX looks for devices."""
+"""Eight CPU devices for every test, and buckets on loopback for those that ask.
 
+`bucket` is the fixture to take: the address of a new, empty bucket. The proxy of
+`tests/storage/proxy.py` stands before it, as `storage.proxy`, to put faults in;
+programs that a test starts need `storage.environment`.
+"""
+
+import json
 import os
+import pathlib
+import subprocess
+import sys
+import types
+import urllib.request
+
+import pytest
+
+from tests.storage.proxy import Proxy
 
 _FLAG = '--xla_force_host_platform_device_count'
 if _FLAG not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}=8'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+
+@pytest.fixture(scope='session')
+def storage():
+  """The emulator in its own process, and this process's clients set to it.
+
+  It has `proxy`, `environment` (of clients in other processes) and
+  `make_bucket(name)`.
+  """
+  pytest.importorskip('gcsfs')
+  program = pathlib.Path(__file__).parent / 'storage/emulator.py'
+  with subprocess.Popen(
+    [sys.executable, program], stdout=subprocess.PIPE, text=True
+  ) as process:
+    with Proxy(int(process.stdout.readline())) as proxy:
+      environment = {
+        'STORAGE_EMULATOR_HOST': proxy.address,
+        'TENSORSTORE_GCS_HTTP_URL': proxy.address,
+        # The emulator does not speak gRPC, by which gcsfs asks for the kind of
+        # a bucket; and no metadata service is to be looked for.
+        'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
+        'NO_GCE_CHECK': 'true',
+      }
+      os.environ.update(environment)  # clients read it when they are made
+
+      def make_bucket(name):
+        body = json.dumps({'name': name}).encode()
+        place = f'{proxy.address}/storage/v1/b'
+        urllib.request.urlopen(urllib.request.Request(place, body)).close()
+        return f'gs://{name}'
+
+      yield types.SimpleNamespace(
+        proxy=proxy, environment=environment, make_bucket=make_bucket
+      )
+    process.terminate()
+
+
+@pytest.fixture
+def bucket(storage):
+  """The address of a new bucket, without a slash at its end."""
+  number = getattr(storage, 'number', 0)
+  storage.number = number + 1
+  yield storage.make_bucket(f'test-bucket-{number}')
+  storage.proxy.heal()
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+  """Repeats of a request come without the wait between them."""
+  import gcsfs.retry
+
+  async def sleep(seconds):
+    del seconds
+
+  waits = types.SimpleNamespace(sleep=sleep)
+  monkeypatch.setattr(gcsfs.retry, 'asyncio', waits)

@@ -22,7 +22,7 @@ from gated_jax import sharding
 from gated_jax.aot.topology import chip_of
 from gated_jax.aot.topology import open_topology
 from gated_jax.config import RunConfig
-from gated_jax.paths import expand
+from gated_jax.paths import local
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('topology', '', 'Pod, for example v5e:16x16.')
@@ -39,7 +39,7 @@ def read_flags(argv: list[str]) -> RunConfig:
     raise ValueError('--topology is missing, for example v5e:16x16')
   if not 0 < FLAGS.minutes < math.inf:
     raise ValueError(f'--minutes={FLAGS.minutes} must be positive and finite')
-  folder = expand(FLAGS.text).parent
+  folder = local(FLAGS.text).parent
   if FLAGS.text and not folder.is_dir():
     raise ValueError(f'--text={FLAGS.text}: there is no folder {folder}')
   return config
@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
     print(f'{report.CAVEAT}\n{error}')
     return 1
   if FLAGS.text:
-    with open(expand(FLAGS.text), 'w') as file:
+    with open(local(FLAGS.text), 'w') as file:
       file.write(result.compiled.text)
   print(report.describe(result, FLAGS.topology))
   return 1 if result.excess > 0 else 0

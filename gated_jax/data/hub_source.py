@@ -18,7 +18,7 @@ from gated_jax.data.sources import Document
 from gated_jax.data.sources import Records
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Unit
-from gated_jax.paths import expand
+from gated_jax.paths import local
 
 _ROWS = 4096  # of a unit: enough for a process, few enough to shuffle by
 _BATCH = 256  # rows that are read at once
@@ -114,7 +114,7 @@ def _load(part: DataConfig) -> tuple[Any, str]:
       "data.source='huggingface' needs the package datasets: "
       'pip install gated_jax[hf]'
     ) from error
-  path = expand(part.paths)
+  path = local(part.paths)
   name = str(path) if path.exists() else part.paths
   try:
     if _is_saved(path):

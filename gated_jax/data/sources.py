@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Int
 from jaxtyping import Int64
 
-from gated_jax.paths import expand
+from gated_jax.paths import local
 
 _LOG = logging.getLogger(__name__)
 _LOGGED = 10  # files that are named in the log; all are in the report
@@ -187,7 +187,7 @@ def find_files(paths: str) -> list[str]:
   """
   matches: set[str] = set()
   for pattern in filter(None, (part.strip() for part in paths.split(','))):
-    where = str(expand(pattern))
+    where = str(local(pattern))
     names = glob.glob(where, recursive=True)
     files = [name for name in names if os.path.isfile(name)]
     if not files and os.path.isdir(where):

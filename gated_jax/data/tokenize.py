@@ -34,7 +34,7 @@ from gated_jax.data.text_sources import text_source
 from gated_jax.data.tokenizer import Tokenizer
 from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.data.train_tokenizer import train_tokenizer
-from gated_jax.paths import expand
+from gated_jax.paths import local
 
 _BLOCK = 1 << 20  # characters of text that are encoded at once
 _BLOCK_DOCUMENTS = 1024  # documents of a block at most
@@ -66,7 +66,7 @@ class Work:
   @property
   def folder(self) -> pathlib.Path:
     """The folder of the arrays."""
-    return expand(self.out)
+    return local(self.out)
 
 
 @dataclasses.dataclass(frozen=True)

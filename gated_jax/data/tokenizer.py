@@ -24,7 +24,7 @@ from gated_jax.data.text_stream import TextStream
 from gated_jax.data.tokenizer_files import HuggingFaceTokenizer
 from gated_jax.data.tokenizer_files import SentencePieceTokenizer
 from gated_jax.data.tokenizer_files import Spans
-from gated_jax.paths import expand
+from gated_jax.paths import local
 
 
 @runtime_checkable
@@ -92,7 +92,7 @@ def make_tokenizer(name: str, special_tokens: bool = False) -> Tokenizer:
       name says it is.
     ImportError: the package that reads it is not installed.
   """
-  path = expand(name)
+  path = local(name)
   if name != 'bytes' and path.is_dir():
     inside = (path / 'tokenizer.json', path / 'tokenizer.model')
     path = next((p for p in inside if p.is_file()), path)

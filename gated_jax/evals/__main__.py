@@ -41,7 +41,7 @@ from gated_jax.evals.likelihood import target_bytes
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.size import check_fits
-from gated_jax.paths import expand
+from gated_jax.paths import local
 from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 
@@ -194,7 +194,7 @@ def draw(report: diagnostics.Report, folder: pathlib.Path) -> str:
 
 def run(flags: argparse.Namespace, config: RunConfig) -> None:
   """Reads the parameters, measures, prints."""
-  if flags.figures and expand(flags.figures).is_file():
+  if flags.figures and local(flags.figures).is_file():
     raise ValueError(f'--figures={flags.figures} must be a folder')
   check_devices()
   mesh = sharding.make_mesh(config.mesh, jax.devices())
@@ -217,7 +217,7 @@ def run(flags: argparse.Namespace, config: RunConfig) -> None:
   ]
   print(f'{table(figures)}\n\n{by_layer(report)}')
   if flags.figures:
-    print(f'\nfigures  {draw(report, expand(flags.figures))}')
+    print(f'\nfigures  {draw(report, local(flags.figures))}')
 
 
 def main(argv: list[str]) -> int:

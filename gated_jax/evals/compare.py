@@ -154,8 +154,8 @@ def main(argv: Sequence[str]) -> None:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('runs', nargs='+', type=paths.expand)
-  parser.add_argument('--out', type=paths.expand, default='comparison')
+  parser.add_argument('runs', nargs='+', type=paths.local)
+  parser.add_argument('--out', type=paths.local, default='comparison')
   options = parser.parse_args(argv)
   runs = read(options.runs)
   text = f'{table(list(runs.values()))}\n\n{settings(runs)}'.strip() + '\n'

@@ -177,7 +177,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--lengths', required=True, help='1024,2048')
   parser.add_argument('--rows', type=int, default=16)
   parser.add_argument('--name', default='as trained')
-  parser.add_argument('--out', type=paths.expand)
+  parser.add_argument('--out', type=paths.local)
   options, words = parser.parse_known_args(argv)
   lengths = _lengths(options.lengths)
   if options.rows < 1:

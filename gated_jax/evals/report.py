@@ -190,9 +190,9 @@ def main(argv: Sequence[str]) -> None:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('runs', nargs='+', type=paths.expand)
-  parser.add_argument('--out', type=paths.expand)
-  parser.add_argument('--pack', type=paths.expand)
+  parser.add_argument('runs', nargs='+', type=paths.local)
+  parser.add_argument('--out', type=paths.local)
+  parser.add_argument('--pack', type=paths.local)
   parser.add_argument('--from-layer', type=int, default=FROM_LAYER)
   options = parser.parse_args(argv)
   runs = records.read(options.runs)

@@ -203,7 +203,7 @@ def main(argv: Sequence[str]) -> None:
     prog='python -m gated_jax.evals.retrieval',
     description='Writes texts of the tasks, to be mixed into training text.',
   )
-  parser.add_argument('--out', type=paths.expand, required=True)
+  parser.add_argument('--out', type=paths.local, required=True)
   parser.add_argument('--documents', type=int, default=10_000)
   parser.add_argument('--least', type=int, default=400, help='characters')
   parser.add_argument('--most', type=int, default=1600, help='characters')

@@ -298,7 +298,7 @@ def main(argv: Sequence[str]) -> int:
   if options.devices < 1:
     raise ValueError(f'--devices={options.devices} must be at least 1')
   seconds = duration(options.budget)
-  folder = paths.expand(options.runs)
+  folder = paths.local(options.runs)
   # One that is named twice runs once, where it is named first.
   named = [run for text in options.configs for run in expand(text, folder)]
   runs = list({run.folder: run for run in named}.values())

@@ -41,7 +41,7 @@ from gated_jax.hf.files import read_json
 from gated_jax.hf.files import whole_folder
 from gated_jax.model import adapters
 from gated_jax.model.abstract import abstract_parameters
-from gated_jax.paths import expand
+from gated_jax.paths import local
 from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 
@@ -154,7 +154,7 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
 
 def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
   """The model at `source`, of either form, and its tokenizer's files."""
-  source, mesh = expand(args.source), make_mesh(args.mesh)
+  source, mesh = local(args.source), make_mesh(args.mesh)
   if os.path.lexists(source / 'config.json'):
     files = tokenizer.in_folder(source)
     model, params = convert.load(
@@ -205,7 +205,7 @@ def write_theirs(
   files: tokenizer.Files,
 ) -> None:
   """A folder of theirs, with the files of a tokenizer in it."""
-  target, model = expand(args.target), config.model
+  target, model = local(args.target), config.model
 
   def more(folder: pathlib.Path) -> None:
     """Puts the tokenizer's files beside the weights."""
@@ -242,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
     print(listing.text())
     return
   check_devices()
-  target = expand(args.target)
+  target = local(args.target)
   check_free(target)
   config, params, files = read(args)
   if config.model.lora.rank:

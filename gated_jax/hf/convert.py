@@ -44,7 +44,7 @@ from gated_jax.hf.names import Tensor
 from gated_jax.hf.names import tensors
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.size import check_fits
-from gated_jax.paths import expand
+from gated_jax.paths import local
 
 Tree = Any
 # Bytes of one file, as transformers writes them.
@@ -88,7 +88,7 @@ def load(
     ValueError: something is missing, damaged, of the wrong shape, not known,
       or beyond what the decoder computes; the message names it.
   """
-  folder = expand(folder)
+  folder = local(folder)
   values = read_json(folder / 'config.json')
   family = find_family(values)
   files = TensorFiles(folder)
@@ -218,7 +218,7 @@ def save(
     tensor = listed[name]
     return tensor.join([_get(flat[x], tensor.at) for x in tensor.leaves])
 
-  folder = expand(folder)
+  folder = local(folder)
   _agree_on(folder)
   if jax.process_index() != 0:
     for name in listed:

@@ -1,0 +1,142 @@
+"""Puts faults between a program and the storage emulator.
+
+    with Proxy(emulator_port) as proxy:
+      proxy.delay = 0.03  # seconds before every answer
+      proxy.rate = 100e6  # bytes a second of each answer; 0: as fast as can be
+      proxy.fail('GET .*/o/shard', status=503, times=2)
+      proxy.fail('PUT', status=CUT)  # the connection ends in the answer's midst
+      proxy.requests  # 'METHOD path' of all that came, in order
+
+It runs in threads of the test's own process, so that a test can set what is
+wrong while another process works.
+"""
+
+import http.client
+import http.server
+import re
+import threading
+import time
+
+from tests.storage.emulator import Server
+
+CUT = 0  # in place of a status: half of the answer, then the end
+CHUNK = 1 << 16
+
+
+class Fault:
+  """What happens to the next requests that match."""
+
+  def __init__(self, pattern, status, times):
+    self.pattern, self.status, self.left = re.compile(pattern), status, times
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  """Passes requests on, one connection at each side per thread."""
+
+  protocol_version = 'HTTP/1.1'
+  disable_nagle_algorithm = True
+
+  def log_message(self, *args):
+    del args
+
+  def setup(self):
+    super().setup()
+    self.there = http.client.HTTPConnection('127.0.0.1', self.server.proxy.port)
+
+  def finish(self):
+    self.there.close()
+    super().finish()
+
+  def handle_any(self):
+    proxy = self.server.proxy
+    body = self.body()
+    time.sleep(proxy.delay)
+    status = proxy.fault_for(f'{self.command} {self.path}')
+    if status:
+      self.send(status, {}, b'{"error": {"message": "a fault of the test"}}')
+      return
+    headers = {
+      k: v for k, v in self.headers.items() if k != 'Transfer-Encoding'
+    }
+    headers['Content-Length'] = str(len(body))
+    self.there.request(self.command, self.path, body, headers)
+    answer = self.there.getresponse()
+    headers = {k: v for k, v in answer.getheaders() if k != 'Content-Length'}
+    self.send(answer.status, headers, answer.read(), cut=status == CUT)
+
+  do_GET = do_PUT = do_POST = do_DELETE = do_PATCH = handle_any
+
+  def body(self):
+    if self.headers.get('Transfer-Encoding', '').lower() != 'chunked':
+      return self.rfile.read(int(self.headers.get('Content-Length', 0)))
+    body = b''
+    while size := int(self.rfile.readline(), 16):
+      body += self.rfile.read(size)
+      self.rfile.readline()
+    self.rfile.readline()
+    return body
+
+  def send(self, status, headers, data, cut=False):
+    self.send_response_only(status)
+    for name, value in headers.items():
+      self.send_header(name, value)
+    self.send_header('Content-Length', str(len(data)))
+    self.end_headers()
+    if status == 304:
+      return
+    if cut:
+      self.wfile.write(data[: len(data) // 2])
+      self.wfile.flush()
+      self.close_connection = True
+      return
+    rate = self.server.proxy.rate
+    for start in range(0, len(data), CHUNK):
+      self.wfile.write(data[start : start + CHUNK])
+      if rate:
+        time.sleep(CHUNK / rate)
+
+
+class Proxy:
+  """A server in front of the emulator's, with faults that a test sets."""
+
+  def __init__(self, port):
+    self.port = port
+    self.delay = self.rate = 0.0
+    self.requests = []
+    self._faults = []
+    self._lock = threading.Lock()
+    self._server = Server(('127.0.0.1', 0), Handler)
+    self._server.proxy = self
+    self.address = f'http://127.0.0.1:{self._server.server_port}'
+    self._thread = threading.Thread(
+      target=self._server.serve_forever, daemon=True
+    )
+
+  def __enter__(self):
+    self._thread.start()
+    return self
+
+  def __exit__(self, *args):
+    self._server.shutdown()
+    self._server.server_close()
+
+  def fail(self, pattern, status, times=10**9):
+    """The next requests whose 'METHOD path' begins so fail, `times` of them."""
+    with self._lock:
+      self._faults.append(Fault(pattern, status, times))
+
+  def heal(self):
+    """No faults any more."""
+    with self._lock:
+      self._faults.clear()
+      self.delay = self.rate = 0.0
+
+  def fault_for(self, request):
+    """The status that a request is to fail with; None: none."""
+    with self._lock:
+      self.requests.append(request)
+      for fault in self._faults:
+        if fault.left and fault.pattern.match(request):
+          fault.left -= 1
+          return fault.status
+    return None
