@@ -2,6 +2,7 @@
 
     python -m gated_jax.hf import path/of/theirs path/of/ours
     python -m gated_jax.hf export path/of/ours path/of/theirs
+    python -m gated_jax.hf export --peft path/of/ours path/of/an/adapter
     python -m gated_jax.hf add-gate path/of/either path/of/ours
     python -m gated_jax.hf list
 
@@ -12,7 +13,6 @@ failures.
 
 import argparse
 import dataclasses
-import math
 import os
 import pathlib
 import sys
@@ -34,112 +34,19 @@ from gated_jax.hf import rewrites
 from gated_jax.hf import tokenizer
 from gated_jax.hf.config import choose_family
 from gated_jax.hf.config import find_family
-from gated_jax.hf.families import FAMILIES
-from gated_jax.hf.files import DTYPES
 from gated_jax.hf.files import check_free
 from gated_jax.hf.files import read_json
 from gated_jax.hf.files import whole_folder
+from gated_jax.hf.flags import parser
+from gated_jax.hf.peft import CONFIG as ADAPTER
+from gated_jax.hf.peft import read as peft_read
+from gated_jax.hf.peft import settings as peft_settings
+from gated_jax.hf.peft import write as peft_write
 from gated_jax.model import adapters
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.paths import local
 from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
-
-ADD_GATE = (
-  'give an ungated model a gate that changes nothing at first: zero weights '
-  'and 2 sigmoid, so that every score is one'
-)
-NEGATIVE = (
-  'The paper tried a gate added in continued training and reports no gain '
-  '(arXiv 2505.06708, appendix A.7): attention sinks and large activations '
-  'stay as they were, and by its author the gate hardly moves from one. '
-  'Gate a model from the start of its training if you can.'
-)
-
-
-def parser() -> argparse.ArgumentParser:
-  """The command line."""
-  top = cli.Parser(
-    prog='python -m gated_jax.hf',
-    description=(__doc__ or '').split('\n')[0],
-    allow_abbrev=False,
-  )
-  commands = top.add_subparsers(dest='command', required=True)
-
-  def command(name: str, text: str, **more: Any) -> argparse.ArgumentParser:
-    """A command with the flags that all commands have."""
-    parser = commands.add_parser(
-      name, help=text, description=text, allow_abbrev=False, **more
-    )
-    parser.add_argument('source', help='folder to read')
-    parser.add_argument('target', help='new folder')
-    parser.add_argument(
-      '--mesh', default='', help='for example fsdp=4,tensor=2; default: fsdp'
-    )
-    parser.add_argument(
-      '--ignore',
-      action='append',
-      default=[],
-      help='key of config.json, or pattern of tensors (mtp.*), that changes no '
-      'logits; repeatable',
-    )
-    parser.add_argument(
-      '--param-dtype',
-      default='',
-      choices=['', 'float32', 'bfloat16'],
-      help='of parameters read from a folder of theirs; default: as there',
-    )
-    return parser
-
-  text = 'which families of models can be read and written'
-  commands.add_parser('list', help=text, description=text, allow_abbrev=False)
-  command('import', 'theirs to ours')
-  _add_export_flags(command('export', 'ours to theirs'))
-  add = command('add-gate', ADD_GATE, epilog=NEGATIVE)
-  add.add_argument(
-    '--granularity',
-    default='elementwise',
-    choices=['elementwise', 'headwise'],
-  )
-  return top
-
-
-def _add_export_flags(export: argparse.ArgumentParser) -> None:
-  """What only an export is told."""
-  export.add_argument(
-    '--family',
-    default='',
-    choices=['', *(family.name for family in FAMILIES if family.write)],
-    help='default: as it was imported, or the first that can describe it',
-  )
-  export.add_argument(
-    '--dtype', default='', choices=['', *DTYPES], help='of the files'
-  )
-  export.add_argument(
-    '--rewrite',
-    action='append',
-    default=[],
-    choices=list(rewrites.REWRITES),
-    help='first turn parameters into others of the same function: norms (scale '
-    'as distance from one, or back), two_sigmoid (to sigmoid), headwise (to '
-    'elementwise); repeatable',
-  )
-  export.add_argument(
-    '--shard-gb', type=_gigabytes, default=5.0, help='size of a file at most'
-  )
-
-
-def _gigabytes(text: str) -> float:
-  """The size of a file, which has to hold a number at least."""
-  try:
-    size = float(text)
-  except ValueError:
-    size = math.nan
-  if not (math.isfinite(size) and size >= 1e-6):
-    raise argparse.ArgumentTypeError(
-      f'{text} must be a number of gigabytes, at least 0.000001'
-    )
-  return size
 
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
@@ -153,8 +60,10 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
 
 
 def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
-  """The model at `source`, of either form, and its tokenizer's files."""
+  """The model at `source`, of any form, and its tokenizer's files."""
   source, mesh = local(args.source), make_mesh(args.mesh)
+  if os.path.lexists(source / ADAPTER) and args.command == 'import':
+    return _read_adapter(args, source, mesh)
   if os.path.lexists(source / 'config.json'):
     files = tokenizer.in_folder(source)
     model, params = convert.load(
@@ -182,6 +91,32 @@ def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
     checkpoint.load_parameters(folder, abstract, sparing=True),
     files,
   )
+
+
+def _read_adapter(
+  args: argparse.Namespace, source: pathlib.Path, mesh: jax.sharding.Mesh
+) -> tuple[RunConfig, Any, tokenizer.Files]:
+  """A base with the adapters that PEFT saved in a folder."""
+  named = peft_settings.read_settings(read_json(source / ADAPTER)).base
+  base = local(args.base or named)
+  if not (args.base or (named and base.is_dir())):
+    raise ValueError(
+      f'{source} is an adapter for {named or "a base that it does not name"}: '
+      'say with --base=FOLDER where its base is'
+    )
+  there = argparse.Namespace(**{**vars(args), 'source': str(base)})
+  if os.path.lexists(base / ADAPTER):
+    raise ValueError(f'--base={base} is an adapter itself')
+  config, params, files = read(there)
+  if config.model.lora.rank:
+    config, params = _merged(config, params)
+  family = choose_family(config.model, config.export_as).name
+  model, params = peft_read.load(source, config.model, params, family, mesh)
+  if named and pathlib.Path(named).name != base.name:
+    print(f'the adapter names {named} as its base, and {base} is taken')
+  optimizer = dataclasses.replace(config.optimizer, train='adapters')
+  config = dataclasses.replace(config, model=model, optimizer=optimizer)
+  return config, params, tokenizer.in_folder(source) or files
 
 
 def write_ours(
@@ -213,8 +148,13 @@ def write_theirs(
     if not files and config.data.tokenizer == 'bytes':
       tokenizer.write_bytes(folder, model.length)
 
+  plain = adapters.plain(model)
+  family = args.family or choose_family(plain, config.export_as).name
+  if args.peft:
+    name, dtype = args.base, args.dtype
+    peft_write.save(target, params, model, family, name, dtype, more)
+    return
   size = int(args.shard_gb * 10**9)
-  family = args.family or choose_family(model, config.export_as).name
   convert.save(target, params, model, family, args.dtype, size, more)
 
 
@@ -236,6 +176,17 @@ def _merged(config: RunConfig, params: Any) -> tuple[RunConfig, Any]:
   return new, jax.jit(merge, donate_argnums=0)(base, more)
 
 
+def _check_peft(args: argparse.Namespace) -> None:
+  """ValueError for flags of an export that do not go together."""
+  if args.peft and args.rewrite:
+    raise ValueError(
+      '--rewrite changes the base, and --peft leaves it as it is: use one of '
+      'them'
+    )
+  if args.base and not args.peft:
+    raise ValueError(f'--base={args.base} does nothing without --peft')
+
+
 def run(args: argparse.Namespace) -> None:
   """Reads, changes, writes."""
   if args.command == 'list':
@@ -244,8 +195,13 @@ def run(args: argparse.Namespace) -> None:
   check_devices()
   target = local(args.target)
   check_free(target)
+  apart = args.command == 'export' and args.peft
+  if args.command == 'export':
+    _check_peft(args)
   config, params, files = read(args)
-  if config.model.lora.rank:
+  if apart and not config.model.lora.rank:
+    raise ValueError(f'{args.source} has no adapters, which --peft would write')
+  if config.model.lora.rank and args.command != 'import' and not apart:
     config, params = _merged(config, params)
   model = config.model
   if args.command == 'add-gate':
@@ -260,6 +216,8 @@ def run(args: argparse.Namespace) -> None:
   else:
     write_ours(target, config, params, files)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  if apart:
+    count = sum(x.size for x in jax.tree.leaves(adapters.alone(params)))
   print(f'{target}: {model.depth} layers, {count:,} parameters')
 
 

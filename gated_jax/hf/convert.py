@@ -216,10 +216,10 @@ def save(
   def read(name: str) -> np.ndarray:
     """A tensor as the other side stores it, joined from its arrays."""
     tensor = listed[name]
-    return tensor.join([_get(flat[x], tensor.at) for x in tensor.leaves])
+    return tensor.join([get(flat[x], tensor.at) for x in tensor.leaves])
 
   folder = local(folder)
-  _agree_on(folder)
+  agree_on(folder)
   if jax.process_index() != 0:
     for name in listed:
       read(name)  # the first process needs the parts that are here
@@ -235,7 +235,7 @@ def save(
     more(partial)
 
 
-def _agree_on(folder: pathlib.Path) -> None:
+def agree_on(folder: pathlib.Path) -> None:
   """ValueError in every process where the first one finds the folder taken.
 
   Else the others would wait for its part of a parameter.
@@ -254,7 +254,7 @@ def _agree_on(folder: pathlib.Path) -> None:
     raise ValueError(message)
 
 
-def _get(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+def get(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
   """One layer of a parameter, or one expert, on the host."""
   part = leaf[index]
   if isinstance(part, jax.Array) and not part.is_fully_addressable:

@@ -16,16 +16,33 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from gated_jax.hf import torch_file
 
+
+class Names(NamedTuple):
+  """What the weights of a folder are called."""
+
+  index: str  # of their shards; '': they are one file
+  weights: str
+  torch: bool = False
+
+
 INDEX = 'model.safetensors.index.json'
 WEIGHTS = 'model.safetensors'
-TORCH_INDEX = 'pytorch_model.bin.index.json'
 TORCH_WEIGHTS = 'pytorch_model.bin'
+MODEL_FILES = (
+  Names(INDEX, WEIGHTS),
+  Names('pytorch_model.bin.index.json', TORCH_WEIGHTS, torch=True),
+)
+ADAPTER_FILES = (
+  Names('', 'adapter_model.safetensors'),
+  Names('', 'adapter_model.bin', torch=True),
+)
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Names of dtypes in config.json.
@@ -105,8 +122,11 @@ class TensorFiles:
     ValueError: a file is missing, damaged, or holds what is no number.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(
+    self, folder: pathlib.Path, names: Sequence[Names] = MODEL_FILES
+  ):
     self.folder = folder
+    self._names = names
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.dtypes: dict[str, str] = {}
     self._read: dict[str, Read] = {}
@@ -129,19 +149,16 @@ class TensorFiles:
     """The files and how to read each, after a look whether all are there."""
     if not self.folder.is_dir():
       raise ValueError(f'there is no folder {self.folder}')
-    for index, weights, add in (
-      (INDEX, WEIGHTS, self._add_safetensors),
-      (TORCH_INDEX, TORCH_WEIGHTS, self._add_torch),
-    ):
-      if find_regular(self.folder, index) is not None:
-        return iter([(path, add) for path in self._indexed(index)])
-      whole = find_regular(self.folder, weights)
+    for names in self._names:
+      add = self._add_torch if names.torch else self._add_safetensors
+      if names.index and find_regular(self.folder, names.index) is not None:
+        return iter([(path, add) for path in self._indexed(names.index)])
+      whole = find_regular(self.folder, names.weights)
       if whole is not None:
         return iter([(whole, add)])
-    raise ValueError(
-      f'{self.folder} has no weights: neither {WEIGHTS} nor {TORCH_WEIGHTS}, '
-      'nor an index of shards'
-    )
+    either = ' nor '.join(names.weights for names in self._names)
+    index = ', nor an index of shards' if self._names[0].index else ''
+    raise ValueError(f'{self.folder} has no weights: neither {either}{index}')
 
   def _indexed(self, index: str) -> list[pathlib.Path]:
     """The files that an index names."""

@@ -59,6 +59,8 @@ class Family:
     aliases: Older names of keys, each with the one that `read` knows.
     rope_by_type: Types of layers have their own rotary embeddings, which
       `read` and `write` deal with.
+    modules: Parts of the names of tensors, each with what transformers has in
+      its place once the model is loaded: adapters are named by that.
     about: What is in such models, for a reader.
     limits: What is set aside or refused, and why, for a reader.
   """
@@ -79,6 +81,7 @@ class Family:
   after: tuple[str, ...] = ()
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   rope_by_type: bool = False
+  modules: tuple[tuple[str, str], ...] = ()
   about: str = ''
   limits: str = ''
 

@@ -131,6 +131,7 @@ LAGUNA = Family(
     {'moe_router_score_func', 'qkv_bias', 'router_aux_loss_coef'}
   ),
   rope_by_type=True,
+  modules=(('.mlp.shared_expert.', '.mlp.shared_experts.'),),
   about=(
     'a softplus gate for each head or channel, heads and rotary embeddings by'
     ' layer, experts'

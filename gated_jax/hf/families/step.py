@@ -260,6 +260,10 @@ STEP = Family(
     'num_mtp_layers': 'num_nextn_predict_layers',
   },
   rope_by_type=True,
+  modules=(
+    ('model.layers.', 'model.language_model.layers.'),
+    ('.share_expert.', '.mlp.shared_experts.'),
+  ),
   about=(
     'Step 3.5 and 3.7: a gate for each head, heads and rotary embeddings by '
     'type of layer, clamped SwiGLU, experts; config.json of either spelling'
