@@ -27,7 +27,7 @@ from gated_jax.hf import torch_file
 class Names(NamedTuple):
   """What the weights of a folder are called."""
 
-  index: str  # of their shards; '': they are one file
+  listing: str  # of shards; '': they are one file
   weights: str
   torch: bool = False
 
@@ -151,13 +151,13 @@ class TensorFiles:
       raise ValueError(f'there is no folder {self.folder}')
     for names in self._names:
       add = self._add_torch if names.torch else self._add_safetensors
-      if names.index and find_regular(self.folder, names.index) is not None:
-        return iter([(path, add) for path in self._indexed(names.index)])
+      if names.listing and find_regular(self.folder, names.listing) is not None:
+        return iter([(path, add) for path in self._indexed(names.listing)])
       whole = find_regular(self.folder, names.weights)
       if whole is not None:
         return iter([(whole, add)])
     either = ' nor '.join(names.weights for names in self._names)
-    index = ', nor an index of shards' if self._names[0].index else ''
+    index = ', nor an index of shards' if self._names[0].listing else ''
     raise ValueError(f'{self.folder} has no weights: neither {either}{index}')
 
   def _indexed(self, index: str) -> list[pathlib.Path]:

@@ -235,6 +235,11 @@ def cases():
   return CASES
 
 
+@pytest.fixture(scope='module')
+def cases_of_module():
+  return CASES
+
+
 @pytest.fixture
 def make_params():
   """A function from config to random NumPy parameters, norms about one."""

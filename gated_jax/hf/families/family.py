@@ -60,7 +60,7 @@ class Family:
     rope_by_type: Types of layers have their own rotary embeddings, which
       `read` and `write` deal with.
     modules: Parts of the names of tensors, each with what transformers has in
-      its place once the model is loaded: adapters are named by that.
+      its place once the model is loaded; PEFT is told of modules.
     about: What is in such models, for a reader.
     limits: What is set aside or refused, and why, for a reader.
   """

@@ -67,7 +67,7 @@ def load(
   files = TensorFiles(folder, ADAPTER_FILES)
   shapes = convert.shapes_of(base)
   table = _best_table(family_named(family), config, shapes, files)
-  sides = _used(table, _read(table, files, settings))
+  sides = _used(table, _read(table, files, settings, family_named(family)))
   rank = max(side.rank for side in sides.values())
   stack = {path: t.row.stack for t in table.values() for path in t.leaves}
   lora = _lora(config, set(stack) & {path for path, _ in sides}, rank, settings)
@@ -102,18 +102,18 @@ def _best_table(
     ValueError: the files hold what no table names.
   """
   rows_of_b = {
-    _short(name): shape[0]
+    _short(name, family): shape[0]
     for name, shape in files.shapes.items()
     if name.endswith(SIDES[1]) and shape
   }
-  shorts = {name: _short(name) for name in files.shapes}
+  shorts = {name: _short(name, family) for name in files.shapes}
   tables = [
     {
       _key(tensor, rows_of_b): tensor
       for tensor in tensors(rows, config, shapes)
       if _may_have_one(tensor)
     }
-    for rows in (thin.module_rows(family), family.rows, *family.other_rows)
+    for rows in (thin.joined_rows(family), family.rows, *family.other_rows)
   ]
   table = max(
     tables, key=lambda table: sum(x in table for x in shorts.values())
@@ -135,14 +135,18 @@ def _may_have_one(tensor: Tensor) -> bool:
   return bool(row.inputs) and not row.filter and '{layer}' in row.theirs
 
 
-def _short(name: str) -> str:
+def _short(name: str, family: Family) -> str:
   """The name of an adapter without its side; '' for what is none.
 
-  Whether the model stands inside of a larger one makes no difference.
+  Where a module has another name than its tensors, either may stand in the
+  file. Whether the model stands inside of a larger one makes no difference.
   """
   for side in SIDES:
     if name.startswith(PREFIX) and name.endswith(side):
-      return _language(name.removeprefix(PREFIX).removesuffix(side))
+      short = _language(name.removeprefix(PREFIX).removesuffix(side))
+      for old, new in family.modules:
+        short = short.replace(new, old)
+      return short
   return ''
 
 
@@ -164,16 +168,20 @@ def _key(tensor: Tensor, rows: Mapping[str, int]) -> str:
   inner = f'{module}.base_layer'
   if inner in rows:
     return inner if last == 'gate_up_proj' else module
-  # Of the two parameters one is adapted, and its rows tell which.
+  # One of the two parameters is adapted, and its rows tell which.
   return module if rows.get(module) == tensor.shape[-2] else name
 
 
 def _read(
-  table: Mapping[str, Tensor], files: TensorFiles, settings: Settings
+  table: Mapping[str, Tensor],
+  files: TensorFiles,
+  settings: Settings,
+  family: Family,
 ) -> dict[Place, thin.Thin]:
   """The adapters of our matrices, each with the scale of the model's."""
   names = {
-    (_short(name), name.endswith(SIDES[0])): name for name in files.shapes
+    (_short(name, family), name.endswith(SIDES[0])): name
+    for name in files.shapes
   }
   sides: dict[Place, thin.Thin] = {}
   for short, tensor in table.items():

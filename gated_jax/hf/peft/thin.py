@@ -36,7 +36,7 @@ class Thin(NamedTuple):
 
   @property
   def rank(self) -> int:
-    """Of the product, where the axes are ours."""
+    """The rank of the product, where the axes are ours."""
     return int(self.a.shape[-1])
 
   def padded(self, rank: int, stack: int) -> 'Thin':
@@ -51,20 +51,11 @@ class Thin(NamedTuple):
     return Thin(a, b)
 
 
-def module_rows(family: Family) -> tuple[Row, ...]:
-  """A family's tensors as transformers holds them, with experts in one."""
+def joined_rows(family: Family) -> tuple[Row, ...]:
+  """A family's tensors with the experts of a layer in one, as modules are."""
   own = [row for row in family.rows if not _EXPERTS & set(row.ours)]
   experts = FUSED_EXPERTS if len(own) < len(family.rows) else ()
-  return tuple(
-    row._replace(theirs=_renamed(row.theirs, family.modules))
-    for row in (*own, *experts)
-  )
-
-
-def _renamed(name: str, changes: tuple[tuple[str, str], ...]) -> str:
-  for old, new in changes:
-    name = name.replace(old, new)
-  return name
+  return (*own, *experts)
 
 
 def target(name: str, family: Family) -> str:
@@ -75,6 +66,8 @@ def target(name: str, family: Family) -> str:
   those of parameters alone.
   """
   sparse = any(_EXPERTS & set(row.ours) for row in family.rows)
+  for old, new in family.modules:
+    name = name.replace(old, new)
   if sparse and _TAKEN.search(name):
     return name
   return name.removesuffix('.weight')

@@ -89,7 +89,7 @@ def _arrays(
   flat = convert.flatten(params)
   shapes = convert.shapes_of(adapters.without(params))
   paths = {'/'.join(path) for path in adapters.adapted(config)}
-  rows = thin.module_rows(family)
+  rows = thin.joined_rows(family)
   whole = tensors(rows, adapters.plain(config), shapes)
   listed = {t.name: t for t in whole if paths & set(t.leaves)}
   ranks = {t.name: 0 for t in whole if t.row.inputs}
