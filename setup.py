@@ -54,6 +54,7 @@ EXTRAS = {
   'compare': [
     'torch>=2.13,<2.14',  # transformers runs on it; reads pytorch_model.bin
     'transformers>=5.24,<5.25',  # logits and gradients of converted models
+    'peft>=0.21,<0.22',  # adapters that are written for it and read from it
     'accelerate>=1.10',  # lm-evaluation-harness's own adapter imports it
     'basedpyright>=1.28',  # Pyright, with the Node that runs it
     'equinox>=0.11',  # the guide has a module of it
