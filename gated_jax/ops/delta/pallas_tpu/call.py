@@ -3,10 +3,11 @@
 Chunks are twice as long as those of `gated_jax/ops/delta/chunks.py`: matrices
 [128, 128] fill the lanes and the matrix units, and a token costs no more.
 Heads stay side by side, as projections write them: [B, T, K H] and [B, T, N V].
-Gradients are those of the chunks in plain arrays, computed from the inputs.
 """
 
 import functools
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +18,22 @@ from jaxtyping import Bool
 from jaxtyping import Float
 
 from gated_jax.chips import LANES
-from gated_jax.ops.delta.chunks import by_chunks
 from gated_jax.ops.delta.chunks import pad_tokens
 from gated_jax.ops.delta.inputs import Inputs
 from gated_jax.ops.delta.inputs import State
+from gated_jax.ops.delta.pallas_tpu import backward
 from gated_jax.ops.delta.pallas_tpu import forward
 from gated_jax.ops.delta.pallas_tpu.products import CHUNK
 from gated_jax.ops.delta.pallas_tpu.products import SUBLANES
+from gated_jax.ops.delta.pallas_tpu.spec import CHUNKS
+from gated_jax.ops.delta.pallas_tpu.spec import Spec
+from gated_jax.ops.delta.pallas_tpu.tokens import gradients_of
 from gated_jax.ops.delta.pallas_tpu.tokens import rows_of
 
 # A step of the grid takes so many key heads where they divide.
 KEY_HEADS = 2
+# Tokens of a step.
+BLOCK = CHUNKS * CHUNK
 
 
 def refusal(inputs: Inputs) -> str:
@@ -55,77 +61,227 @@ def by_kernel(
     first: True at the first token of a document; None: nowhere.
     interpret: run it on any device, slowly.
   """
-  return _call(inputs, state, first, interpret)
+  output, last = _run_forward(_Arrays.of(inputs, first), state, interpret)
+  return _heads_apart(output, inputs.value).astype(jnp.float32), last
+
+
+# What the backward pass needs: the inputs, documents, e, T and S.
+_Saved = tuple[Inputs, Array | None, tuple[Array, ...]]
 
 
 def _forward(
   inputs: Inputs, state: State, first: Array | None, interpret: bool
-) -> tuple[tuple[Array, Array], tuple[Inputs, State, Array | None]]:
-  return _call(inputs, state, first, interpret), (inputs, state, first)
+) -> tuple[tuple[Array, Array], _Saved]:
+  output, last, *saved = _run_forward(
+    _Arrays.of(inputs, first), state, interpret, saves=True
+  )
+  output = _heads_apart(output, inputs.value).astype(jnp.float32)
+  return (output, last), (inputs, first, tuple(saved))
 
 
 def _backward(
-  interpret: bool,
-  saved: tuple[Inputs, State, Array | None],
-  slopes: tuple[Array, Array],
+  interpret: bool, saved: _Saved, slopes: tuple[Array, Array]
 ) -> tuple[Inputs, Array, None]:
-  inputs, state, first = saved
-  _, pull = jax.vjp(lambda x, s: by_chunks(x, s, first), inputs, state)
-  return (*pull(slopes), None)
+  inputs, first, residuals = saved
+  d_output, d_last = slopes
+  arrays = _Arrays.of(inputs, first)
+  d_output = d_output.astype(inputs.value.dtype)
+  d_output = pad_tokens(d_output, -d_output.shape[1] % BLOCK)
+  d_output = d_output.reshape(arrays.value.shape)
+  query, key, value, rows, columns, d_state = _run_backward(
+    arrays, residuals, d_output, d_last, interpret
+  )
+  log_decay, beta = gradients_of(arrays.rows, rows, columns, arrays.first)
+  length = inputs.beta.shape[1]
+  d_inputs = Inputs(
+    _heads_apart(query, inputs.query),
+    _heads_apart(key, inputs.key),
+    _heads_apart(value, inputs.value),
+    log_decay[:, :length].astype(inputs.log_decay.dtype),
+    beta[:, :length].astype(inputs.beta.dtype),
+  )
+  return d_inputs, d_state, None
 
 
 by_kernel.defvjp(_forward, _backward)
 
 
-def _call(
-  inputs: Inputs, state: State, first: Array | None, interpret: bool
-) -> tuple[Array, Array]:
-  """The kernel over padded arrays, heads packed side by side."""
-  batch, length, key_heads, width = inputs.key.shape
-  heads, channels = inputs.value.shape[2:]
-  if first is None:
-    first = jnp.zeros((batch, length), bool)
-  block = forward.CHUNKS * CHUNK
-  pad = -length % block
-  inputs = Inputs(*(pad_tokens(x, pad) for x in inputs))
-  rows = rows_of(inputs, pad_tokens(first, pad))
-  query, key, value = (
-    x.reshape(*x.shape[:2], -1)
-    for x in (inputs.query, inputs.key, inputs.value)
+def _heads_apart(
+  packed: Float[Array, 'B L NV'], like: Float[Array, 'B T N V']
+) -> Float[Array, 'B T N V']:
+  """Heads on an axis of their own, without padded tokens."""
+  return packed[:, : like.shape[1]].reshape(like.shape)
+
+
+class _Arrays(NamedTuple):
+  """Inputs with whole steps of tokens, as kernels read them."""
+
+  query: Float[Array, 'B L KH']
+  key: Float[Array, 'B L KH']
+  value: Float[Array, 'B L NV']
+  rows: Float[Array, 'B N R L']
+  first: Bool[Array, 'B L']
+  spec: Spec
+
+  @classmethod
+  def of(cls, inputs: Inputs, first: Array | None) -> '_Arrays':
+    """Pads tokens and packs heads side by side."""
+    batch, length, key_heads, width = inputs.key.shape
+    if first is None:
+      first = jnp.zeros((batch, length), bool)
+    pad = -length % BLOCK
+    first = pad_tokens(first, pad)
+    inputs = Inputs(*(pad_tokens(x, pad) for x in inputs))
+    packed = (x.reshape(*x.shape[:2], -1) for x in inputs[:3])
+    keys = KEY_HEADS if key_heads % KEY_HEADS == 0 else 1
+    spec = Spec(keys, inputs.repeats, width, inputs.value.shape[3])
+    return cls(*packed, rows_of(inputs, first), first, spec)
+
+  @property
+  def columns(self) -> Float[Array, 'B G L R']:
+    """The rows of a step's value heads, turned, and side by side."""
+    batch, _, _, length = self.rows.shape
+    numbers = len(self.spec.heads) * SUBLANES
+    return jnp.swapaxes(self.rows.reshape(batch, -1, numbers, length), 2, 3)
+
+  def blocks(self, backwards: bool = False) -> '_Blocks':
+    """Steps over these arrays."""
+    batch, length, width = self.key.shape
+    groups = width // (self.spec.keys * self.spec.width)
+    return _Blocks(self.spec, (batch, groups, length // BLOCK), backwards)
+
+
+class _Blocks(NamedTuple):
+  """The grid, and the part of each kind of array that a step sees."""
+
+  spec: Spec
+  grid: tuple[int, int, int]
+  backwards: bool  # steps begin with the last chunks
+
+  def _part(self, shape: tuple[int, ...], tokens: int) -> pl.BlockSpec:
+    """Parts of an array [B, G, ...], or [B, L, ...] with heads packed."""
+
+    def at(b: Any, g: Any, c: Any) -> tuple[Any, ...]:
+      """The place of a step's part, in parts."""
+      c = self.grid[2] - 1 - c if self.backwards else c
+      if len(shape) == 3:
+        return b, c, g
+      return b, g, *(c if axis == tokens else 0 for axis in (2, 3))
+
+    return pl.BlockSpec(shape, at)
+
+  @property
+  def by_key(self) -> pl.BlockSpec:
+    """Channels of key heads."""
+    return self._part((1, BLOCK, self.spec.keys * self.spec.width), 1)
+
+  @property
+  def by_value(self) -> pl.BlockSpec:
+    """Channels of value heads."""
+    return self._part((1, BLOCK, len(self.spec.heads) * self.spec.channels), 1)
+
+  @property
+  def by_row(self) -> pl.BlockSpec:
+    """Numbers of tokens in rows."""
+    return self._part((1, len(self.spec.heads), SUBLANES, BLOCK), 3)
+
+  @property
+  def by_column(self) -> pl.BlockSpec:
+    """Numbers of tokens in columns."""
+    return self._part((1, 1, BLOCK, len(self.spec.heads) * SUBLANES), 2)
+
+  @property
+  def inverses(self) -> pl.BlockSpec:
+    """A matrix for each chunk, its rows in the place of tokens."""
+    return self._part((1, len(self.spec.heads), BLOCK, CHUNK), 2)
+
+  @property
+  def states(self) -> pl.BlockSpec:
+    """The states that chunks start from, one below the other."""
+    rows = CHUNKS * self.spec.width
+    return self._part((1, len(self.spec.heads), rows, self.spec.channels), 2)
+
+  @property
+  def state(self) -> pl.BlockSpec:
+    """States before or after the row."""
+    sizes = self.spec.width, self.spec.channels
+    return self._part((1, len(self.spec.heads), *sizes), 0)
+
+  def call(
+    self, kernel: Any, name: str, specs: tuple[Any, Any], interpret: bool
+  ) -> Any:
+    """The call of a kernel, a function of arrays.
+
+    Args:
+      kernel: takes references and `spec`.
+      name: of the kernel.
+      specs: those of the arrays that go in, and (spec, shape, dtype) of others.
+      interpret: run it on any device, slowly.
+    """
+    given, written = specs
+    sizes = len(self.spec.heads), self.spec.width, self.spec.channels
+    return pl.pallas_call(
+      functools.partial(kernel, spec=self.spec),
+      grid=self.grid,
+      in_specs=given,
+      out_specs=[spec for spec, _, _ in written],
+      out_shape=[jax.ShapeDtypeStruct(*array) for _, *array in written],
+      scratch_shapes=[pltpu.VMEM(sizes, jnp.float32)],
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', 'parallel', 'arbitrary')
+      ),
+      interpret=interpret,
+      name=name,
+    )
+
+
+def _run_forward(
+  arrays: _Arrays, state: State, interpret: bool, saves: bool = False
+) -> list[Array]:
+  """Output and the last state; with `saves`, e, T and S of each chunk."""
+  b, value = arrays.blocks(), arrays.value
+  batch, heads, width, channels = state.shape
+  length = value.shape[1]
+  given = [b.by_key, b.by_key, b.by_value, b.by_row, b.by_column, b.state]
+  written = [
+    (b.by_value, value.shape, value.dtype),
+    (b.state, state.shape, jnp.float32),
+  ]
+  if saves:
+    states = (batch, heads, length // CHUNK * width, channels)
+    written += [
+      (b.by_value, value.shape, value.dtype),
+      (b.inverses, (batch, heads, length, CHUNK), value.dtype),
+      (b.states, states, value.dtype),
+    ]
+  kernel = functools.partial(forward.kernel, saves=saves)
+  run = b.call(kernel, 'gated_delta_forward', (given, written), interpret)
+  return run(*arrays[:4], arrays.columns, state)
+
+
+def _run_backward(
+  arrays: _Arrays,
+  residuals: tuple[Array, ...],
+  d_output: Float[Array, 'B L NV'],
+  d_last: State,
+  interpret: bool,
+) -> list[Array]:
+  """Gradients of query, key, value, rows, columns and the first state."""
+  b, columns = arrays.blocks(backwards=True), arrays.columns
+  given = [b.by_key, b.by_key, b.by_row, b.by_column]
+  given += [b.by_value, b.inverses, b.states, b.by_value, b.state]
+  written = [
+    (b.by_key, arrays.query.shape, arrays.query.dtype),
+    (b.by_key, arrays.key.shape, arrays.key.dtype),
+    (b.by_value, arrays.value.shape, arrays.value.dtype),
+    (b.by_row, arrays.rows.shape, jnp.float32),
+    (b.by_column, columns.shape, jnp.float32),
+    (b.state, d_last.shape, jnp.float32),
+  ]
+  run = b.call(
+    backward.kernel, 'gated_delta_backward', (given, written), interpret
   )
-  keys = KEY_HEADS if key_heads % KEY_HEADS == 0 else 1
-  spec = forward.Spec(keys, inputs.repeats, width, channels)
-  values = keys * spec.repeats
-  by_key = pl.BlockSpec((1, block, keys * width), lambda b, h, c: (b, c, h))
-  by_value = pl.BlockSpec(
-    (1, block, values * channels), lambda b, h, c: (b, c, h)
+  return run(
+    *(arrays.query, arrays.key, arrays.rows, columns),
+    *(*residuals, d_output, d_last),
   )
-  by_row = pl.BlockSpec(
-    (1, values, SUBLANES, block), lambda b, h, c: (b, h, 0, c)
-  )
-  columns = rows.reshape(batch, -1, values * SUBLANES, rows.shape[3])
-  columns = jnp.swapaxes(columns, 2, 3)
-  by_column = pl.BlockSpec(
-    (1, 1, block, values * SUBLANES), lambda b, h, c: (b, h, c, 0)
-  )
-  states = pl.BlockSpec(
-    (1, values, width, channels), lambda b, h, c: (b, h, 0, 0)
-  )
-  output, state = pl.pallas_call(
-    functools.partial(forward.kernel, spec=spec),
-    grid=(batch, key_heads // keys, (length + pad) // block),
-    in_specs=[by_key, by_key, by_value, by_row, by_column, states],
-    out_specs=[by_value, states],
-    out_shape=[
-      jax.ShapeDtypeStruct(value.shape, value.dtype),
-      jax.ShapeDtypeStruct(state.shape, jnp.float32),
-    ],
-    scratch_shapes=[pltpu.VMEM((values, width, channels), jnp.float32)],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', 'arbitrary')
-    ),
-    interpret=interpret,
-    name='gated_delta_forward',
-  )(query, key, value, rows, columns, state)
-  output = output[:, :length].reshape(batch, length, heads, channels)
-  return output.astype(jnp.float32), state

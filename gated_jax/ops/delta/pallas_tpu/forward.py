@@ -2,9 +2,18 @@
 
 A step of the grid takes some chunks of some key heads, and all value heads that
 those serve, whose states stay in VMEM from step to step. The formulas are those
-of `gated_jax/ops/delta/chunks.py`, with
+of `gated_jax/ops/delta/chunks.py`, written for the errors e of which a token
+corrects a share beta, u = beta e. With E the matrix D, its columns times beta,
 
-    u = T (beta (v - exp(G) K S))          o = exp(G) Q S + ((Q K^T) D) u
+    e = T (v - exp(G) K S)                   T = (I + (K K^T) E)^-1
+    o = exp(G) Q S + ((Q K^T) E) e
+    S <- exp(G_last) S + K^T (exp(G_last - G) beta e)
+
+Entries of this T are bounded by one, too: they are the shares of one token's
+value that a later one finds under its key.
+
+Where gradients will be wanted the kernel also writes e, T and the states that
+chunks start from, for `backward.py`.
 """
 
 import itertools
@@ -15,23 +24,12 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from gated_jax.ops.delta.pallas_tpu.products import CHUNK
-from gated_jax.ops.delta.pallas_tpu.products import SUBLANES
 from gated_jax.ops.delta.pallas_tpu.products import Products
 from gated_jax.ops.delta.pallas_tpu.products import inverses_of
+from gated_jax.ops.delta.pallas_tpu.spec import CHUNKS
+from gated_jax.ops.delta.pallas_tpu.spec import Spec
 from gated_jax.ops.delta.pallas_tpu.tokens import PerToken
 from gated_jax.ops.delta.pallas_tpu.tokens import decay_of
-
-# Chunks of a step of the grid.
-CHUNKS = 2
-
-
-class Spec(NamedTuple):
-  """Sizes of a step: key heads, value heads of each, and their channels."""
-
-  keys: int
-  repeats: int
-  width: int
-  channels: int
 
 
 class Refs(NamedTuple):
@@ -48,13 +46,36 @@ class Refs(NamedTuple):
   memory: Any  # states, from step to step
 
 
-def kernel(*arrays: Any, spec: Spec) -> None:
+class Residuals(NamedTuple):
+  """Arrays that the backward pass reads, in the order of the call."""
+
+  errors: Any
+  inverses: Any
+  states: Any
+
+
+class Chunk(NamedTuple):
+  """A value head's chunk, as far as it does not depend on the state."""
+
+  tokens: PerToken
+  inverse: Array
+  scores: Array
+
+
+def kernel(*arrays: Any, spec: Spec, saves: bool) -> None:
   """Some chunks of some key heads and of the value heads that they serve.
 
   Chunks and heads advance together, product by product: each is a chain, and
   the matrix units would wait for a single one.
+
+  Args:
+    arrays: `Refs`, with `Residuals` before the last one where it saves them.
+    spec: sizes.
+    saves: whether it writes what gradients need.
   """
-  refs = Refs(*arrays)
+  *arrays, memory = arrays
+  residuals = Residuals(*arrays[-3:]) if saves else None
+  refs = Refs(*(arrays[:-3] if saves else arrays), memory)
   step = pl.program_id(2)
 
   @pl.when(step == 0)
@@ -62,68 +83,69 @@ def kernel(*arrays: Any, spec: Spec) -> None:
     refs.memory[...] = refs.state[0]
 
   product = Products(refs.key.dtype)
-  chunks, heads = range(CHUNKS), range(spec.keys * spec.repeats)
-
-  def tokens_of(chunk: int) -> slice:
-    """The rows of a chunk."""
-    return slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-
-  def key_head(ref: Any, chunk: int, head: int) -> Array:
-    """Queries or keys of the key head that serves a value head."""
-    at = head // spec.repeats * spec.width
-    return ref[0, tokens_of(chunk), at : at + spec.width]
-
-  def value_head(head: int) -> slice:
-    """The channels of a value head."""
-    return slice(head * spec.channels, (head + 1) * spec.channels)
-
-  tokens, decays, couplings, scores = {}, {}, {}, {}
-  for c, head in itertools.product(chunks, heads):
-    lanes = slice(head * SUBLANES, (head + 1) * SUBLANES)
-    tokens[c, head] = PerToken(
-      refs.rows[0, head, :, tokens_of(c)],
-      refs.columns[0, 0, tokens_of(c), lanes],
+  tokens, scores, couplings = {}, {}, {}
+  for c, h in itertools.product(range(CHUNKS), spec.heads):
+    part = spec.tokens(c)
+    tokens[c, h] = PerToken(
+      refs.rows[0, h, :, part], refs.columns[0, 0, part, spec.numbers(h)]
     )
-    decays[c, head] = decay_of(tokens[c, head])
-    if head % spec.repeats == 0:
-      query, key = (key_head(ref, c, head) for ref in (refs.query, refs.key))
+    share = decay_of(tokens[c, h]) * tokens[c, h].row('beta')
+    if h % spec.repeats == 0:
+      query, key = (x[0, part, spec.key(h)] for x in (refs.query, refs.key))
       similar = product(key, key, of=(1, 1))
       weights = product(query, key, of=(1, 1))
-    beta = tokens[c, head].column('beta')
-    couplings[c, head] = similar * decays[c, head] * beta
-    scores[c, head] = (weights * decays[c, head]).astype(key.dtype)
+    couplings[c, h] = similar * share
+    scores[c, h] = (weights * share).astype(key.dtype)
   inverses = dict(
     zip(couplings, inverses_of(list(couplings.values()), product), strict=True)
   )
-  inverses = {
-    at: (x * tokens[at].row('beta')).astype(key.dtype)
-    for at, x in inverses.items()
-  }
-  for c in chunks:
-    part = tokens_of(c)
-    entering = [tokens[c, head].column('entering') for head in heads]
-    leaving = [tokens[c, head].column('leaving') for head in heads]
-    state = [refs.memory[head].astype(key.dtype) for head in heads]
-    known = [product(key_head(refs.key, c, h), state[h]) for h in heads]
-    read = [product(key_head(refs.query, c, h), state[h]) for h in heads]
-    written = [
-      product(
-        inverses[c, h],
-        refs.value[0, part, value_head(h)] - entering[h] * known[h],
-      )
-      for h in heads
+  inverses = {at: x.astype(key.dtype) for at, x in inverses.items()}
+  for c in range(CHUNKS):
+    chunk = [
+      Chunk(tokens[c, h], inverses[c, h], scores[c, h]) for h in spec.heads
     ]
-    added = [
-      product(key_head(refs.key, c, h), leaving[h] * written[h], of=(0, 0))
-      for h in heads
-    ]
-    own = [product(scores[c, h], written[h]) for h in heads]
-    for h in heads:
-      keep = tokens[c, h].row('entering')[:, CHUNK - 1 :]
-      refs.memory[h] = keep * refs.memory[h] + added[h]
-      output = entering[h] * read[h] + own[h]
-      refs.output[0, part, value_head(h)] = output.astype(refs.output.dtype)
+    states, errors = _pass(c, chunk, refs, spec)
+    if residuals is not None:
+      for h in spec.heads:
+        residuals.states[0, h, spec.state(c)] = states[h]
+        residuals.inverses[0, h, spec.tokens(c)] = inverses[c, h]
+        residuals.errors[0, spec.tokens(c), spec.value(h)] = errors[h]
 
   @pl.when(step == pl.num_programs(2) - 1)
   def _end() -> None:
     refs.last[0] = refs.memory[...]
+
+
+def _pass(
+  c: int, chunk: list[Chunk], refs: Refs, spec: Spec
+) -> tuple[list[Array], list[Array]]:
+  """Takes the states of all heads through a chunk, and writes its output.
+
+  Returns:
+    The states before, and the errors, both as products take them.
+  """
+  product, dtype = Products(refs.key.dtype), refs.key.dtype
+  heads, part = spec.heads, spec.tokens(c)
+  keys = [refs.key[0, part, spec.key(h)] for h in heads]
+  queries = [refs.query[0, part, spec.key(h)] for h in heads]
+  entering = [x.tokens.column('entering') for x in chunk]
+  writing = [x.tokens.column('writing') for x in chunk]
+  states = [refs.memory[h].astype(dtype) for h in heads]
+  known = [product(keys[h], states[h]) for h in heads]
+  read = [product(queries[h], states[h]) for h in heads]
+  errors = [
+    product(
+      chunk[h].inverse,
+      refs.value[0, part, spec.value(h)] - entering[h] * known[h],
+    )
+    for h in heads
+  ]
+  added = [product(keys[h], writing[h] * errors[h], of=(0, 0)) for h in heads]
+  narrow = [x.astype(dtype) for x in errors]
+  own = [product(chunk[h].scores, narrow[h]) for h in heads]
+  for h in heads:
+    keep = chunk[h].tokens.row('entering')[:, CHUNK - 1 :]
+    refs.memory[h] = keep * refs.memory[h] + added[h]
+    output = entering[h] * read[h] + own[h]
+    refs.output[0, part, spec.value(h)] = output.astype(refs.output.dtype)
+  return states, narrow
