@@ -16,53 +16,80 @@ pytestmark = [
   ),
 ]
 PROGRAM = """
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gated_jax.aot.attention_kernels import compiling_for, device_of
+from gated_jax.aot.topology import open_topology
+from gated_jax.chips import TPUS
+from gated_jax.ops.delta import context
 from gated_jax.ops.delta import rule
 from gated_jax.ops.delta.inputs import Inputs
 
 device = device_of(sys.argv[1])
 place = jax.sharding.SingleDeviceSharding(device)
+if sys.argv[2] == 'parts':
+  devices = open_topology(TPUS[sys.argv[1]].topology)[:4]
+  mesh = jax.sharding.Mesh(np.array(devices), ('context',))
+  spec = jax.sharding.PartitionSpec(None, 'context')
+  place = jax.sharding.NamedSharding(mesh, spec)
 
 
 def array(*shape, dtype=jnp.bfloat16):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
-heads = [array(1, 1000, 16, 128)] * 2 + [array(1, 1000, 32, 128)]
+heads = [array(1, 1000, 16, 128)] * 2 + [array(1, 1024, 32, 128)]
 rates = [array(1, 1000, 32, dtype=jnp.float32)] * 2
 inputs = Inputs(*heads, *rates)
 first = array(1, 1000, dtype=bool)
 
 
-def total(inputs, first):
-  return rule.delta_rule(inputs, None, first, 'pallas_tpu').output.sum()
+def in_parts(inputs, first):
+  # The same over a sequence split over devices.
+
+  def here(*arrays):
+    *inputs, first = map(context.as_rows, arrays)
+    return context.from_rows(
+      context.delta_rule_in_parts(Inputs(*inputs), first, 'context', 'pallas_tpu')
+    )
+
+  return jax.shard_map(
+    here, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+  )(*inputs, first)
 
 
-# Plain arrays are differentiated, which compiles for minutes on some targets.
-function = jax.grad(total) if sys.argv[2] == 'backward' else total
+def run(inputs, first, slope):
+  def output(inputs):
+    if sys.argv[2] == 'parts':
+      return in_parts(inputs, first)
+    return rule.delta_rule(inputs, None, first, 'pallas_tpu').output
+
+  if sys.argv[2] == 'forward':
+    return output(inputs)
+  return jax.vjp(output, inputs)[1](slope)
+
+
+slope = array(*heads[2].shape, dtype=jnp.float32)
 with compiling_for(device):
-  compiled = jax.jit(function).lower(inputs, first).compile()
-print('gated_delta_forward' in compiled.as_text())
+  compiled = jax.jit(run).lower(inputs, first, slope).compile()
+print(*sorted(set(re.findall(r'gated_delta_[a-z]+ward', compiled.as_text()))))
 """
 
 
+@pytest.mark.parametrize('kind', ['v5e', 'v5p', 'v6e', 'tpu7x'])
 @pytest.mark.parametrize(
-  ('kind', 'part', 'kernel'),
+  ('part', 'kernels'),
   [
-    ('v5e', 'forward', 'True'),
-    ('v5p', 'forward', 'True'),
-    ('v6e', 'forward', 'True'),
-    ('tpu7x', 'forward', 'True'),
-    # The gradient needs nothing of the output.
-    pytest.param('v5e', 'backward', 'False', marks=pytest.mark.nightly),
+    ('forward', ['forward']),
+    ('gradients', ['backward', 'forward']),
   ],
 )
-def test_it_compiles(kind, part, kernel):
+def test_they_compile(kind, part, kernels):
   done = subprocess.run(
     [sys.executable, '-c', PROGRAM, kind, part],
     env={**os.environ, **QUIET, 'JAX_PLATFORMS': 'cpu'},
@@ -71,4 +98,4 @@ def test_it_compiles(kind, part, kernel):
     check=False,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  assert done.stdout.split() == [kernel]
+  assert done.stdout.split() == [f'gated_delta_{name}' for name in kernels]

@@ -12,6 +12,7 @@ from gated_jax.ops.delta import rule
 from gated_jax.ops.delta.inputs import Inputs
 from gated_jax.ops.delta.pallas_tpu import call
 from gated_jax.ops.delta.pallas_tpu import products
+from tests.ops.delta.backward_test import by_hand
 
 LENGTH = 300
 
@@ -48,21 +49,97 @@ def plain(inputs, state, first):
   return chunks.by_chunks(wide, state, first)
 
 
-@pytest.mark.parametrize(
-  ('dtype', 'key_heads', 'atol'),
+@jax.jit
+def both_passes(inputs, state, first, slopes):
+  """Output and last state of the kernels, and gradients of all that go in."""
+  found, pull = jax.vjp(
+    lambda x, s: call.by_kernel(x, s, first, True), inputs, state
+  )
+  return found, pull(slopes)
+
+
+@functools.cache
+def slopes():
+  """Gradients of outputs and the last state of two value heads."""
+  rng = np.random.default_rng(1)
+  shapes = (1, LENGTH, 2, 128), (1, 2, 128, 128)
+  return tuple(jnp.asarray(rng.normal(size=x), jnp.float32) for x in shapes)
+
+
+def by_name(gradients):
+  d_inputs, d_state = gradients
+  return {**d_inputs._asdict(), 'state': d_state}
+
+
+PRECISIONS = pytest.mark.parametrize(
+  ('dtype', 'tolerance'),
   [
-    ('float32', 1, 2e-6),
-    pytest.param('bfloat16', 2, 1e-2, marks=pytest.mark.long),
+    ('float32', 2e-6),
+    pytest.param('bfloat16', 1e-2, marks=pytest.mark.long),
   ],
 )
-def test_outputs_and_the_last_state_are_those_of_plain_arrays(
-  dtype, key_heads, atol
-):
-  inputs, state, first = arrays(dtype, key_heads)
-  expected = jax.jit(plain)(inputs, state, first)
-  found = call.by_kernel(inputs, state, first, True)
+
+
+@PRECISIONS
+def test_outputs_and_the_last_state_are_those_of_plain_arrays(dtype, tolerance):
+  expected = jax.jit(plain)(*arrays(dtype))
+  found, _ = both_passes(*arrays(dtype), slopes())
   for a, b in zip(found, expected, strict=True):
-    np.testing.assert_allclose(a, b, atol=atol * np.abs(b).max())
+    np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
+@PRECISIONS
+def test_gradients_are_those_written_by_hand(dtype, tolerance):
+  _, found = both_passes(*arrays(dtype), slopes())
+  expected = by_hand(*arrays(dtype), slopes(), products.CHUNK)
+  for name, x in by_name(expected).items():
+    error = np.abs(np.asarray(by_name(found)[name], np.float64) - x).max()
+    assert error < tolerance * np.abs(x).max(), name
+
+
+def test_no_gradient_of_a_later_document_reaches_an_earlier_one():
+  later = np.arange(LENGTH)[None, :, None, None] >= 37
+  d_output, d_last = slopes()
+  _, found = both_passes(*arrays('float32'), (d_output * later, d_last))
+  found = by_name(found)
+  assert not np.any(found.pop('state'))
+  for name, x in found.items():
+    assert not np.any(x[:, :37]), name
+    assert np.abs(x[:, 37:]).max() > 1e-3, name
+
+
+@pytest.mark.long
+def test_a_state_of_two_parts_as_of_a_split_sequence_has_its_gradients():
+  # `context.py` gives the rule values [0 | v] and a state [I | 0].
+  inputs, state, first = arrays('float32')
+  value = jnp.pad(inputs.value, [(0, 0)] * 3 + [(128, 0)])
+  both = inputs._replace(value=value)
+  state = jnp.broadcast_to(jnp.eye(128, 256), (1, 2, 128, 256))
+  rng = np.random.default_rng(2)
+  slopes = tuple(
+    jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in (value, state)
+  )
+  _, found = both_passes(both, state, first, slopes)
+  expected = by_hand(both, state, first, slopes, products.CHUNK)
+  for name, x in by_name(expected).items():
+    error = np.abs(np.asarray(by_name(found)[name], np.float64) - x).max()
+    assert error < 2e-6 * np.abs(x).max(), name
+
+
+@pytest.mark.long
+def test_two_key_heads_pass_without_gradients_as_with_them():
+  inputs, state, first = arrays('bfloat16', 2)
+  slopes = jnp.ones(inputs.value.shape), jnp.ones(state.shape)
+  expected, gradients = both_passes(inputs, state, first, slopes)
+  found = jax.jit(call.by_kernel, static_argnums=3)(inputs, state, first, True)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(a, b)
+  for a, b in zip(found, jax.jit(plain)(inputs, state, first), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-2 * np.abs(b).max())
+  by_hands = by_hand(inputs, state, first, slopes, products.CHUNK)
+  for name, x in by_name(by_hands).items():
+    error = np.abs(np.asarray(by_name(gradients)[name], np.float64) - x).max()
+    assert error < 1e-2 * np.abs(x).max(), name
 
 
 def test_the_inverse_of_the_stiffest_chunk_is_exact():

@@ -20,7 +20,9 @@ gets, in pairs that cancel to the last bit where both tokens come after the one
 whose decay is asked for.
 """
 
+import functools
 import itertools
+import operator
 from typing import Any
 from typing import NamedTuple
 
@@ -36,11 +38,6 @@ from gated_jax.ops.delta.pallas_tpu.spec import CHUNKS
 from gated_jax.ops.delta.pallas_tpu.spec import Spec
 from gated_jax.ops.delta.pallas_tpu.tokens import PerToken
 from gated_jax.ops.delta.pallas_tpu.tokens import decay_of
-
-# What the kernel writes of each token: as rows, whose lanes are tokens, ...
-WRITTEN_ROWS = ('weights', 'state')
-# ... and as columns.
-WRITTEN_COLUMNS = ('total', 'writing')
 
 
 class Refs(NamedTuple):
@@ -84,7 +81,7 @@ class Across(NamedTuple):
   from_state: Array  # z S^T
   to_state: Array  # w e dS^T
   writing: Array  # gradient of w
-  d_keep: Array  # of exp(G_last), as a row of lanes
+  d_keep: Array  # terms of the gradient of exp(G_last), as a row
 
 
 def kernel(*arrays: Any, spec: Spec) -> None:
@@ -104,7 +101,9 @@ def kernel(*arrays: Any, spec: Spec) -> None:
     similar[c, h] = product(key, key, of=(1, 1))
     weights[c, h] = product(query, key, of=(1, 1))
   within = {
-    (c, h): _within(c, h, weights[c, h // spec.repeats * spec.repeats], refs, spec)
+    (c, h): _within(
+      c, h, weights[c, h // spec.repeats * spec.repeats], refs, spec
+    )
     for c, h in places
   }
   for c in reversed(range(CHUNKS)):
@@ -113,7 +112,13 @@ def kernel(*arrays: Any, spec: Spec) -> None:
     for h in spec.heads[:: spec.repeats]:
       served = slice(h, h + spec.repeats)
       _write(
-        c, h, (weights[c, h], similar[c, h]), chunk[served], across[served], refs, spec
+        c,
+        h,
+        (weights[c, h], similar[c, h]),
+        chunk[served],
+        across[served],
+        refs,
+        spec,
       )
 
   @pl.when(step == pl.num_programs(2) - 1)
@@ -121,9 +126,7 @@ def kernel(*arrays: Any, spec: Spec) -> None:
     refs.d_state[0] = refs.memory[...]
 
 
-def _within(
-  c: int, h: int, weights: Array, refs: Refs, spec: Spec
-) -> Within:
+def _within(c: int, h: int, weights: Array, refs: Refs, spec: Spec) -> Within:
   """Computes what no later chunk changes."""
   product, part = Products(refs.key.dtype), spec.tokens(c)
   tokens = PerToken(
@@ -214,34 +217,39 @@ def _write(
   row, column = (
     jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1)
   )
-  similar = jnp.where(row > column, similar, 0)
-  d_weights = d_similar = d_query = d_key = 0.0
+  before = row > column
+  similar = jnp.where(before, similar, 0)
+  scores, couplings = [], []
   for i, (here, back) in enumerate(zip(within, across, strict=True)):
     errors = refs.errors[0, part, spec.value(h + i)]
     d_coupling = product(back.d_value, errors, of=(1, 1))
+    scores.append(here.d_scores * here.share)
+    couplings.append(d_coupling * here.share)
     pairs = (here.d_scores * weights - d_coupling * similar) * here.decay
-    d_weights += here.d_scores * here.share
-    d_similar += d_coupling * here.share
-    d_query += here.read
-    d_key += back.to_state - back.from_state
-    beta = here.tokens.row('beta')
-    refs.d_rows[0, h + i, 0:1, part] = jnp.sum(pairs, axis=0, keepdims=True)
-    refs.d_rows[0, h + i, 1:2, part] = _lanes(back.d_keep)
-    total = _lanes(query * here.read - key * back.from_state) + pairs * beta
-    columns = (
-      jnp.sum(x, axis=1, keepdims=True) for x in (total, _lanes(back.writing))
-    )
-    for k, values in enumerate(columns):
-      at = spec.numbers(h + i).start + k
-      refs.d_columns[0, 0, part, at : at + 1] = values
-  d_similar = jnp.where(row > column, d_similar, 0)
+    total = _one_register(query * here.read - key * back.from_state)
+    total += pairs * here.tokens.row('beta')
+    columns = total, _one_register(back.writing)
+    rows = jnp.sum(pairs, axis=0, keepdims=True), _one_register(back.d_keep)
+    first = spec.numbers(h + i).start
+    for k in range(2):
+      refs.d_rows[0, h + i, k : k + 1, part] = rows[k]
+      refs.d_columns[0, 0, part, first + k : first + k + 1] = jnp.sum(
+        columns[k], axis=1, keepdims=True
+      )
+  d_weights = _sum(scores)
+  d_similar = jnp.where(before, _sum(couplings), 0)
   d_similar += d_similar.T
-  d_query += product(d_weights, key)
+  d_query = _sum([x.read for x in within]) + product(d_weights, key)
+  d_key = _sum([x.to_state - x.from_state for x in across])
   d_key += product(d_weights, query, of=(0, 0)) - product(d_similar, key)
   refs.d_query[0, part, spec.key(h)] = d_query.astype(key.dtype)
   refs.d_key[0, part, spec.key(h)] = d_key.astype(key.dtype)
 
 
-def _lanes(x: Float[Array, 'R n']) -> Float[Array, 'R C']:
-  """Sums of registers side by side: one register's lanes are left."""
-  return sum(x[:, i : i + CHUNK] for i in range(0, x.shape[1], CHUNK))
+def _one_register(x: Float[Array, 'R n']) -> Float[Array, 'R C']:
+  """Sums of lanes that lie in different registers."""
+  return _sum([x[:, i : i + CHUNK] for i in range(0, x.shape[1], CHUNK)])
+
+
+def _sum(arrays: list[Array]) -> Array:
+  return functools.reduce(operator.add, arrays)

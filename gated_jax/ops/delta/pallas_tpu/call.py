@@ -65,7 +65,7 @@ def by_kernel(
   return _heads_apart(output, inputs.value).astype(jnp.float32), last
 
 
-# What the backward pass needs: the inputs, documents, e, T and S.
+# Inputs, first tokens, and what the forward kernel saves: e, T and S.
 _Saved = tuple[Inputs, Array | None, tuple[Array, ...]]
 
 
@@ -132,10 +132,10 @@ class _Arrays(NamedTuple):
     pad = -length % BLOCK
     first = pad_tokens(first, pad)
     inputs = Inputs(*(pad_tokens(x, pad) for x in inputs))
-    packed = (x.reshape(*x.shape[:2], -1) for x in inputs[:3])
+    query, key, value = (x.reshape(*x.shape[:2], -1) for x in inputs[:3])
     keys = KEY_HEADS if key_heads % KEY_HEADS == 0 else 1
     spec = Spec(keys, inputs.repeats, width, inputs.value.shape[3])
-    return cls(*packed, rows_of(inputs, first), first, spec)
+    return cls(query, key, value, rows_of(inputs, first), first, spec)
 
   @property
   def columns(self) -> Float[Array, 'B G L R']:

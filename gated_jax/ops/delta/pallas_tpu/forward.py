@@ -73,9 +73,8 @@ def kernel(*arrays: Any, spec: Spec, saves: bool) -> None:
     spec: sizes.
     saves: whether it writes what gradients need.
   """
-  *arrays, memory = arrays
-  residuals = Residuals(*arrays[-3:]) if saves else None
-  refs = Refs(*(arrays[:-3] if saves else arrays), memory)
+  residuals = Residuals(*arrays[-4:-1]) if saves else None
+  refs = Refs(*(arrays[:-4] + arrays[-1:] if saves else arrays))
   step = pl.program_id(2)
 
   @pl.when(step == 0)
