@@ -12,6 +12,7 @@ what is left out, so that `sinks` is all of that claim's runs and
 for a CPU.
 
     sinks           12 layers: attention on the first token, activations, loss
+    longer          the same with 32 rows, rate 1.5e-3 and decay 0.5: more of it
     variants        shorter: the losses of every arm of Tables 1 and 3, and of
                     exclusive self-attention, which is not in the paper
     stability       16 layers, no clipping: loss against learning rate
@@ -21,9 +22,13 @@ for a CPU.
                     twentieth of the text is retrieval
     continued       goes on with `context` in rows of 2048, base 1,000,000;
                     `gated_jax.evals.context` then reads further, with YaRN
+    ungated         6,000 steps without a gate, which the next two go on from
+    gates_first     500 steps in which only a gate that was added trains
+    add_gate        2,000 steps with a gate added in several ways, and without
 
-The last two read texts of the retrieval tasks too; docs/experiments.md has the
-commands that make them, all results, and the hardware.
+`context` and `continued` read texts of the retrieval tasks too;
+docs/experiments.md has the commands that make them, all results, and the
+hardware. A run that goes on from another looks for it in runs/evidence.
 
 Under these settings a small model without a gate grows sinks
 (docs/experiments.md says what was tried): documents are joined, every row
@@ -74,9 +79,11 @@ class Claim(NamedTuple):
   Attributes:
     arms: Name of each arm to the number of its seeds.
     rates: Learning rates of each arm; one alone is not part of the words.
-    steps: How many, of 16,384 tokens each.
+    steps: How many.
     depth: Layers.
     length: Tokens of a row.
+    tokens: Of a step.
+    decay: Weight decay.
   """
 
   arms: dict[str, int]
@@ -84,9 +91,14 @@ class Claim(NamedTuple):
   steps: int = 11_000
   depth: int = 12
   length: int = 1024
+  tokens: int = 16_384
+  # Sinks form earlier at a larger decay (arXiv 2410.10781).
+  decay: float = 0.3
 
 
 _QK_NORM = {'model.qk_norm': True}
+
+_ADDED = {'model.gate.activation': 'two_sigmoid', 'model.gate.init': 'zeros'}
 
 # A gate with a score for each of 6 heads of 128 channels has width * 768
 # parameters in a layer, as many as 256 channels of the MLP; one on the 3 heads
@@ -115,10 +127,43 @@ ARMS = {
   'elementwise_qk': Arm('sdpa_elementwise', 256, _QK_NORM),
   'headwise_qk': Arm('sdpa_headwise', 0, _QK_NORM),
   'sandwich': Arm('baseline', 0, {'model.norm': 'sandwich'}),
+  # Gates that a trained model gets. All but the last are exactly 1 at first.
+  'added': Arm('', 0, _ADDED),
+  'added_10': Arm('', 0, _ADDED | {'optimizer.gate_learning_rate': 10.0}),
+  'added_100': Arm('', 0, _ADDED | {'optimizer.gate_learning_rate': 100.0}),
+  'added_10_free': Arm(
+    '',
+    0,
+    _ADDED
+    | {
+      'optimizer.gate_learning_rate': 10.0,
+      'optimizer.gate_weight_decay': 0.0,
+    },
+  ),
+  'added_headwise_10': Arm(
+    '',
+    0,
+    _ADDED
+    | {
+      'optimizer.gate_learning_rate': 10.0,
+      'model.gate.granularity': 'headwise',
+    },
+  ),
+  'added_first': Arm('', 0, _ADDED),
+  'added_bias': Arm(
+    '',
+    0,
+    {
+      'model.gate.init': 'zeros',
+      'model.gate.bias': True,
+      'model.gate.bias_init': 4.0,
+    },
+  ),
 }
 
 # Arms that answer other questions than Tables 1 and 3.
 _SPECIAL = ('baseline_qk', 'elementwise_qk', 'headwise_qk', 'sandwich')
+_IS_ADDED = tuple(name for name in ARMS if name.startswith('added'))
 _PAIR = {'baseline_qk': 2, 'elementwise_qk': 2}
 
 CLAIMS = {
@@ -137,7 +182,9 @@ CLAIMS = {
     ('1e-3',),
   ),
   'variants': Claim(
-    dict.fromkeys([name for name in ARMS if name not in _SPECIAL], 2),
+    dict.fromkeys(
+      [name for name in ARMS if name not in (*_SPECIAL, *_IS_ADDED)], 2
+    ),
     ('1e-3',),
     steps=2000,
   ),
@@ -146,20 +193,35 @@ CLAIMS = {
     ('1e-3', '1.5e-3', '2e-3', '3e-3', '6e-3', '1.2e-2'),
     steps=1500,
     depth=16,
+    decay=0.1,
   ),
   'stability_arms': Claim(
     dict.fromkeys(('baseline', 'elementwise', 'headwise', 'sandwich'), 1),
     ('2e-3', '3e-3', '6e-3'),
     steps=1500,
     depth=16,
+    decay=0.1,
   ),
   'stability_qk': Claim(
     dict.fromkeys(('baseline_qk', 'elementwise_qk', 'headwise_qk'), 1),
     ('3e-3', '6e-3', '1.2e-2', '2.4e-2'),
     steps=1500,
     depth=16,
+    decay=0.1,
   ),
   'context': Claim(_PAIR, ('1e-3',), steps=3000, length=512),
+  'longer': Claim(
+    dict.fromkeys(('baseline', 'elementwise', *_PAIR), 1),
+    ('1.5e-3',),
+    steps=13_000,
+    tokens=32_768,
+    decay=0.5,
+  ),
+  'ungated': Claim({'baseline': 3}, ('1e-3',), steps=6000),
+  'gates_first': Claim({'added_first': 3}, ('1e-3',), steps=500),
+  'add_gate': Claim(
+    dict.fromkeys(('baseline', *_IS_ADDED), 3), ('1e-3',), steps=2000
+  ),
   # At the rate at which `context` ends.
   'continued': Claim(_PAIR, ('1.5e-4',), steps=1000, length=2048),
 }
@@ -203,9 +265,9 @@ def get_config(words: str = 'sinks,elementwise,0'):
   config.model.mlp_width -= channels // (8 if small else 1)
   if row:
     config.update_from_flattened_dict(gate_sweep.ROWS[row].change)
-  config.update_from_flattened_dict(change)
-  _data(config)
+  _data(config, claim)
   _optimizer(config.optimizer, name, float(rate))
+  config.optimizer.weight_decay = claim.decay
 
   config.seed = config.data.seed = seed
   config.steps = claim.steps
@@ -217,13 +279,26 @@ def get_config(words: str = 'sinks,elementwise,0'):
   config.checkpoint.every = 2000
   config.checkpoint.keep_last = 1
   config.checkpoint.keep_best = 0
+  config.update_from_flattened_dict(change)
   if small:
     config.steps, config.optimizer.warmup_steps = 60, 10
     config.eval_every = config.probe_every = 20
     config.eval_batches = 4
     config.checkpoint.every = 20
   if name in ('context', 'continued'):
-    _retrieval(config, name, f'{arm},{seed}' + ',small' * small)
+    _retrieval(config, 'long' if name == 'continued' else 'short')
+  if name == 'continued':
+    config.model.rope.base = 1e6
+  if name == 'gates_first':
+    config.optimizer.train = '*/gate'
+  before, changes = _before(name, arm)
+  if before.startswith('gates_first') and not small:
+    config.steps -= CLAIMS['gates_first'].steps
+  if before:
+    # Where the sweep puts it.
+    folder = '_'.join([before, str(seed), *['small'] * small])
+    config.init_from = f'runs/evidence/{folder}'
+    config.init_changes = changes
   return config
 
 
@@ -244,8 +319,8 @@ def _model(model: Any, claim: Claim, small: bool) -> None:
     model.dtype = 'float32'
 
 
-def _data(config: Any) -> None:
-  """Text in joined rows, 16,384 tokens a step."""
+def _data(config: Any, claim: Claim) -> None:
+  """Text in joined rows."""
   data = config.data
   data.source = 'tokens'
   data.paths = 'runs/text/*.bin'
@@ -254,7 +329,7 @@ def _data(config: Any) -> None:
   # One more than the tokenizer's last: no text has it.
   data.first_token = config.model.vocab - 1
   data.length = config.model.length
-  data.batch = 16_384 // data.length if data.length > 256 else 16
+  data.batch = claim.tokens // claim.length
   data.validation = 0.02
 
 
@@ -267,24 +342,27 @@ def _optimizer(optimizer: Any, claim: str, rate: float) -> None:
   optimizer.warmup_steps = 200
   if claim.startswith('stability'):
     optimizer.clip_norm = 0.0
-  else:
-    # Sinks form earlier at a larger decay (arXiv 2410.10781).
-    optimizer.weight_decay = 0.3
 
 
-def _retrieval(config: Any, claim: str, run: str) -> None:
-  """Mixes the tasks in, and goes on with the shorter rows' model."""
-  data, tasks = config.data, 'long' if claim == 'continued' else 'short'
+def _retrieval(config: Any, tasks: str) -> None:
+  """Mixes the tasks in."""
+  data = config.data
   data.source, data.paths = 'mixture', ''
   data.mixture = (
     '0.95:tokens:runs/text/*.bin',
     f'0.05:tokens:runs/tasks/{tasks}/*.bin',
   )
+
+
+def _before(claim: str, arm: str) -> tuple[str, tuple[str, ...]]:
+  """The claim and arm that a run goes on with, and what differs; '': none."""
   if claim == 'continued':
-    # Where the sweep puts it.
-    config.init_from = f'runs/evidence/context,{run}'.replace(',', '_')
-    config.init_changes = ('model.rope',)
-    config.model.rope.base = 1e6
+    return f'context_{arm}', ('model.rope',)
+  if claim == 'add_gate' and arm == 'added_first':
+    return f'gates_first_{arm}', ()
+  if claim in ('gates_first', 'add_gate'):
+    return 'ungated_baseline', ('model.gate',)
+  return '', ()
 
 
 def _split(words: str) -> tuple[list[str], list[str]]:

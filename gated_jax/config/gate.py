@@ -49,6 +49,8 @@ class GateConfig:
   source: str = 'hidden'  # 'parameter': the same scores for every token
   channels: int = 0  # the scores read only these first channels; 0: all
   bias: bool = False  # on the gate logits
+  # What that bias begins as: a gate of 4 and no weights is open by 0.98.
+  bias_init: float = setting(0.0, 'execution')
   init: str = setting('normal', 'execution')  # 'zeros' is the other
   init_std: float = setting(0.02, 'execution')
   # 'model': scores are rounded as the rest of the layer.
@@ -67,6 +69,10 @@ class GateConfig:
     not_negative(
       **{'gate.channels': self.channels, 'gate.init_std': self.init_std}
     )
+    if self.bias_init and not self.bias:
+      raise ValueError(
+        f'gate.bias_init={self.bias_init} needs gate.bias=True, which it begins'
+      )
     self._refuse_nonsense()
 
   def _refuse_nonsense(self) -> None:

@@ -87,7 +87,7 @@ class Gate(nn.Module):
       shape,
       axes[1:] if self.boxed else None,
       Kind.BIAS,
-      init=nn.initializers.zeros,
+      init=nn.initializers.constant(c.bias_init),
       dtype=self.param_dtype,
     )
     return Matrix(kernel, axes, bias=bias)

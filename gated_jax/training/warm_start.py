@@ -3,13 +3,16 @@
 They are those of another run, or of a model that was imported. The two models
 have to compute the same function, but for settings that `init_changes` names.
 How layers are laid out may differ: scanned or not, whatever words describe
-them. Adapters that only the new model has begin fresh; those that only the
-other has are added to their matrices.
+them. Adapters that only the new model has begin fresh, and so does a gate that
+`init_changes` lets it have; adapters that only the other has are added to their
+matrices.
 """
 
+import functools
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from gated_jax import checkpoint
 from gated_jax import sharding
@@ -19,6 +22,7 @@ from gated_jax.config import different_function
 from gated_jax.model import adapters
 from gated_jax.model import tree
 from gated_jax.model.abstract import abstract_parameters
+from gated_jax.model.patterns import Path
 
 Tree = Any
 
@@ -32,8 +36,8 @@ def load_start(
     config: Settings of the new run.
     abstract: Shapes, dtypes and places of its parameters.
     mesh: The devices that they are placed on.
-    fresh: The run's parameters at random, whose adapters are taken where those
-      at `config.init_from` have none.
+    fresh: The run's parameters at random, from which adapters and gates are
+      taken that those at `config.init_from` do not have.
 
   Raises:
     ValueError: there is no checkpoint, or one of another function.
@@ -42,11 +46,41 @@ def load_start(
   there = checkpoint.load_config(config.init_from).model
   check_same_function(there, config)
   here = config.model
-  if not here.lora.rank or there.lora.rank:
-    return _load(config.init_from, there, here, abstract, mesh)
-  base = adapters.without(abstract)
-  params = _load(config.init_from, there, adapters.plain(here), base, mesh)
-  return adapters.put(params, fresh)
+  wanted, begins_fresh = _apart(there, config, abstract)
+  params = _load(config.init_from, there, here, wanted, mesh)
+  if not begins_fresh:
+    return params
+  flat = traverse_util.flatten_dict(params)
+  random = traverse_util.flatten_dict(fresh)
+  flat |= {path: random[path] for path in begins_fresh}
+  return traverse_util.unflatten_dict(flat)
+
+
+def _apart(
+  there: ModelConfig, config: RunConfig, abstract: Tree
+) -> tuple[Tree, set[Path]]:
+  """What a checkpoint fills of a run's parameters, and what begins fresh.
+
+  Raises:
+    ValueError: they differ by more than adapters and gates.
+  """
+  convert = functools.partial(_laid_out, there, config.model)
+  given = jax.eval_shape(convert, abstract_parameters(there))
+  old = traverse_util.flatten_dict(given).keys()
+  flat = traverse_util.flatten_dict(abstract)
+  new = flat.keys() - old
+  unknown = {p for p in new if not (adapters.is_adapter(p) or 'gate' in p[:-1])}
+  if unknown or old - flat.keys():
+    missing = ', '.join(
+      '/'.join(p) for p in sorted(unknown or old - flat.keys())
+    )
+    which = 'does not have' if unknown else 'has, and this run does not:'
+    raise ValueError(
+      f'{config.init_from} {which} {missing}; only adapters and gates can be '
+      'added to a trained model'
+    )
+  wanted = {path: x for path, x in flat.items() if path in old}
+  return traverse_util.unflatten_dict(wanted), new
 
 
 def _load(
@@ -57,12 +91,21 @@ def _load(
   mesh: jax.sharding.Mesh,
 ) -> Tree:
   """Parameters of one model as another of the same function holds them."""
-  if _layout(there) == _layout(here) and there.lora == here.lora:
+  if _layout(there) == _layout(here) and (
+    not there.lora.rank or here.lora.rank
+  ):
     return checkpoint.load_parameters(path, abstract)
   as_there = abstract_parameters(there, mesh)
+  places = jax.tree.map(lambda x: x.sharding, abstract)
+
+  def convert(params: Tree) -> Tree:
+    """Lays them out anew and casts them."""
+    laid = _laid_out(there, here, params)
+    return jax.tree.map(lambda x, new: x.astype(new.dtype), laid, abstract)
+
   with sharding.activate(mesh):
     params = checkpoint.load_parameters(path, as_there)
-    return _laid_out(there, here, params, abstract)
+    return jax.jit(convert, out_shardings=places)(params)
 
 
 def check_same_function(there: ModelConfig, config: RunConfig) -> None:
@@ -106,18 +149,12 @@ def _layout(model: ModelConfig) -> tuple[Any, ...]:
   return len(model.lead), len(model.pattern)
 
 
-def _laid_out(
-  there: ModelConfig, here: ModelConfig, params: Tree, abstract: Tree
-) -> Tree:
-  """Parameters of one layout as another holds them."""
+def _laid_out(there: ModelConfig, here: ModelConfig, params: Tree) -> Tree:
+  """Parameters of one layout as another holds them.
 
-  def convert(params: Tree) -> Tree:
-    """Adds adapters that are here no more, stacks or unstacks, and casts."""
-    if not here.lora.rank:
-      _, params = adapters.merge(there, params)
-    apart = tree.unstack(there, params) if there.scan else params
-    laid = tree.stack(here, apart) if here.scan else apart
-    return jax.tree.map(lambda x, new: x.astype(new.dtype), laid, abstract)
-
-  places = jax.tree.map(lambda x: x.sharding, abstract)
-  return jax.jit(convert, out_shardings=places)(params)
+  Adapters that are here no more are added to their matrices.
+  """
+  if not here.lora.rank:
+    _, params = adapters.merge(there, params)
+  apart = tree.unstack(there, params) if there.scan else params
+  return tree.stack(here, apart) if here.scan else apart

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from gated_jax import checkpoint
 from gated_jax import sharding
@@ -155,4 +156,39 @@ def test_a_shape_cannot_change(made, saved):
   model = dataclasses.replace(MODEL, vocab=40)
   config = run(model, init_from=saved, init_changes=('model.vocab',))
   with pytest.raises(ValueError, match='holds another model'):
+    load_start(config, abstract_parameters(model, mesh), mesh)
+
+
+def test_a_gate_that_may_be_added_begins_open(made, tmp_path):
+  mesh, _ = made
+  plain = dataclasses.replace(
+    MODEL, gate=GateConfig(position='none'), scan=False
+  )
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(x.dtype),
+    abstract_parameters(plain),
+  )
+  checkpoint.save_parameters(tmp_path / 'model', params, run(plain))
+  gated = dataclasses.replace(
+    MODEL, gate=GateConfig(activation='two_sigmoid', init='zeros')
+  )
+  config = run(gated, init_from=str(tmp_path / 'model'))
+  with pytest.raises(ValueError, match=r'model\.gate\.position is'):
+    load_start(config, abstract_parameters(gated, mesh), mesh)
+  config = dataclasses.replace(config, init_changes=('model.gate',))
+  fresh = Decoder(gated).init(jax.random.key(0), TOKENS)['params']
+  loaded = load_start(
+    config, abstract_parameters(gated, mesh), mesh, nn.unbox(fresh)
+  )
+  logits = jax.jit(Decoder(gated).apply)({'params': loaded}, TOKENS)
+  expected = jax.jit(Decoder(plain).apply)({'params': params}, TOKENS)
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_nothing_else_can_be_added_to_a_trained_model(made, saved):
+  mesh, _ = made
+  model = dataclasses.replace(MODEL, norm='sandwich')
+  config = run(model, init_from=saved, init_changes=('model.norm',))
+  with pytest.raises(ValueError, match=r'does not have .*norm.*; only adapters'):
     load_start(config, abstract_parameters(model, mesh), mesh)
