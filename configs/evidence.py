@@ -14,7 +14,8 @@ for a CPU.
     sinks           12 layers: attention on the first token, activations, loss
     longer          the same with 32 rows, rate 1.5e-3 and decay 0.5: more of it
     variants        shorter: the losses of every arm of Tables 1 and 3, and of
-                    exclusive self-attention, which is not in the paper
+                    three that are not in the paper: exclusive self-attention,
+                    a logit without a value for each head, a learnable key
     stability       16 layers, no clipping: loss against learning rate
     stability_arms  the same with headwise gates and sandwich norm
     stability_qk    the same with QK-norm, at larger rates
@@ -123,6 +124,8 @@ ARMS = {
   'silu_no_scores': Arm('sdpa_silu_no_scores'),
   'additive_identity': Arm('sdpa_additive_identity', 256),
   'exclusive': Arm('', 0, {'model.gate.kind': 'exclusive'}),
+  'sink_logit': Arm('', 0, {'model.gate.kind': 'sink_logit'}),
+  'key_bias': Arm('', 0, {'model.gate.kind': 'key_bias'}),
   'baseline_qk': Arm('baseline', 0, _QK_NORM),
   'elementwise_qk': Arm('sdpa_elementwise', 256, _QK_NORM),
   'headwise_qk': Arm('sdpa_headwise', 0, _QK_NORM),

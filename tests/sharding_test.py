@@ -289,6 +289,19 @@ def test_and_so_they_are_on_every_mesh(mesh):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+  ('kind', 'mesh'),
+  [
+    ('sink_logit', 'fsdp_context_tensor'),
+    ('key_bias', 'tensor_wider_than_kv_heads'),
+  ],
+)
+def test_a_logit_without_a_value_is_the_same_on_a_mesh(kind, mesh):
+  config = dataclasses.replace(MODEL, depth=1, gate=GateConfig(kind=kind))
+  assert_same(measure(config, MESHES[mesh]), one_device(config))
+
+
+@pytest.mark.long
 def test_scanned_layers_with_recomputation_and_qk_norm():
   config = dataclasses.replace(
     model_config('', BEST),

@@ -14,7 +14,9 @@ from gated_jax.config.roles import setting
 # The places where a gate can act. In the paper's numbering sdpa_output is G1,
 # value G2, key G3, query G4 and dense_output G5 (arXiv 2505.06708, 2.2).
 POSITIONS = ('none', 'query', 'key', 'value', 'sdpa_output', 'dense_output')
-KINDS = ('gate', 'rms_norm', 'silu', 'exclusive')
+# The kinds that give attention a logit without a value.
+SINKS = ('sink_logit', 'key_bias')
+KINDS = ('gate', 'rms_norm', 'silu', 'exclusive', *SINKS)
 ACTIVATIONS = (
   'sigmoid',
   'silu',
@@ -40,7 +42,8 @@ class GateConfig:
   # 'gate': scores from `source`. 'rms_norm', 'silu': no scores at all, that
   # function of each head's attention output instead (Table 3, rows 5 and 6).
   # 'exclusive': the output without its part along the token's own value
-  # (arXiv 2603.09078), an alternative that the paper does not have.
+  # (arXiv 2603.09078). 'sink_logit', 'key_bias': one more logit for each head
+  # that has no value. These alternatives the paper does not have.
   kind: str = 'gate'
   granularity: str = 'elementwise'  # 'headwise': one score per head
   shared: bool = False  # scores averaged over the heads (Table 1, row 12)
@@ -124,6 +127,11 @@ class GateConfig:
   def has_scores(self) -> bool:
     """True where the layer owns gate parameters and computes scores."""
     return self.position != 'none' and self.kind == 'gate'
+
+  @property
+  def has_sink(self) -> bool:
+    """True where attention has a logit without a value."""
+    return self.kind in SINKS
 
   @property
   def scores_output(self) -> bool:

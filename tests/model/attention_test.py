@@ -26,6 +26,8 @@ GATES = [
   GateConfig(kind='rms_norm'),
   GateConfig(kind='silu'),
   GateConfig(kind='exclusive'),
+  GateConfig(kind='sink_logit'),
+  GateConfig(kind='key_bias'),
   GateConfig(position='dense_output'),
   *(
     GateConfig(position=position, granularity=granularity)
@@ -106,7 +108,13 @@ def reference(p, x, y, mask, gate, qk_norm=False):
   for b, n, t in itertools.product(range(len(x)), range(N), range(x.shape[1])):
     logits = k[b, :, n * K // N] @ q[b, t, n] / np.sqrt(H)
     w = np.exp(logits) * mask[b, t]
-    out[b, t, n] = w @ v[b, :, n * K // N] / np.sum(w)
+    total = np.sum(w)
+    if gate.kind == 'sink_logit':
+      total = total + np.exp(p['sink']['logit'][n])
+    if gate.kind == 'key_bias':
+      bias = p['sink']['key'][n * K // N]
+      total = total + np.exp(bias @ q[b, t, n] / np.sqrt(H))
+    out[b, t, n] = w @ v[b, :, n * K // N] / total
   out = gated('sdpa_output', out, x)
   if gate.kind == 'rms_norm':
     out = rms(out, 'output_norm')
@@ -191,10 +199,10 @@ def check_against_loops(gate):
     points = (params, *inputs)
     gradients = jax.jit(jax.grad(scalar, tuple(range(len(points)))))(*points)
     for which in range(len(points)):
-      for path in range(2 if which else 4):
+      for path in range(2 if which else 5):
         leaves = jax.tree.map(lambda a: rng.normal(size=a.shape), points[which])
-        if not which and path < 3:  # one kind of parameter at a time
-          keep = ('gate', 'value', 'key')[path]
+        if not which and path < 4:  # one kind of parameter at a time
+          keep = ('gate', 'value', 'key', 'sink')[path]
           leaves = {
             n: jax.tree.map(lambda d, n=n, keep=keep: d * (n == keep), sub)
             for n, sub in leaves.items()

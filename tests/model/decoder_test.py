@@ -54,6 +54,8 @@ VARIANTS = {
   'key': {'gate': GateConfig(position='key')},
   'query': {'gate': GateConfig(position='query')},
   'dense_output': {'gate': GateConfig(position='dense_output')},
+  'sink_logit': {'gate': GateConfig(kind='sink_logit')},
+  'key_bias': {'gate': GateConfig(kind='key_bias')},
   'rms_norm_of_heads': {'gate': GateConfig(kind='rms_norm')},
   'untied': {'tie_embeddings': False},
   'no_qk_norm': {'qk_norm': False},

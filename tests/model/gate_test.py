@@ -65,6 +65,7 @@ def test_parameters_stand_apart_and_are_shaped_as_what_they_gate(
     GateConfig(kind='silu'),
     GateConfig(kind='rms_norm'),
     GateConfig(kind='exclusive'),
+    GateConfig(kind='sink_logit'),
   ],
 )
 def test_without_scores_there_are_no_parameters_for_them(gate):

@@ -190,5 +190,7 @@ def test_nothing_else_can_be_added_to_a_trained_model(made, saved):
   mesh, _ = made
   model = dataclasses.replace(MODEL, norm='sandwich')
   config = run(model, init_from=saved, init_changes=('model.norm',))
-  with pytest.raises(ValueError, match=r'does not have .*norm.*; only adapters'):
+  with pytest.raises(
+    ValueError, match=r'does not have .*norm.*; only adapters'
+  ):
     load_start(config, abstract_parameters(model, mesh), mesh)

@@ -25,6 +25,7 @@ from gated_jax.model.gate import gate_scores
 from gated_jax.model.gate import gate_spec
 from gated_jax.model.linear import Making
 from gated_jax.model.mixers import probes
+from gated_jax.model.mixers.sink import SinkLogits
 from gated_jax.ops.attention import api
 from gated_jax.ops.attention import context
 from gated_jax.ops.attention import decode
@@ -32,6 +33,7 @@ from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
 from gated_jax.ops.attention.spec import Result
+from gated_jax.ops.sink import with_sink
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,11 @@ def attend(
     key, value = (x.swapaxes(1, 2).astype(query.dtype) for x in cache)
   gate = logits if layer.gate.fused else None
   output, lse = _on_mesh(module, layer, (query, key, value, gate), call)
-  if lse is not None and cache is None:
+  if layer.gate.has_sink and lse is not None:
+    making = layer.param_dtype, layer.making.boxed
+    sink = SinkLogits(layer.gate.kind, kv_heads, *making, name='sink')(query)
+    output, lse = with_sink(output, lse, sink)
+  if lse is not None and cache is None and probes.is_watched(module):
     documents = call.segments
     probes.sow_attention(module, query, key, lse, documents, layer.window)
   if logits is not None and gate is None:
@@ -223,12 +229,12 @@ def _on_mesh(
   parts = 1 if cached else sharding.axis_size('length')
   copies = _copies(key.shape[2])
   key, value = (_repeat(x, copies, 2) for x in (key, value))
-  watched = probes.is_watched(module)
+  returns_lse = probes.is_watched(module) or layer.gate.has_sink
   spec = AttentionSpec(
     causal=layer.causal or cached,
     window=layer.window,
     dropout=layer.dropout,
-    return_lse=watched,
+    return_lse=returns_lse,
     gate=gate_spec(layer.gate),
   )
   dropout_key = module.make_rng('dropout') if layer.dropout else None
@@ -264,7 +270,7 @@ def _on_mesh(
   sharded = sharding.per_device(
     run,
     (heads, kv, kv, heads, rows, ('batch',), _mask_axes(call.mask), ()),
-    (heads, ('batch', 'heads', 'length') if watched else None),
+    (heads, ('batch', 'heads', 'length') if returns_lse else None),
   )
   segments = None if cached else call.segments
   offset = call.cache_length

@@ -3,9 +3,8 @@
 cuDNN has causality and a window of its own. It has no segment ids: those, and
 any other mask, become a [B, 1, T, S] array of numbers that it adds to the
 attention logits, which costs memory and time that grow with T * S (not with
-N). Its log-sum-exp carries no gradient. Backward keeps the ungated output and
-the log-sum-exp, under names that remat policies know, and computes the rest
-again.
+N). Backward keeps the ungated output and the log-sum-exp, under names that
+remat policies know, and computes the rest again.
 """
 
 import functools
@@ -158,17 +157,36 @@ def _backward(
 
   _, pull = jax.vjp(finish, output, gate_logits)
   d_output, d_gate_logits = pull(gradients[0])
+  seen = _for_gradient_of_lse(output, d_output, gradients[1])
   # The residuals of a forward that is traced here are replaced by those that
   # were saved, so this forward never runs.
   results, pull = jax.vjp(
     lambda q, k, v: _attend(q, k, v, masking, spec), query, key, value
   )
   replacements = {
-    id(new): old for new, old in zip(results, (output, lse), strict=True)
+    id(new): old for new, old in zip(results, (seen, lse), strict=True)
   }
   pull = jax.tree.map(lambda x: replacements.pop(id(x), x), pull)
   d_query, d_key, d_value = pull((d_output, jnp.zeros_like(lse)))
   return Inputs(d_query, d_key, d_value, d_gate_logits), None
+
+
+def _for_gradient_of_lse(
+  output: Float[Array, 'B T N V'],
+  d_output: Float[Array, 'B T N V'],
+  d_lse: Float[Array, 'B N T'],
+) -> Float[Array, 'B T N V']:
+  """An output from which cuDNN also makes what follows from d_lse.
+
+  Its backward reads the output for rowsum(dY * Y) alone, from which d_lse has
+  to be taken away (`vjp.py`). A row without a gradient of its output passes
+  none of the log-sum-exp's on.
+  """
+  wide = d_output.astype(jnp.float32)
+  square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+  column = jnp.swapaxes(d_lse, 1, 2)[..., None]
+  part = jnp.where(square > 0, column / jnp.where(square > 0, square, 1.0), 0.0)
+  return (output.astype(jnp.float32) - part * wide).astype(output.dtype)
 
 
 _gated.defvjp(_forward, _backward)
