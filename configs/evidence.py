@@ -207,7 +207,7 @@ CLAIMS = {
   ),
   'stability_qk': Claim(
     dict.fromkeys(('baseline_qk', 'elementwise_qk', 'headwise_qk'), 1),
-    ('3e-3', '6e-3', '1.2e-2', '2.4e-2'),
+    ('3e-3', '6e-3', '1.2e-2', '2.4e-2', '4.8e-2', '9.6e-2'),
     steps=1500,
     depth=16,
     decay=0.1,

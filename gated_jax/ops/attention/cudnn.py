@@ -182,11 +182,14 @@ def _for_gradient_of_lse(
   to be taken away (`vjp.py`). A row without a gradient of its output passes
   none of the log-sum-exp's on.
   """
-  wide = d_output.astype(jnp.float32)
-  square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-  column = jnp.swapaxes(d_lse, 1, 2)[..., None]
-  part = jnp.where(square > 0, column / jnp.where(square > 0, square, 1.0), 0.0)
-  return (output.astype(jnp.float32) - part * wide).astype(output.dtype)
+  # One channel takes all of it, so that one number is rounded and no more.
+  largest = jnp.argmax(jnp.abs(d_output), axis=-1, keepdims=True)
+  chosen = jnp.arange(d_output.shape[-1]) == largest
+  chosen &= d_output != 0
+  gradient = jnp.where(chosen, d_output.astype(jnp.float32), 1.0)
+  part = jnp.swapaxes(d_lse, 1, 2)[..., None] / gradient
+  changed = (output.astype(jnp.float32) - part).astype(output.dtype)
+  return jnp.where(chosen, changed, output)
 
 
 _gated.defvjp(_forward, _backward)
