@@ -21,6 +21,15 @@ import numpy as np
 POINTS = 100
 # Metrics kept over training: numbers, and lists by layer under a shorter name.
 _OVER_TRAINING = ('step', 'validation/loss', 'attention_logit/max', 'gate/mean')
+# What tables and figures read of the last look inside a model.
+_DRAWN = (
+  'first_token',
+  'near_first_token',
+  'activation',
+  'attention_logit',
+  'gate_mean',
+  'gate_histogram',
+)
 _BY_LAYER = {'sink/layer_': 'sink', 'activation/layer_': 'activation'}
 # A loss is a spike where it lies so many nats above the running median, and so
 # many times as far as losses around it usually do (small batches vary).
@@ -109,13 +118,13 @@ def read(paths: Iterable[str | pathlib.Path]) -> list[Record]:
 
 def pack(records: Sequence[Record], path: pathlib.Path) -> None:
   """Writes the runs to one JSON file, a line each; compressed for `*.gz`."""
-  lines = [
-    json.dumps(
-      {k: x for k, x in dataclasses.asdict(record).items() if k != 'speed'},
-      separators=(',', ':'),
-    )
-    for record in records
-  ]
+  lines = []
+  for record in records:
+    fields = dataclasses.asdict(record)
+    del fields['speed']
+    probe = fields['probe']
+    fields['probe'] = {name: probe[name] for name in _DRAWN if name in probe}
+    lines.append(json.dumps(fields, separators=(',', ':')))
   path.parent.mkdir(parents=True, exist_ok=True)
   text = '[\n' + ',\n'.join(lines) + '\n]\n'
   data = text.encode()
