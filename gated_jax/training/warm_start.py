@@ -3,9 +3,9 @@
 They are those of another run, or of a model that was imported. The two models
 have to compute the same function, but for settings that `init_changes` names.
 How layers are laid out may differ: scanned or not, whatever words describe
-them. Adapters that only the new model has begin fresh, and so does a gate that
-`init_changes` lets it have; adapters that only the other has are added to their
-matrices.
+them. What only the new model has begins fresh where it can be added to a trained
+one (`gated_jax/model/additions.py`) and `init_changes` lets it differ; adapters
+that only the other has are added to their matrices.
 """
 
 import functools
@@ -20,6 +20,7 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import different_function
 from gated_jax.model import adapters
+from gated_jax.model import additions
 from gated_jax.model import tree
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.patterns import Path
@@ -36,8 +37,8 @@ def load_start(
     config: Settings of the new run.
     abstract: Shapes, dtypes and places of its parameters.
     mesh: The devices that they are placed on.
-    fresh: The run's parameters at random, from which adapters and gates are
-      taken that those at `config.init_from` do not have.
+    fresh: The run's parameters at random, from which those are taken that are
+      not at `config.init_from`.
 
   Raises:
     ValueError: there is no checkpoint, or one of another function.
@@ -62,21 +63,20 @@ def _apart(
   """What a checkpoint fills of a run's parameters, and what begins fresh.
 
   Raises:
-    ValueError: they differ by more than adapters and gates.
+    ValueError: they differ by more than can be added.
   """
   convert = functools.partial(_laid_out, there, config.model)
   given = jax.eval_shape(convert, abstract_parameters(there))
   old = traverse_util.flatten_dict(given).keys()
   flat = traverse_util.flatten_dict(abstract)
   new = flat.keys() - old
-  unknown = {p for p in new if not (adapters.is_adapter(p) or 'gate' in p[:-1])}
-  if unknown or old - flat.keys():
-    missing = ', '.join(
-      '/'.join(p) for p in sorted(unknown or old - flat.keys())
-    )
+  unknown = {path for path in new if not additions.can_be_added(path)}
+  differing = unknown or old - flat.keys()
+  if differing:
+    names = ', '.join(sorted('/'.join(path) for path in differing))
     which = 'does not have' if unknown else 'has, and this run does not:'
     raise ValueError(
-      f'{config.init_from} {which} {missing}; only adapters and gates can be '
+      f'{config.init_from} {which} {names}; only {additions.NAMES} can be '
       'added to a trained model'
     )
   wanted = {path: x for path, x in flat.items() if path in old}
