@@ -130,6 +130,7 @@ ARMS = {
   'elementwise_qk': Arm('sdpa_elementwise', 256, _QK_NORM),
   'headwise_qk': Arm('sdpa_headwise', 0, _QK_NORM),
   'sandwich': Arm('baseline', 0, {'model.norm': 'sandwich'}),
+  'sandwich_qk': Arm('baseline', 0, {'model.norm': 'sandwich'} | _QK_NORM),
   # Gates that a trained model gets. All but the last are exactly 1 at first.
   'added': Arm('', 0, _ADDED),
   'added_10': Arm('', 0, _ADDED | {'optimizer.gate_learning_rate': 10.0}),
@@ -165,7 +166,13 @@ ARMS = {
 }
 
 # Arms that answer other questions than Tables 1 and 3.
-_SPECIAL = ('baseline_qk', 'elementwise_qk', 'headwise_qk', 'sandwich')
+_SPECIAL = (
+  'baseline_qk',
+  'elementwise_qk',
+  'headwise_qk',
+  'sandwich',
+  'sandwich_qk',
+)
 _IS_ADDED = tuple(name for name in ARMS if name.startswith('added'))
 _PAIR = {'baseline_qk': 2, 'elementwise_qk': 2}
 
@@ -200,13 +207,15 @@ CLAIMS = {
   ),
   'stability_arms': Claim(
     dict.fromkeys(('baseline', 'elementwise', 'headwise', 'sandwich'), 1),
-    ('2e-3', '3e-3', '6e-3'),
+    ('1e-3', '1.5e-3', '2e-3', '3e-3', '6e-3', '1.2e-2'),
     steps=1500,
     depth=16,
     decay=0.1,
   ),
   'stability_qk': Claim(
-    dict.fromkeys(('baseline_qk', 'elementwise_qk', 'headwise_qk'), 1),
+    dict.fromkeys(
+      ('baseline_qk', 'elementwise_qk', 'headwise_qk', 'sandwich_qk'), 1
+    ),
     ('3e-3', '6e-3', '1.2e-2', '2.4e-2', '4.8e-2', '9.6e-2'),
     steps=1500,
     depth=16,
