@@ -4,8 +4,8 @@ They are those of another run, or of a model that was imported. The two models
 have to compute the same function, but for settings that `init_changes` names.
 How layers are laid out may differ: scanned or not, whatever words describe
 them. What only the new model has begins fresh where it can be added to a
-trained one (`gated_jax/model/additions.py`) and `init_changes` lets it differ; adapters
-that only the other has are added to their matrices.
+trained one (`gated_jax/model/additions.py`) and `init_changes` lets it differ;
+adapters that only the other has are added to their matrices.
 """
 
 import functools
