@@ -21,6 +21,14 @@ _FLAG = '--xla_force_host_platform_device_count'
 if _FLAG not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}=8'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Libraries read these when they are imported. The emulator does not speak gRPC,
+# by which gcsfs asks for the kind of a bucket, and there are no credentials to
+# look for, which takes seconds.
+os.environ.update(
+  GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT='false',
+  FSSPEC_GCS=json.dumps({'token': 'anon'}),
+  NO_GCE_CHECK='true',
+)
 
 
 @pytest.fixture(scope='session')
@@ -39,12 +47,8 @@ def storage():
       environment = {
         'STORAGE_EMULATOR_HOST': proxy.address,
         'TENSORSTORE_GCS_HTTP_URL': proxy.address,
-        # The emulator does not speak gRPC, by which gcsfs asks for the kind of
-        # a bucket; and no metadata service is to be looked for.
-        'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
-        'NO_GCE_CHECK': 'true',
       }
-      os.environ.update(environment)  # clients read it when they are made
+      os.environ.update(environment)
 
       def make_bucket(name):
         body = json.dumps({'name': name}).encode()

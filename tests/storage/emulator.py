@@ -146,7 +146,7 @@ def parts_of(body, content_type):
   boundary = f'--{header.get_boundary()}'.encode()
   for part in body.split(boundary)[1:-1]:
     head, _, data = re.split(rb'(\r?\n\r?\n)', part.lstrip(b'\r\n'), maxsplit=1)
-    yield head.decode(), re.sub(rb'\r?\n$', b'', data)
+    yield head.decode(), re.sub(rb'\r?\n\Z', b'', data)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -303,16 +303,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
       method, target = request.decode().split()[:2]
       url = urllib.parse.urlsplit(target)
       found = OBJECT.fullmatch(url.path)
-      status = '204 No Content'
+      status, said = '204 No Content', ''
       try:
         if method != 'DELETE' or not found:
           raise Refused(400, f'{method} {target} is not served in a batch')
         query = dict(urllib.parse.parse_qsl(url.query))
         self.store.delete(*unquoted(found), query)
       except Refused as error:
-        status = f'{error.status} {error}'
+        message = {'code': error.status, 'message': str(error)}
+        status, said = f'{error.status} Error', json.dumps({'error': message})
       answers.append(
-        f'Content-Type: application/http\r\n\r\nHTTP/1.1 {status}\r\n'
+        f'Content-Type: application/http\r\n\r\nHTTP/1.1 {status}\r\n\r\n{said}\r\n'
       )
     text = ''.join(f'--batch\r\n{answer}\r\n' for answer in answers)
     self.answer(

@@ -26,8 +26,19 @@ CHUNK = 1 << 16
 class Fault:
   """What happens to the next requests that match."""
 
-  def __init__(self, pattern, status, times):
-    self.pattern, self.status, self.left = re.compile(pattern), status, times
+  def __init__(self, pattern, status, times, after):
+    self.pattern, self.status = re.compile(pattern), status
+    self.left, self.passed = times, after
+
+  def strikes(self, request):
+    """Tells whether a request is to fail, and counts it."""
+    if not self.left or not self.pattern.match(request):
+      return False
+    if self.passed:
+      self.passed -= 1
+      return False
+    self.left -= 1
+    return True
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -120,10 +131,13 @@ class Proxy:
     self._server.shutdown()
     self._server.server_close()
 
-  def fail(self, pattern, status, times=10**9):
-    """The next requests whose 'METHOD path' begins so fail, `times` of them."""
+  def fail(self, pattern, status, times=10**9, after=0):
+    """Requests whose 'METHOD path' begins so fail, `times` of them.
+
+    The first `after` of those are let through.
+    """
     with self._lock:
-      self._faults.append(Fault(pattern, status, times))
+      self._faults.append(Fault(pattern, status, times, after))
 
   def heal(self):
     """No faults any more."""
@@ -136,7 +150,6 @@ class Proxy:
     with self._lock:
       self.requests.append(request)
       for fault in self._faults:
-        if fault.left and fault.pattern.match(request):
-          fault.left -= 1
+        if fault.strikes(request):
           return fault.status
     return None
