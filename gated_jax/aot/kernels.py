@@ -10,6 +10,7 @@ Waiting for memory is not in them.
 
 import argparse
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from gated_jax import chips
 from gated_jax import cli
 from gated_jax.aot import counts
+from gated_jax.aot import delta_kernels
 from gated_jax.aot import schedule
 from gated_jax.aot.attention_kernels import GATES
 from gated_jax.aot.attention_kernels import TARGETS
@@ -55,6 +57,7 @@ def prices(kind: str, config: RunConfig, tensor: int) -> Price:
     return lambda kernel: None
   heads = max(1, model.heads // tensor)
   kv_heads = max(1, model.kv_heads // tensor)
+  delta = delta_kernels.Sizes.of(config, tensor)
   done = run_with_dumps(
     'gated_jax.aot.kernels',
     [
@@ -62,6 +65,7 @@ def prices(kind: str, config: RunConfig, tensor: int) -> Price:
       f'--length={config.data.length}',
       f'--gate={_gate(config)}',
       f'--heads={heads},{kv_heads}',
+      f'--delta={",".join(map(str, delta or ()))}',
     ],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -87,7 +91,8 @@ def price(
   Args:
     kernel: of a compiled program.
     known: cycles of one head in `attention`, of a token and so many heads in
-      `rotation`, each forward and backward.
+      `rotation`, of a token and value head in `delta`, each forward and
+      backward.
     whole: length of a sequence that is split over devices; 0: it is not.
   """
   if kernel.name in ATTENTION:
@@ -98,6 +103,12 @@ def price(
       rows, heads, queries = map(int, sizes.groups())
       calls = rows * heads * (_share(kernel, queries, whole) if whole else 1)
       return calls * known['attention'][ATTENTION[kernel.name]]
+  if kernel.name in delta_kernels.PASSES and 'delta' in known:
+    # Numbers of each token in rows, which both passes have.
+    sizes = re.search(r'f32\[(\d+),(\d+),8,(\d+)\]', ' '.join(kernel.operands))
+    if sizes:
+      tokens = math.prod(map(int, sizes.groups()))
+      return tokens * known['delta'][delta_kernels.PASSES[kernel.name]]
   if kernel.name in ROTATION:
     sizes = re.search(r'\[(\d+),(\d+),(\d+)\]', kernel.operands[0])
     each = known['rotation'].get(
@@ -173,12 +184,37 @@ def _write(flags: argparse.Namespace) -> None:
     heads: rotation(kind, length, heads, folder)
     for heads in sorted({int(n) for n in flags.heads.split(',')})
   }
-  attention = [cycles / cores for cycles in line.cycles]
-  print(json.dumps({'attention': attention, 'rotation': rotations}))
+  known: dict[str, Any] = {
+    'attention': [cycles / cores for cycles in line.cycles],
+    'rotation': rotations,
+  }
+  if flags.delta:
+    known['delta'] = delta_kernels.estimate(kind, flags.delta, length, folder)
+  print(json.dumps(known))
+
+
+def _delta_sizes(text: str) -> delta_kernels.Sizes | None:
+  """The sizes that a flag names; None: it is empty."""
+  if not text:
+    return None
+  try:
+    sizes = delta_kernels.Sizes(*map(int, text.split(',')))
+    if min(sizes) < 1 or sizes.value_heads % sizes.key_heads:
+      raise ValueError
+  except (TypeError, ValueError):
+    raise argparse.ArgumentTypeError(
+      f'{text!r} should be key heads, value heads (a multiple) and channels '
+      'of each, like 16,32,128,128'
+    ) from None
+  if sizes.width % LANES or sizes.channels % LANES:
+    raise argparse.ArgumentTypeError(
+      f'{text!r}: kernels need channels that are a multiple of {LANES}'
+    )
+  return sizes
 
 
 def run(arguments: list[str]) -> int:
-  """Prints cycles of one head, and of one token in norm and rotation."""
+  """Prints cycles of heads and tokens in each of the kernels."""
   parser = cli.Parser(
     prog='python -m gated_jax.aot.kernels',
     description=__doc__,
@@ -188,6 +224,13 @@ def run(arguments: list[str]) -> int:
   parser.add_argument('--length', type=cli.count, default=4096)
   parser.add_argument('--gate', default='none', choices=GATES)
   parser.add_argument('--heads', default='16,8')
+  parser.add_argument(
+    '--delta',
+    default='',
+    type=_delta_sizes,
+    help='key heads, value heads and channels of each, like 16,32,128,128: '
+    'cycles of a token and value head in the gated delta rule, too',
+  )
   parser.add_argument('--dumps', default='', help=argparse.SUPPRESS)
   flags = parser.parse_args(arguments)
   if flags.dumps:

@@ -44,6 +44,41 @@ def test_kernels_cost_what_their_calls_and_heads_say():
   assert found == pytest.approx(heads * (2 * 20 + 50))
 
 
+def test_the_delta_rule_costs_its_tokens_and_value_heads():
+  rows, heads, tokens = 2, 32, 512
+  known = {'attention': (0.0, 0.0), 'rotation': {}, 'delta': [5.0, 7.0]}
+  for name, cycles in (('forward', 5.0), ('backward', 7.0)):
+    kernel = types.SimpleNamespace(
+      name=f'gated_delta_{name}',
+      operands=(
+        f'bf16[{rows},{tokens},2048]',
+        f'f32[{rows},{heads},8,{tokens}]{{3,2,1,0:T(8,128)}}',
+        f'f32[{rows},{heads},128,128]',
+      ),
+      output='',
+    )
+    found = kernels.price(kernel, known)
+    assert found == cycles * rows * heads * tokens
+    assert (
+      kernels.price(kernel, {'attention': (0.0, 0.0), 'rotation': {}}) is None
+    )
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'line'),
+  [
+    ('16,32,128', 'should be key heads, value heads'),
+    ('16,24,128,128', 'should be key heads, value heads'),
+    ('16,32,64,128', 'channels that are a multiple of 128'),
+  ],
+)
+def test_sizes_of_the_delta_rule_that_no_kernel_has_are_refused(
+  sizes, line, capsys
+):
+  assert kernels.main([f'--delta={sizes}']) != 0
+  assert line in capsys.readouterr().err
+
+
 def test_chunks_of_a_split_sequence_cost_their_squares():
   parts, chunk, rows, heads = 4, 1024, 3, 2
   whole = 2 * parts * chunk

@@ -1,7 +1,7 @@
 """Products of matrices inside the kernels, and the inverse by products.
 
-The inverse is formed as `gated_jax/ops/delta/inverse.py` explains. Blocks of
-one tile are substituted, all at once, on the vector units, which have room;
+The inverse is formed as `gated_jax/ops/delta/inverse.py` explains. Blocks of a
+few rows are substituted on the vector units, side by side in a few registers;
 larger ones are joined by products, of which only the lower rows of each pair of
 blocks go through the matrix unit.
 """
@@ -13,6 +13,8 @@ from jaxtyping import Float
 
 CHUNK = 128  # tokens
 SUBLANES = 8
+# Rows of the blocks that are substituted.
+BLOCK = 32
 
 
 class Products:
@@ -59,12 +61,8 @@ def inverses_of(
   row, column = (
     jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1)
   )
-  size = SUBLANES
-  block = (row // size == column // size) & (row > column)
-  inverses = [
-    _substitute(jnp.where(block, coupling, 0), product)
-    for coupling in couplings
-  ]
+  size = BLOCK
+  inverses = _substitute(couplings)
   while size < CHUNK:
     same = row // (2 * size) == column // (2 * size)
     quarter = same & (row // size > column // size)
@@ -75,22 +73,57 @@ def inverses_of(
 
 
 def _substitute(
-  y: Float[Array, 'C C'], product: Products
-) -> Float[Array, 'C C']:
-  """(I + y)^-1 where y has blocks of one tile's rows on its diagonal.
+  couplings: list[Float[Array, 'C C']],
+) -> list[Float[Array, 'C C']]:
+  """(I + strictly lower part of each diagonal block)^-1, zero elsewhere.
 
-  A product brings the columns of all blocks to the same lanes. Each tile then
-  takes off its own rows, one after the other.
+  The blocks of a matrix are laid side by side, so that they fill all lanes of
+  a few registers. Each row in turn is then taken off the later ones of its own
+  block, by the entries of a column that are spread over the block's lanes.
   """
-  lane, place = (
-    jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1)
+  shape = (SUBLANES, CHUNK)
+  row, lane = (
+    jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1)
   )
-  compact = product.precise(y, jnp.where(lane % SUBLANES == place, 1.0, 0.0))
-  compact = compact.reshape(-1, SUBLANES, CHUNK)
-  inverse = jnp.where(lane == place, 1.0, 0.0).reshape(-1, SUBLANES, CHUNK)
-  for j in range(SUBLANES - 1):
-    inverse -= compact[:, :, j : j + 1] * inverse[:, j : j + 1]
-  return inverse.reshape(CHUNK, CHUNK)
+  block, place = lane // BLOCK, lane % BLOCK
+  tiles = range(0, BLOCK, SUBLANES)
+
+  def side_by_side(coupling: Array) -> list[Array]:
+    """Tiles of all diagonal blocks, strictly lower part."""
+    compact = []
+    for top in tiles:
+      tile = jnp.zeros(shape, jnp.float32)
+      for b in range(CHUNK // BLOCK):
+        at = b * BLOCK + top
+        tile = jnp.where(block == b, coupling[at : at + SUBLANES], tile)
+      compact.append(jnp.where(row + top > place, tile, 0))
+    return compact
+
+  compact = [side_by_side(coupling) for coupling in couplings]
+  inverses = [
+    [jnp.where(row + top == place, 1.0, 0.0) for top in tiles] for _ in compact
+  ]
+  for j in range(BLOCK - 1):
+    spread = block * BLOCK + j
+    for y, x in zip(compact, inverses, strict=True):
+      at = j % SUBLANES
+      taken = x[j // SUBLANES][at : at + 1]
+      for tile in range((j + 1) // SUBLANES, len(tiles)):
+        weights = jnp.take_along_axis(
+          y[tile], spread, axis=1, mode='promise_in_bounds'
+        )
+        x[tile] -= weights * taken
+  return [
+    jnp.concatenate(
+      [
+        jnp.where(block == b, tile, 0)
+        for b in range(CHUNK // BLOCK)
+        for tile in x
+      ],
+      axis=0,
+    )
+    for x in inverses
+  ]
 
 
 def _join(
