@@ -66,7 +66,7 @@ def estimate(
   chip, device = chips.TPUS[kind], device_of(kind)
   place = jax.sharding.SingleDeviceSharding(device)
 
-  def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+  def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     """An array of a row's tokens that is not there."""
     return jax.ShapeDtypeStruct((1, length, *shape), dtype, sharding=place)
 
