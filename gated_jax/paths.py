@@ -233,6 +233,12 @@ def is_folder(path: Path) -> bool:
     return path.is_dir()
 
 
+def is_file(path: Path) -> bool:
+  """Tells whether a path is a file or an object."""
+  with requests_to(path):
+    return path.is_file()
+
+
 def open_for_reading(path: Path) -> BinaryIO:
   """A binary file to seek and read in; in a bucket each read asks for a range.
 
@@ -262,6 +268,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     return
   with requests_to(path):
     file_system(path).pipe_file(os.fspath(path), data)
+
+
+def upload(file: pathlib.Path, target: Path) -> None:
+  """Copies a local file into a bucket, in parts where it is large."""
+  with requests_to(target):
+    file_system(target).put_file(os.fspath(file), os.fspath(target))
 
 
 def matching(pattern: str | os.PathLike[str]) -> list[Path]:

@@ -54,13 +54,15 @@ class DataConfig:
   # Globs, comma-separated; ** is folders at any depth. Files may move: a
   # checkpoint's position in the data knows their names and sizes.
   paths: str = setting('', 'free')
-  column: str = 'text'  # field of JSONL, Parquet and ArrayRecord examples
+  # Field of JSONL, Parquet and ArrayRecord examples, column of a data set of
+  # source='huggingface', where 'messages' makes its rows conversations.
+  column: str = 'text'
   # For source='mixture': entries 'weight:source:paths', weighted by tokens.
   mixture: tuple[str, ...] = ()
-  # For source='conversations': which tokens are targets, those of the
+  # For conversations: which tokens are targets, those of the
   # assistant's turns, of the last of them, or all.
   targets: str = 'assistant'
-  # For source='conversations': one that is longer than a row loses its
+  # For conversations: one that is longer than a row loses its
   # beginning ('cut') or is left out ('drop').
   too_long: str = 'cut'
   # For source='huggingface', where `paths` is a name on the hub or a folder:
@@ -146,7 +148,7 @@ class DataConfig:
         f'data.paths={self.paths!r} does nothing with '
         f'data.source={self.source!r}'
       )
-    sources = {part.source for _, part in self.parts()}
+    sources = {name for _, part in self.parts() for name in part._kinds}
     for source, names in ONLY_FOR.items():
       for name in () if source in sources else names:
         value = getattr(self, name)
@@ -159,6 +161,17 @@ class DataConfig:
   def is_text(self) -> bool:
     """Tells whether all of it is text that the tokenizer reads."""
     return all(p.source != 'tokens' and not p.made_up for _, p in self.parts())
+
+  @property
+  def is_chat(self) -> bool:
+    """True where documents are conversations."""
+    rows = self.source == 'huggingface' and self.column == 'messages'
+    return rows or self.source == 'conversations'
+
+  @property
+  def _kinds(self) -> tuple[str, ...]:
+    """The sources whose own settings count for this one."""
+    return (self.source, 'conversations') if self.is_chat else (self.source,)
 
   @property
   def made_up(self) -> bool:

@@ -15,16 +15,16 @@ next.
 """
 
 import json
-import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
 
 import numpy as np
 
+from gated_jax.data.files import DataFiles
 from gated_jax.data.watch import FilesChangedError
 from gated_jax.data.watch import IntegerFile
+from gated_jax.paths import in_bucket
 
 # `data.eos`: as the files or the tokenizer say; and: no id ends a document.
 AS_STATED, NONE = -1, -2
@@ -54,23 +54,27 @@ class Wanted(NamedTuple):
   digest: str  # the tokenizer's
 
 
-def open_array(path: str, wanted: Wanted) -> ArrayFile:
+def open_array(
+  path: str, wanted: Wanted, files: DataFiles | None = None
+) -> ArrayFile:
   """Everything known of a file before its ids are read.
+
+  Args:
+    path: of the file.
+    wanted: what the run says.
+    files: open it; None: it is on a disk.
 
   Raises:
     Contradiction: it is not what the JSON beside it or the settings say.
     ValueError: it is damaged, or no array of the kind.
   """
-  about = _about(path)
-  if os.path.getsize(path) == 0:
+  files = files or DataFiles([path])
+  about = _about(path, files)
+  file_bytes = files.size(path)
+  if file_bytes == 0:
     raise ValueError('empty')
   if path.endswith('.npy'):
-    loaded: Any = np.load(path, mmap_mode='r', allow_pickle=False)
-    if loaded.ndim != 1 or loaded.dtype.kind not in 'iu':
-      raise ValueError(
-        f'an array {loaded.dtype}{list(loaded.shape)}, not one axis of integers'
-      )
-    dtype, offset, size = loaded.dtype, loaded.offset, len(loaded)
+    dtype, offset, size = _header(path, files)
     stated = about.get('dtype', dtype.name)
     if stated != dtype.name:
       raise Contradiction(
@@ -78,21 +82,47 @@ def open_array(path: str, wanted: Wanted) -> ArrayFile:
       )
   else:
     dtype, offset = _raw_dtype(path, about), 0
-    size = os.path.getsize(path) // dtype.itemsize
+    if file_bytes % dtype.itemsize:
+      raise ValueError(f'truncated: no whole number of {dtype}')
+    size = file_bytes // dtype.itemsize
   tokens = about.get('tokens', size)
   if tokens != size:
     raise ValueError(f'damaged: {size} ids, where {path}.json says {tokens!r}')
   _check_tokenizer(path, about, wanted)
   eos = _eos(path, about, wanted)
-  return ArrayFile(path, dtype, offset, size, eos, os.path.getsize(path))
+  return ArrayFile(path, dtype, offset, size, eos, file_bytes)
 
 
-def _about(path: str) -> dict[str, Any]:
-  beside = pathlib.Path(path + '.json')
-  if not beside.is_file():
+def _header(path: str, files: DataFiles) -> tuple[np.dtype, int, int]:
+  """NumPy's header: the dtype of the ids, its own bytes, how many ids."""
+  with files.open(path) as file:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+      shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+      shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    offset = file.tell()
+  if dtype.hasobject:
+    raise ValueError('an array of Python objects')
+  if len(shape) != 1 or dtype.kind not in 'iu':
+    raise ValueError(f'an array {dtype}{list(shape)}, not one axis of integers')
+  wanted = offset + shape[0] * dtype.itemsize
+  if files.size(path) < wanted:
+    raise ValueError(
+      f'truncated: {files.size(path)} bytes, where {shape[0]} ids take {wanted}'
+    )
+  return dtype, offset, shape[0]
+
+
+def _about(path: str, files: DataFiles) -> dict[str, Any]:
+  beside = f'{path}.json'
+  try:
+    with files.open(beside) as file:
+      text = file.read().decode('utf-8')
+  except FileNotFoundError:
     return {}
   try:
-    about = json.loads(beside.read_text(encoding='utf-8'))
+    about = json.loads(text)
   except ValueError as error:
     raise ValueError(f'{beside} is no JSON: {error}') from None
   if not isinstance(about, dict):
@@ -109,8 +139,6 @@ def _raw_dtype(path: str, about: dict[str, Any]) -> np.dtype:
     raise ValueError(f'{path}.json: no dtype {about["dtype"]!r}') from None
   if dtype.kind not in 'iu':
     raise ValueError(f'dtype {dtype} is not one of integers')
-  if os.path.getsize(path) % dtype.itemsize:
-    raise ValueError(f'truncated: no whole number of {dtype}')
   return dtype
 
 
@@ -149,15 +177,33 @@ def _eos(path: str, about: dict[str, Any], wanted: Wanted) -> int:
   )
 
 
-def open_ids(array: ArrayFile) -> IntegerFile:
+def stretch(array: ArrayFile, begin: int, end: int) -> tuple[int, int]:
+  """The bytes of some ids, and of the one before them, which may end one."""
+  size = array.dtype.itemsize
+  return array.offset + max(begin - 1, 0) * size, array.offset + end * size
+
+
+def open_ids(
+  array: ArrayFile, files: DataFiles, begin: int = 0, end: int = 0
+) -> IntegerFile:
   """The ids of a file, to be closed.
+
+  Args:
+    array: what is known of it.
+    files: open it.
+    begin: where a stretch of ids begins that will be read to its end.
+    end: of the stretch; 0: it is not known what will be read.
 
   Raises:
     FilesChangedError: the file is not as long as it was, or gone.
   """
   try:
-    file = IntegerFile(array.path, array.dtype, array.offset, array.size)
-    length = os.path.getsize(array.path)
+    raw = None
+    if in_bucket(array.path):
+      where = stretch(array, begin, end) if end else (0, 0)
+      raw = files.open(array.path, *where)
+    file = IntegerFile(array.path, array.dtype, array.offset, array.size, raw)
+    length = files.size(array.path)
   except OSError as error:
     raise FilesChangedError(
       f'{array.path} has changed since the run began to read it: {error}'
@@ -172,18 +218,18 @@ def open_ids(array: ArrayFile) -> IntegerFile:
   return file
 
 
-def has_end(arrays: list[ArrayFile], most: int) -> bool:
+def has_end(arrays: list[ArrayFile], files: DataFiles, most: int) -> bool:
   """Tells whether a document ends within the first `most` ids of all files."""
-  return any(_ends(arrays, most))
+  return any(_ends(arrays, files, most))
 
 
 def _ends(
-  arrays: list[ArrayFile], most: int, size: int = 1 << 16
+  arrays: list[ArrayFile], files: DataFiles, most: int, size: int = 1 << 16
 ) -> Iterator[bool]:
   for array in arrays:
     if array.eos < 0:
       yield True
-    with open_ids(array) as ids:
+    with open_ids(array, files) as ids:
       for begin in range(0, min(array.size, most), size):
         yield bool((ids[begin : begin + size] == array.eos).any())
     most -= array.size

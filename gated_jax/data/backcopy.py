@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
+from gated_jax.data.files import DataFiles
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Records
 from gated_jax.data.sources import Skipped
@@ -46,6 +47,7 @@ class BackcopySource(Records):
         f'{TRIGGERS} triggers and others; model.vocab={vocab}'
       )
     self.skipped = skipped
+    self.files = DataFiles()
     # Cut rows are as many places as there are pairs of successors.
     self._length, self._seed = length + 1, seed
     weights = np.full(symbols, _CONCENTRATION)

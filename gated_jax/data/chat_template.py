@@ -10,13 +10,15 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import pathlib
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 from gated_jax.data.tokenizer_files import spelled
 from gated_jax.data.tokenizer_files import stated
+from gated_jax.paths import expand
+from gated_jax.paths import is_file
+from gated_jax.paths import read_bytes
 
 # Every turn ends with a token that no text can spell, so that no message can
 # pretend to hold a turn of another speaker.
@@ -170,7 +172,7 @@ def read_template(tokenizer: str) -> TemplateText:
   """
   if tokenizer == 'bytes':
     return TemplateText('(built in)', PLAIN, {})
-  folder = pathlib.Path(tokenizer).parent
+  folder = expand(tokenizer).parent
   says = stated(folder) or {}
   tokens = {
     key: spelled(value)
@@ -178,9 +180,9 @@ def read_template(tokenizer: str) -> TemplateText:
     if key.endswith('_token') and spelled(value)
   }
   path = folder / FILE
-  if path.is_file():
+  if is_file(path):
     try:
-      return TemplateText(str(path), path.read_text('utf-8'), tokens)
+      return TemplateText(str(path), read_bytes(path).decode(), tokens)
     except UnicodeDecodeError:
       raise ValueError(f'the chat template {path} is not UTF-8') from None
   text = says.get('chat_template')

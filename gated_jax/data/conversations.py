@@ -10,16 +10,19 @@ said, whatever the template. Read `gated_jax/data/chat.py` next.
 import json
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
+from gated_jax.data.files import DataFiles
+from gated_jax.data.record_sources import Tables
 from gated_jax.data.record_sources import json_object
-from gated_jax.data.record_sources import parquet_modules
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Records
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Unit
 from gated_jax.data.text_sources import lines_of
-from gated_jax.data.text_sources import text_units
+from gated_jax.data.text_sources import ranges_of
+from gated_jax.data.text_sources import stretch
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 FIELDS = ('messages', 'tools', 'prompt', 'completion')
@@ -28,18 +31,36 @@ FIELDS = ('messages', 'tools', 'prompt', 'completion')
 class ConversationSource(Records):
   """One conversation per line of JSON, or per row of `*.parquet`."""
 
-  def __init__(self, files: list[str], skipped: Skipped):
+  def __init__(self, files: Sequence[str], skipped: Skipped):
     self.skipped = skipped
+    self.files = DataFiles.of(files)
+    self._tables = Tables(self.files, lambda schema: columns_in(schema.names))
     self.units = []
-    for path in files:
-      if path.endswith('.parquet'):
-        self.units += _row_groups(path, skipped)
-      else:
-        self.units += text_units([path], skipped)
+    for path, look in self.files.each(self._units):
+      try:
+        units = look()
+      except (OSError, ValueError) as error:
+        skipped.add(path, error)
+        continue
+      if not units:
+        skipped.add(path, 'empty')
+      self.units += units
+
+  def _units(self, path: str) -> list[Unit]:
+    if path.endswith('.parquet'):
+      return self._tables.units(path)
+    return ranges_of(self.files, path)
+
+  def expect(self, unit: Unit) -> None:
+    """See `Source`."""
+    if unit.path.endswith('.parquet'):
+      self._tables.expect(unit)
+    else:
+      self.files.expect(unit.path, *stretch(unit))
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """See `Source`."""
-    rows = _rows if unit.path.endswith('.parquet') else _lines
+    rows = self._rows if unit.path.endswith('.parquet') else self._lines
     for after, where, record in rows(unit, cursor):
       try:
         if isinstance(record, bytes):
@@ -50,57 +71,43 @@ class ConversationSource(Records):
         continue
       yield after, Document(text, None, where)
 
+  def _lines(self, unit: Unit, cursor: int) -> Iterator[tuple[int, str, bytes]]:
+    """Lines that hold anything, and where they are."""
+    for end, line in lines_of(self.files, unit, cursor):
+      if line.strip():
+        yield end, f'{unit.path} (line ending at byte {end})', line
+
+  def _rows(
+    self, unit: Unit, cursor: int
+  ) -> Iterator[tuple[int, str, 'Record']]:
+    """Rows of a row group behind the cursor, and where they are."""
+    row = 0
+    for batch in self._tables.batches(unit):
+      if row + len(batch) <= cursor:
+        row += len(batch)
+        continue
+      for record in batch.to_pylist():
+        row += 1
+        if row > cursor:
+          where = f'{unit.path} (row {row - 1} of row group {unit.begin})'
+          yield row, where, record
+
+
+def columns_in(names: Sequence[str]) -> list[str]:
+  """Those of a table's columns that conversations are read from.
+
+  Raises:
+    ValueError: they make none.
+  """
+  if 'messages' not in names and not {'prompt', 'completion'} <= {*names}:
+    raise ValueError(
+      "no column 'messages', and not both 'prompt' and 'completion', only "
+      f'{", ".join(names)}'
+    )
+  return [name for name in FIELDS if name in names]
+
 
 Record = Mapping[str, Any]
-
-
-def _lines(unit: Unit, cursor: int) -> Iterator[tuple[int, str, bytes]]:
-  """Lines that hold anything, and where they are."""
-  for end, line in lines_of(unit, cursor):
-    if line.strip():
-      yield end, f'{unit.path} (line ending at byte {end})', line
-
-
-def _rows(unit: Unit, cursor: int) -> Iterator[tuple[int, str, Record]]:
-  """Rows of a row group behind the cursor, and where they are."""
-  arrow, parquet = parquet_modules()
-  try:
-    with parquet.ParquetFile(unit.path) as file:
-      names = [x for x in FIELDS if x in file.schema_arrow.names]
-      row = 0
-      for batch in file.iter_batches(
-        batch_size=256, row_groups=[unit.begin], columns=names
-      ):
-        if row + len(batch) <= cursor:
-          row += len(batch)
-          continue
-        for record in batch.to_pylist():
-          row += 1
-          if row > cursor:
-            where = f'{unit.path} (row {row - 1} of row group {unit.begin})'
-            yield row, where, record
-  except arrow.ArrowException as error:
-    raise ValueError(f'damaged: {error}') from error
-
-
-def _row_groups(path: str, skipped: Skipped) -> list[Unit]:
-  """A unit for each row group; none where the file has no conversations."""
-  arrow, parquet = parquet_modules()
-  try:
-    with parquet.ParquetFile(path) as file:
-      names = file.schema_arrow.names
-      if 'messages' not in names and not {'prompt', 'completion'} <= {*names}:
-        raise ValueError(
-          "no column 'messages', and not both 'prompt' and 'completion', only "
-          f'{", ".join(names)}'
-        )
-      groups = file.num_row_groups
-  except (OSError, ValueError, arrow.ArrowException) as error:
-    skipped.add(path, error)
-    return []
-  if not groups:
-    skipped.add(path, 'empty')
-  return [Unit(path, i, i + 1) for i in range(groups)]
 
 
 def canonical(record: Record) -> str:

@@ -5,7 +5,8 @@
     00000.bin        ids; 00000.bin.json says their dtype and what they are
     00001.bin ...
 
-Every file is written under another name and renamed when it is on disk. An
+Every file is written under another name and renamed when it is on disk, or is
+an object of a bucket, which appears whole. An
 array is done when its JSON is there, so whoever is killed goes on with the
 arrays that are not. Read `gated_jax/data/tokenize.py` next.
 """
@@ -19,7 +20,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from gated_jax.data.files import DataFiles
 from gated_jax.data.sources import Unit
+from gated_jax.paths import Path
+from gated_jax.paths import check_bucket
+from gated_jax.paths import files_below
+from gated_jax.paths import is_file
+from gated_jax.paths import read_bytes
+from gated_jax.paths import write_bytes
 
 PLAN = 'corpus.json'
 PARTIAL = '.partial'
@@ -60,16 +68,18 @@ def digest_of_units(units: Sequence[Unit]) -> str:
   return digest.hexdigest()
 
 
-def sizes_of(units: Sequence[Unit]) -> list[float]:
-  """Bytes on disk of each unit; units of one file count as equal."""
+def sizes_of(units: Sequence[Unit], files: DataFiles) -> list[float]:
+  """Bytes of each unit in its file; units of one file count as equal."""
   counts = collections.Counter(unit.path for unit in units)
-  each = {path: os.path.getsize(path) / n for path, n in counts.items()}
+  each = {path: files.size(path) / n for path, n in counts.items()}
   return [each[unit.path] for unit in units]
 
 
-def divide(units: Sequence[Unit]) -> tuple[tuple[int, int], ...]:
-  """Units as runs of about equal size on disk: pairs of begin and end."""
-  sizes = sizes_of(units)
+def divide(
+  units: Sequence[Unit], files: DataFiles
+) -> tuple[tuple[int, int], ...]:
+  """Units as runs of about equal size in files: pairs of begin and end."""
+  sizes = sizes_of(units, files)
   wanted = min(max(sum(sizes) / _ARRAYS, _SMALLEST), _LARGEST)
   runs, begin, held = [], 0, 0.0
   for place, size in enumerate(sizes, 1):
@@ -80,18 +90,26 @@ def divide(units: Sequence[Unit]) -> tuple[tuple[int, int], ...]:
   return tuple(runs)
 
 
-def array_path(folder: pathlib.Path, number: int) -> pathlib.Path:
+def array_path(folder: Path, number: int) -> Path:
   """The file of an array."""
   return folder / f'{number:05d}{_ENDING}'
 
 
-def is_done(folder: pathlib.Path, number: int) -> bool:
+def about_path(array: Path) -> Path:
+  """The JSON beside an array."""
+  return array.with_name(f'{array.name}.json')
+
+
+def is_done(folder: Path, number: int) -> bool:
   """Tells whether an array is there, whole."""
-  return pathlib.Path(f'{array_path(folder, number)}.json').is_file()
+  return is_file(about_path(array_path(folder, number)))
 
 
-def write(path: pathlib.Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
   """A whole file or none, also where the power fails."""
+  if not isinstance(path, pathlib.Path):
+    write_bytes(path, content)
+    return
   partial = path.with_name(path.name + PARTIAL)
   with open(partial, 'wb') as file:
     file.write(content)
@@ -100,37 +118,44 @@ def write(path: pathlib.Path, content: bytes) -> None:
   os.replace(partial, path)
 
 
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
   """Values on lines of their own, so that people can read them."""
   write(path, json.dumps(values, indent=1).encode() + b'\n')
 
 
-def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
   """The tokenizer's file under its usual name, and what says how to use it."""
   beside = source.parent / TOKENIZER_CONFIG
-  if beside.is_file():
-    write(folder / TOKENIZER_CONFIG, beside.read_bytes())
-  write(folder / f'tokenizer{source.suffix}', source.read_bytes())
+  if is_file(beside):
+    write(folder / TOKENIZER_CONFIG, read_bytes(beside))
+  write(folder / f'tokenizer{source.suffix}', read_bytes(source))
 
 
 def open_folder(
-  folder: pathlib.Path, request: Request, units: Sequence[Unit]
+  folder: Path,
+  request: Request,
+  units: Sequence[Unit],
+  files: DataFiles,
 ) -> Plan:
   """The plan of a new folder, or of one that the same request was begun in.
 
   Raises:
     ValueError: the folder holds other things, or another request's arrays.
   """
-  folder.mkdir(parents=True, exist_ok=True)
+  if isinstance(folder, pathlib.Path):
+    folder.mkdir(parents=True, exist_ok=True)
+  else:
+    check_bucket(folder)
   path = folder / PLAN
-  if not path.is_file():
-    others = [p.name for p in folder.iterdir() if p.name != PLAN + PARTIAL]
+  if not is_file(path):
+    names = [p.relative_to(folder).parts[0] for p in files_below(folder)]
+    others = [name for name in names if name != PLAN + PARTIAL]
     if others:
       raise ValueError(
         f'{folder} is not empty ({sorted(others)[0]}) and has no {PLAN}: '
         'choose another --out'
       )
-    plan = Plan(request, divide(units))
+    plan = Plan(request, divide(units, files))
     write_json(path, dataclasses.asdict(plan))
     return plan
   plan = _read(path)
@@ -141,14 +166,15 @@ def open_folder(
         f'{folder} was begun with {name}={there!r}, not {here!r}: use the same '
         'settings or another --out'
       )
-  for partial in folder.glob(f'*{PARTIAL}'):
-    partial.unlink()
+  if isinstance(folder, pathlib.Path):
+    for partial in folder.glob(f'*{PARTIAL}'):
+      partial.unlink()
   return plan
 
 
-def _read(path: pathlib.Path) -> Plan:
+def _read(path: Path) -> Plan:
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
+    values = json.loads(read_bytes(path))
     arrays = tuple((int(a), int(b)) for a, b in values['arrays'])
     return Plan(Request(**values['request']), arrays)
   except (ValueError, TypeError, KeyError) as error:

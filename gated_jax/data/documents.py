@@ -179,6 +179,8 @@ class DocumentStream:
     order = self._order
     while not order.places or place < order.places:
       unit = self._source.units[order.unit(place)]
+      if not order.places or place + 1 < order.places:
+        self._source.expect(self._source.units[order.unit(place + 1)])
       for block in self._blocks(unit, cursor):
         yield self._begin(block, place, cursor, unit.path)
         cursor = int(block.cursors[-1])

@@ -7,7 +7,6 @@ other documents are read. Read `gated_jax/data/tokenizer.py` for the tokenizers,
 """
 
 import hashlib
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +16,8 @@ from jaxtyping import Int32
 from jaxtyping import Int64
 
 from gated_jax.data.tokenizer import Tokenizer
+from gated_jax.paths import expand
+from gated_jax.paths import read_bytes
 
 
 class Encoded(NamedTuple):
@@ -64,4 +65,4 @@ def digest_of(tokenizer: Tokenizer) -> str:
   """A number that tells tokenizers apart, whatever their files are called."""
   if tokenizer.name == 'bytes':
     return 'bytes'
-  return hashlib.sha256(pathlib.Path(tokenizer.name).read_bytes()).hexdigest()
+  return hashlib.sha256(read_bytes(expand(tokenizer.name))).hexdigest()

@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from gated_jax.config import DataConfig
+from gated_jax.data.conversations import FIELDS
+from gated_jax.data.conversations import canonical
+from gated_jax.data.conversations import columns_in
+from gated_jax.data.files import DataFiles
 from gated_jax.data.long_documents import cut_long
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Records
@@ -20,20 +24,31 @@ from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Unit
 from gated_jax.paths import local
 
-_ROWS = 4096  # of a unit: enough for a process, few enough to shuffle by
+_ROWS = 4096  # rows of a unit
 _BATCH = 256  # rows that are read at once
 _SAMPLES = 8  # rows that tell one data set from another
 
 
 class HubSource(Records):
-  """One document per row of the column `data.column`."""
+  """One document per row: text of the column `data.column`, or a conversation.
+
+  `data.column=messages` makes it a conversation of the columns that
+  `gated_jax/data/conversations.py` names.
+  """
 
   def __init__(self, part: DataConfig, skipped: Skipped):
     self.skipped = skipped
+    self.files = DataFiles()
     self._column = part.column
+    self._is_chat = part.is_chat
     self._max_document = part.max_document
     self._data, revision = _load(part)
     self._check_column(part)
+    if self._data.features is not None:  # other columns may be large
+      names = FIELDS if part.is_chat else (part.column,)
+      self._data = self._data.select_columns(
+        [name for name in self._data.features if name in names]
+      )
     name = f'{part.paths}@{revision}#{self._digest()}'
     self.units: list[Unit] = []
     if part.hub_streaming:
@@ -51,6 +66,12 @@ class HubSource(Records):
     """ValueError where there is no such column, or none of strings."""
     features = self._data.features
     if features is None:  # a stream says what it has only in its first row
+      return
+    if part.is_chat:
+      try:
+        columns_in(list(features))
+      except ValueError as error:
+        raise ValueError(f'data.paths={part.paths!r} has {error}') from None
       return
     if part.column not in features:
       raise ValueError(
@@ -75,34 +96,49 @@ class HubSource(Records):
     else:
       sample = list(self._data.take(_SAMPLES))
     for row in sample:
-      digest.update(repr(row.get(self._column)).encode())
+      digest.update(repr(self._value(row)).encode())
     return digest.hexdigest()
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """See `Source`."""
+    if self._is_chat:
+      return self._records(unit, cursor)
     return cut_long(self._records, unit, cursor, self._max_document)
 
   def _records(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     read = self._stream if self._streaming else self._rows
-    for number, text in enumerate(read(unit, cursor), cursor + 1):
-      if isinstance(text, str):
-        yield number, Document(text, None, unit.path)
-      else:
-        where = f'{unit.path} (row {unit.begin + number - 1})'
-        self.skipped.add(where, f'a {type(text).__name__}, not a string')
+    for number, row in enumerate(read(unit, cursor), cursor + 1):
+      where = f'{unit.path} (row {unit.begin + number - 1})'
+      value = self._value(row)
+      try:
+        if self._is_chat:
+          value = canonical(value)
+        elif not isinstance(value, str):
+          raise ValueError(f'a {type(value).__name__}, not a string')
+      except ValueError as error:
+        self.skipped.add(where, error)
+        continue
+      yield number, Document(value, None, where if self._is_chat else unit.path)
 
-  def _rows(self, unit: Unit, cursor: int) -> Iterator[Any]:
-    """The texts of a unit's rows, from its row `cursor` on."""
+  def _value(self, row: dict[str, Any]) -> Any:
+    """A row's contents in the columns that are read."""
+    if self._is_chat:
+      return {name: row[name] for name in FIELDS if name in row}
+    return row.get(self._column)
+
+  def _rows(self, unit: Unit, cursor: int) -> Iterator[dict[str, Any]]:
+    """A unit's rows, from its row `cursor` on."""
     for begin in range(unit.begin + cursor, unit.end, _BATCH):
       end = min(begin + _BATCH, unit.end)
-      yield from self._data[begin:end][self._column]
+      columns = self._data[begin:end]
+      for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
 
-  def _stream(self, unit: Unit, cursor: int) -> Iterator[Any]:
-    """The texts of a shard, from its row `cursor` on."""
+  def _stream(self, unit: Unit, cursor: int) -> Iterator[dict[str, Any]]:
+    """A shard's rows, from its row `cursor` on."""
     count = self._data.num_shards
     shard = self._data.shard(num_shards=count, index=unit.begin)
-    for row in shard.skip(cursor):
-      yield row.get(self._column)
+    yield from shard.skip(cursor)
 
 
 def _load(part: DataConfig) -> tuple[Any, str]:
@@ -146,7 +182,7 @@ def _is_saved(path: pathlib.Path) -> bool:
 
 
 def _saved(datasets: Any, path: pathlib.Path, part: DataConfig) -> Any:
-  """What `save_to_disk` wrote: one split, or a folder for each."""
+  """A data set by `save_to_disk`: one split, or a folder for each."""
   data = datasets.load_from_disk(str(path))
   if isinstance(data, dict):
     if part.hub_split not in data:

@@ -21,6 +21,7 @@ of batches, and the loss does not depend on how many there are.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -42,6 +43,9 @@ from gated_jax.data.stages import batches as make_batches
 from gated_jax.data.stages import make_source
 from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.data.watch import digest_of
+from gated_jax.data.watch import sample
+from gated_jax.data.watch import sample_of_file
+from gated_jax.paths import in_bucket
 
 Batch = dict[str, np.ndarray]
 
@@ -57,6 +61,7 @@ class Pipeline:
     # Threads must not outlive the modules that they use.
     self._end = weakref.finalize(self, _stop, self._iterator, view.pool)
     self._view = view
+    self._sources = sources
     self._about = _about(view.config, sources, view)
     self.tokenizer = view.tokenizer
     self.wait_seconds = 0.0  # seconds that the caller was kept waiting, in all
@@ -140,7 +145,7 @@ class Pipeline:
       raise ValueError(f'not a data position: {bytes(state)[:40]!r}') from error
     for key, now in self._about.items():
       # Positions from before contents were compared do not know them.
-      if key == 'contents' and about.get(key, now) != now:
+      if key == 'contents' and not self._same_contents(about.get(key, now)):
         raise ValueError(
           f'the data files of {self._about["data.source"]!r} have other '
           'contents than those of the saved position, in files of the same '
@@ -161,6 +166,12 @@ class Pipeline:
         )
     self._iterator.set_state(position)
     self.batches = batches
+
+  def _same_contents(self, saved: str) -> bool:
+    """Tells whether files are the saved ones, which may have been on a disk."""
+    now = self._about['contents']
+    moved = any(in_bucket(unit.path) for s in self._sources for unit in s.units)
+    return saved == now or (moved and saved == _contents(self._sources, True))
 
   def start(self) -> None:
     """Begins to read ahead, for example while the step compiles."""
@@ -228,7 +239,7 @@ def make_view(
   tokenizer = make_tokenizer(config.tokenizer, config.special_tokens)
   text = any(part.is_text for _, part in config.parts())
   chat = None
-  if any(part.source == 'conversations' for _, part in config.parts()):
+  if any(part.is_chat for _, part in config.parts()):
     chat = Chat(tokenizer, config.special_tokens)
   return View(
     config,
@@ -259,10 +270,8 @@ def _about(
 ) -> dict[str, Any]:
   """Everything that a position depends on, as JSON has it."""
   digest = hashlib.blake2b(digest_size=8)
-  paths = []
   for source in sources:
     for unit in source.units:
-      paths.append(unit.path)
       name = os.path.basename(unit.path)
       digest.update(repr((name, unit.begin, unit.end)).encode())
   about = _settings(config) | {
@@ -270,11 +279,36 @@ def _about(
     'process': view.shard,
     'processes': view.shards,
     'files': digest.hexdigest(),
-    'contents': digest_of(list(dict.fromkeys(paths))),
+    'contents': _contents(sources),
   }
   if view.chat is not None:
     about['chat template'] = view.chat.digest
   return json.loads(json.dumps(about))
+
+
+def _contents(sources: list[Source], as_on_disk: bool = False) -> str:
+  """A digest of what the files of some sources contain.
+
+  Args:
+    sources: whose units they are cut into.
+    as_on_disk: samples files in buckets, at ten requests each, to compare them
+      with files on a disk. Otherwise what the bucket says of them is enough.
+  """
+  files = {
+    unit.path: source.files for source in sources for unit in source.units
+  }
+
+  def sample_of(path: str) -> bytes:
+    """Bytes that stand for the contents of a file."""
+    known = files[path]
+    if path not in known.entries:
+      return sample_of_file(path)
+    content = known.content(path)
+    if content and not as_on_disk:
+      return content.encode()
+    return sample(known.size(path), functools.partial(known.read, path))
+
+  return digest_of(list(files), sample_of)
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:

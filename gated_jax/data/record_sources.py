@@ -1,142 +1,167 @@
-"""Documents of text in files of records: Parquet and ArrayRecord.
+"""Documents of text in rows of Parquet, and in objects of JSON.
 
 Read `gated_jax/data/sources.py` first.
 """
 
+import collections
+import contextlib
 import json
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
+from gated_jax.data.files import DataFiles
 from gated_jax.data.long_documents import cut_long
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Records
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Unit
+from gated_jax.paths import in_bucket
 
-_RECORDS = 1024  # records of an ArrayRecord file that are one unit
+_FOOTERS = 64  # held for files in buckets; that of a wide table is large
+
+
+class Tables:
+  """Parquet files, of which a unit is a row group.
+
+  Args:
+    files: their names, and perhaps others'.
+    columns: which are read of a file with some names and types; ValueError: it
+      lacks them.
+  """
+
+  def __init__(self, files: DataFiles, columns: Callable[[Any], list[str]]):
+    self._files = files
+    self._columns = columns
+    # For files in buckets, where reading one is two more requests.
+    self._footers: collections.OrderedDict[str, Any] = collections.OrderedDict()
+
+  def units(self, path: str) -> list[Unit]:
+    """The row groups of a file.
+
+    Raises:
+      ValueError: it is damaged, or lacks columns.
+    """
+    arrow, _ = parquet_modules()
+    try:
+      with self._open(path) as file:
+        self._columns(file.schema_arrow)
+        return [Unit(path, i, i + 1) for i in range(file.num_row_groups)]
+    except arrow.ArrowException as error:
+      raise ValueError(str(error)) from error
+
+  def expect(self, unit: Unit) -> None:
+    """Begins to fetch a row group."""
+
+    def prepare() -> None:
+      """Its place is known from the footer, which may have to be read."""
+      if unit.path not in self._footers:
+        self.units(unit.path)
+      self._files.expect(unit.path, *self._stretch(unit))
+
+    self._files.soon(unit.path, prepare)
+
+  def batches(self, unit: Unit) -> Iterator[Any]:
+    """The rows of a row group, in record batches of the columns."""
+    arrow, _ = parquet_modules()
+    try:
+      with self._open(unit.path, unit) as file:
+        yield from file.iter_batches(
+          batch_size=256,
+          row_groups=[unit.begin],
+          columns=self._columns(file.schema_arrow),
+        )
+    except arrow.ArrowException as error:
+      raise ValueError(f'damaged: {error}') from error
+
+  @contextlib.contextmanager
+  def _open(self, path: str, unit: Unit | None = None) -> Iterator[Any]:
+    """An open file, of which one row group will be read, or the footer."""
+    _, parquet = parquet_modules()
+    if not in_bucket(path):
+      with parquet.ParquetFile(path) as file:
+        yield file
+      return
+    footer = self._footers.get(path)
+    stretch = self._stretch(unit) if unit and footer else (0, 0)
+    with self._files.open(path, *stretch) as raw:
+      # All of the columns at once: each alone would be far more requests.
+      file = parquet.ParquetFile(raw, metadata=footer, pre_buffer=True)
+      self._footers[path] = file.metadata
+      while len(self._footers) > _FOOTERS:
+        self._footers.popitem(last=False)
+      yield file
+
+  def _stretch(self, unit: Unit) -> tuple[int, int]:
+    """The bytes of a row group's columns that are read."""
+    footer = self._footers[unit.path]
+    names = self._columns(footer.schema.to_arrow_schema())
+    group = footer.row_group(unit.begin)
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    chunks = [c for c in chunks if c.path_in_schema.split('.')[0] in names]
+    # A dictionary stands before the pages that need it.
+    begins = [c.dictionary_page_offset or c.data_page_offset for c in chunks]
+    sizes = [c.total_compressed_size for c in chunks]
+    ends = [begin + size for begin, size in zip(begins, sizes, strict=True)]
+    return min(begins), max(ends)
 
 
 class ParquetSource(Records):
   """One document per row of the column `column`; a row group is a unit."""
 
   def __init__(
-    self, files: list[str], column: str, max_document: int, skipped: Skipped
+    self,
+    files: Sequence[str],
+    column: str,
+    max_document: int,
+    skipped: Skipped,
   ):
-    arrow, parquet = parquet_modules()
-
     self.skipped = skipped
     self._column = column
     self._max_document = max_document
+    self.files = DataFiles.of(files)
+    self._tables = Tables(self.files, self._columns)
     self.units = []
-    for path in files:
+    for path, look in self.files.each(self._tables.units):
       try:
-        with parquet.ParquetFile(path) as file:
-          names = file.schema_arrow.names
-          if column not in names:
-            raise ValueError(f'no column {column!r}, only {", ".join(names)}')
-          kind = file.schema_arrow.field(column).type
-          if not (
-            arrow.types.is_string(kind) or arrow.types.is_large_string(kind)
-          ):
-            raise ValueError(f'column {column!r} is {kind}, not string')
-          groups = file.num_row_groups
-      except (OSError, ValueError, arrow.ArrowException) as error:
+        units = look()
+      except (OSError, ValueError) as error:
         skipped.add(path, error)
         continue
-      if not groups:
+      if not units:
         skipped.add(path, 'empty')
-      self.units += [Unit(path, i, i + 1) for i in range(groups)]
+      self.units += units
+
+  def _columns(self, schema: Any) -> list[str]:
+    """The column; ValueError where there is none, or none of strings."""
+    arrow, _ = parquet_modules()
+    column = self._column
+    if column not in schema.names:
+      raise ValueError(f'no column {column!r}, only {", ".join(schema.names)}')
+    kind = schema.field(column).type
+    if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+      raise ValueError(f'column {column!r} is {kind}, not string')
+    return [column]
+
+  def expect(self, unit: Unit) -> None:
+    """See `Source`."""
+    self._tables.expect(unit)
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """See `Source`."""
     return cut_long(self._records, unit, cursor, self._max_document)
 
   def _records(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    arrow, parquet = parquet_modules()
-
-    try:
-      with parquet.ParquetFile(unit.path) as file:
-        row = 0
-        for batch in file.iter_batches(
-          batch_size=256, row_groups=[unit.begin], columns=[self._column]
-        ):
-          if row + len(batch) <= cursor:
-            row += len(batch)
-            continue
-          for value in batch.column(0):
-            row += 1
-            if row > cursor:
-              yield row, Document(value.as_py() or '', None, unit.path)
-    except arrow.ArrowException as error:
-      raise ValueError(f'damaged: {error}') from error
-
-
-class ArrayRecordSource(Records):
-  """One document per record: UTF-8 text, or a JSON object with `column`."""
-
-  def __init__(
-    self, files: list[str], column: str, max_document: int, skipped: Skipped
-  ):
-    self.skipped = skipped
-    self._column = column
-    self._max_document = max_document
-    self.units = []
-    for path in files:
-      try:
-        reader = _array_record(path)
-        total = reader.num_records()
-        reader.close()
-      except (OSError, ValueError, RuntimeError) as error:
-        skipped.add(path, error)
+    row = 0
+    for batch in self._tables.batches(unit):
+      if row + len(batch) <= cursor:
+        row += len(batch)
         continue
-      if not total:
-        skipped.add(path, 'empty')
-      self.units += [
-        Unit(path, begin, min(begin + _RECORDS, total))
-        for begin in range(0, total, _RECORDS)
-      ]
-
-  def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    """See `Source`."""
-    return cut_long(self._records, unit, cursor, self._max_document)
-
-  def _records(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    reader = _array_record(unit.path)
-    try:
-      first = max(unit.begin, cursor)
-      for begin in range(first, unit.end, 64):
-        end = min(begin + 64, unit.end)
-        for number, record in enumerate(reader.read(begin, end), begin + 1):
-          try:
-            text = self._text(record)
-          except ValueError as error:
-            where = f'{unit.path} (record {number - 1})'
-            self.skipped.add(where, error)
-            continue
-          yield number, Document(text, None, unit.path)
-    finally:
-      reader.close()
-
-  def _text(self, record: bytes) -> str:
-    if self._column and record.lstrip().startswith(b'{'):
-      return json_text(record, self._column)
-    return record.decode('utf-8')
-
-
-def _array_record(path: str):
-  """An open reader of the file."""
-  try:
-    from array_record.python import array_record_module
-  except ImportError as error:
-    raise ImportError(
-      f'{path} needs the package array-record: pip install gated_jax[hf]'
-    ) from error
-  reader = array_record_module.ArrayRecordReader(
-    path, options='', file_reader_buffer_size=1 << 20
-  )
-  if not reader.ok():
-    raise ValueError('damaged, truncated or no ArrayRecord file')
-  return reader
+      for value in batch.column(0):
+        row += 1
+        if row > cursor:
+          yield row, Document(value.as_py() or '', None, unit.path)
 
 
 def parquet_modules() -> tuple[Any, Any]:

@@ -8,13 +8,13 @@ its document, so a run resumes in the middle of a unit. `blocks` yields many
 documents at once, which is what keeps up with a device.
 
 What cannot be read is told to `Skipped` and left out; it is an error only when
-nothing is left. Text is `gated_jax/data/text_sources.py`'s, arrays and
-synthetic tokens are `gated_jax/data/token_sources.py`'s.
+nothing is left, or where a file is not what it was when it was found. Files are
+found and opened by `gated_jax/data/files.py`. Text is
+`gated_jax/data/text_sources.py`'s, arrays and synthetic tokens are
+`gated_jax/data/token_sources.py`'s.
 """
 
-import glob
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ import numpy as np
 from jaxtyping import Int
 from jaxtyping import Int64
 
-from gated_jax.paths import local
+from gated_jax.data.files import DataFiles
+from gated_jax.data.watch import FilesChangedError
 
 _LOG = logging.getLogger(__name__)
 _LOGGED = 10  # files that are named in the log; all are in the report
@@ -77,6 +78,7 @@ class Source(Protocol):
 
   units: list[Unit]
   skipped: 'Skipped'
+  files: DataFiles  # that it reads, if it reads any
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """Yields the documents of `unit` from `cursor` on; 0: its beginning."""
@@ -84,13 +86,21 @@ class Source(Protocol):
   def blocks(self, unit: Unit, cursor: int) -> Iterator[Block]:
     """Yields the same in blocks, which do not go beyond the unit."""
 
+  def expect(self, unit: Unit) -> None:
+    """Begins to fetch a unit that is not at hand and will be read next."""
+
 
 class Records:
   """Blocks for a source that reads documents one by one."""
 
+  files: DataFiles
+
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """See `Source`."""
     raise NotImplementedError
+
+  def expect(self, unit: Unit) -> None:
+    """See `Source`; nothing is needed where documents are at hand."""
 
   def blocks(self, unit: Unit, cursor: int) -> Iterator[Block]:
     """See `Source`. An error comes after the documents before it."""
@@ -137,7 +147,13 @@ class Skipped:
     self._lock = threading.Lock()
 
   def add(self, where: str, reason: object) -> None:
-    """Notes `where` once, however often it is met again."""
+    """Notes `where` once, however often it is met again.
+
+    Raises:
+      FilesChangedError: that is the reason; nothing is left out for it.
+    """
+    if isinstance(reason, FilesChangedError):
+      raise reason
     lines = str(reason).strip().splitlines()
     line = lines[0] if lines else type(reason).__name__
     with self._lock:
@@ -177,43 +193,25 @@ class Skipped:
     return f'{len(report)} skipped ({first})' if report else 'none skipped'
 
 
-def find_files(paths: str) -> list[str]:
-  """Files that comma-separated globs match, each once, in a fixed order.
-
-  `**` matches folders at any depth.
-
-  Raises:
-    ValueError: a glob matches no file.
-  """
-  matches: set[str] = set()
-  for pattern in filter(None, (part.strip() for part in paths.split(','))):
-    where = str(local(pattern))
-    names = glob.glob(where, recursive=True)
-    files = [name for name in names if os.path.isfile(name)]
-    if not files and os.path.isdir(where):
-      raise ValueError(
-        f'{pattern!r} is a folder: say which of its files, as in '
-        f"'{pattern.rstrip('/')}/*'"
-      )
-    if not files:
-      raise ValueError(f'no data files match {pattern!r}')
-    matches.update(files)
-  if not matches:
-    raise ValueError(f'no data files match {paths!r}')
-  return sorted(matches)
-
-
-def byte_units(files: Sequence[str], size: int, skipped: Skipped) -> list[Unit]:
+def byte_units(files: DataFiles, size: int, skipped: Skipped) -> list[Unit]:
   """Cuts files into ranges of at most `size` bytes; empty ones are skipped."""
   units = []
   for path in files:
     try:
-      total = os.stat(path).st_size
+      parts = byte_ranges(files, path, size)
     except OSError as error:
       skipped.add(path, error.strerror or error)
       continue
-    if not total:
+    if not parts:
       skipped.add(path, 'empty')
-    for begin in range(0, total, size):
-      units.append(Unit(path, begin, min(begin + size, total)))
+    units += parts
   return units
+
+
+def byte_ranges(files: DataFiles, path: str, size: int) -> list[Unit]:
+  """The ranges of one file; none where it is empty."""
+  total = files.size(path)
+  return [
+    Unit(path, begin, min(begin + size, total))
+    for begin in range(0, total, size)
+  ]

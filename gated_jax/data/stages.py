@@ -27,6 +27,7 @@ from gated_jax.data.encode import Encoded
 from gated_jax.data.encode import digest_of
 from gated_jax.data.encode import encode
 from gated_jax.data.encode import ends_of
+from gated_jax.data.files import find_files
 from gated_jax.data.hub_source import HubSource
 from gated_jax.data.order import Deal
 from gated_jax.data.order import Order
@@ -35,7 +36,6 @@ from gated_jax.data.packing import JoinedRows
 from gated_jax.data.packing import RowStream
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
-from gated_jax.data.sources import find_files
 from gated_jax.data.text_sources import make_text_source
 from gated_jax.data.token_sources import SyntheticSource
 from gated_jax.data.token_sources import TokenSource
@@ -198,7 +198,7 @@ def _encoder(
   part: DataConfig, view: View
 ) -> Callable[[Sequence[str], Sequence[str]], Encoded]:
   """What turns a block's texts into ids."""
-  if part.source == 'conversations':
+  if part.is_chat:
     assert view.chat is not None
     return functools.partial(
       encode_conversations, chat=view.chat, skipped=view.skipped, config=part

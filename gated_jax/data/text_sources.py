@@ -8,11 +8,14 @@ import pathlib
 import sysconfig
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import BinaryIO
 
+from gated_jax.data.array_record_source import ArrayRecordSource
+from gated_jax.data.files import DataFiles
+from gated_jax.data.files import find_files
 from gated_jax.data.long_documents import cut_long
 from gated_jax.data.long_documents import piece_end
-from gated_jax.data.record_sources import ArrayRecordSource
 from gated_jax.data.record_sources import ParquetSource
 from gated_jax.data.record_sources import json_text
 from gated_jax.data.sources import Document
@@ -20,10 +23,11 @@ from gated_jax.data.sources import Records
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
 from gated_jax.data.sources import Unit
+from gated_jax.data.sources import byte_ranges
 from gated_jax.data.sources import byte_units
-from gated_jax.data.sources import find_files
 
 _RANGE = 16 << 20  # bytes of a text or JSONL file that are one unit
+_LINE = 64 << 10  # bytes behind a unit that its last line most likely ends in
 # Folders of the standard library that not every system installs, or that hold
 # other people's packages.
 _NOT_LIBRARY = frozenset(
@@ -31,7 +35,7 @@ _NOT_LIBRARY = frozenset(
 )
 
 
-def stdlib_files() -> list[str]:
+def stdlib_files() -> DataFiles:
   """The running interpreter's own modules, tests left out, in a fixed order.
 
   Raises:
@@ -46,24 +50,36 @@ def stdlib_files() -> list[str]:
   ]
   if not files:
     raise ValueError(f'the standard library has no *.py files in {root}')
-  return [str(path) for path in sorted(files)]
+  return DataFiles(str(path) for path in sorted(files))
 
 
-class TextSource(Records):
+class Lines(Records):
+  """Files of lines, of which a unit is a range of bytes."""
+
+  def __init__(self, files: Sequence[str], skipped: Skipped):
+    self.skipped = skipped
+    self.files = DataFiles.of(files)
+    self.units = byte_units(self.files, _RANGE, skipped)
+
+  def expect(self, unit: Unit) -> None:
+    """See `Source`."""
+    self.files.expect(unit.path, *stretch(unit))
+
+
+class TextSource(Lines):
   """UTF-8 files: one document each, or several where one is very long.
 
   A file longer than `max_document` bytes is cut at line ends. A file that is
   not UTF-8 is left out whole (one of more than 16 MiB: that part of it).
   """
 
-  def __init__(self, files: list[str], max_document: int, skipped: Skipped):
-    self.skipped = skipped
-    self.units = text_units(files, skipped)
+  def __init__(self, files: Sequence[str], max_document: int, skipped: Skipped):
+    super().__init__(files, skipped)
     self._max_document = max_document
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """See `Source`."""
-    raw = _whole_lines(unit)
+    raw = _whole_lines(self.files, unit)
     raw.decode('utf-8')  # all of it before any of it is used
     while cursor < len(raw):
       end = piece_end(raw, cursor, self._max_document)
@@ -72,14 +88,17 @@ class TextSource(Records):
       yield cursor, Document(text, None, unit.path)
 
 
-class JsonLinesSource(Records):
+class JsonLinesSource(Lines):
   """One JSON object per line, its text in the field `column`."""
 
   def __init__(
-    self, files: list[str], column: str, max_document: int, skipped: Skipped
+    self,
+    files: Sequence[str],
+    column: str,
+    max_document: int,
+    skipped: Skipped,
   ):
-    self.skipped = skipped
-    self.units = text_units(files, skipped)
+    super().__init__(files, skipped)
     self._column = column
     self._max_document = max_document
 
@@ -88,7 +107,7 @@ class JsonLinesSource(Records):
     return cut_long(self._records, unit, cursor, self._max_document)
 
   def _records(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    for end, line in lines_of(unit, cursor):
+    for end, line in lines_of(self.files, unit, cursor):
       if not line.strip():
         continue
       try:
@@ -100,14 +119,19 @@ class JsonLinesSource(Records):
       yield end, Document(text, None, unit.path)
 
 
-def text_units(files: list[str], skipped: Skipped) -> list[Unit]:
-  """Ranges of files of lines."""
-  return byte_units(files, _RANGE, skipped)
+def ranges_of(files: DataFiles, path: str) -> list[Unit]:
+  """The units of a file of lines."""
+  return byte_ranges(files, path, _RANGE)
 
 
-def _whole_lines(unit: Unit) -> bytes:
+def stretch(unit: Unit) -> tuple[int, int]:
+  """The bytes that are read of a unit: its lines, of which the last goes on."""
+  return max(unit.begin - 1, 0), unit.end + _LINE
+
+
+def _whole_lines(files: DataFiles, unit: Unit) -> bytes:
   """The lines that start inside the unit, in one piece."""
-  with open(unit.path, 'rb') as file:
+  with files.open(unit.path, *stretch(unit)) as file:
     _to_first_line(file, unit)
     begin = file.tell()
     if begin >= unit.end:
@@ -131,9 +155,11 @@ def _refuse_truncated(place: int, unit: Unit) -> None:
     )
 
 
-def lines_of(unit: Unit, cursor: int) -> Iterator[tuple[int, bytes]]:
+def lines_of(
+  files: DataFiles, unit: Unit, cursor: int
+) -> Iterator[tuple[int, bytes]]:
   """Lines that start inside the unit, each with the place after it."""
-  with open(unit.path, 'rb') as file:
+  with files.open(unit.path, *stretch(unit)) as file:
     if cursor:
       file.seek(cursor)
     else:
@@ -157,7 +183,7 @@ def make_text_source(
 
 def text_source(
   kind: str,
-  files: list[str],
+  files: Sequence[str],
   column: str,
   max_document: int,
   skipped: Skipped,

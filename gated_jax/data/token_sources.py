@@ -4,6 +4,7 @@ Read `gated_jax/data/sources.py` first.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -16,6 +17,8 @@ from gated_jax.data.array_files import Wanted
 from gated_jax.data.array_files import has_end
 from gated_jax.data.array_files import open_array
 from gated_jax.data.array_files import open_ids
+from gated_jax.data.array_files import stretch
+from gated_jax.data.files import DataFiles
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Ids
 from gated_jax.data.sources import Records
@@ -37,15 +40,25 @@ class TokenSource:
   """
 
   def __init__(
-    self, files: list[str], wanted: Wanted, max_document: int, skipped: Skipped
+    self,
+    files: Sequence[str],
+    wanted: Wanted,
+    max_document: int,
+    skipped: Skipped,
   ):
     self.skipped = skipped
     self._max_document = max_document
+    self.files = DataFiles.of(files)
     self._arrays: dict[str, ArrayFile] = {}
     self.units = []
-    for path in files:
+
+    def look(path: str) -> ArrayFile:
+      """What is known of a file."""
+      return open_array(path, wanted, self.files)
+
+    for path, result in self.files.each(look):
       try:
-        array = open_array(path, wanted)
+        array = result()
       except Contradiction:
         raise
       except Exception as error:  # a damaged header raises nearly anything
@@ -62,7 +75,7 @@ class TokenSource:
 
   def _refuse_without_ends(self) -> None:
     arrays = [array for array in self._arrays.values() if array.size]
-    if arrays and not has_end(arrays, _SEARCHED):
+    if arrays and not has_end(arrays, self.files, _SEARCHED):
       first = arrays[0]
       searched = min(sum(array.size for array in arrays), _SEARCHED)
       raise ValueError(
@@ -70,6 +83,11 @@ class TokenSource:
         f'{first.eos} is not among the first {searched:,} ids. Set data.eos to '
         f'the id that ends one, or to {NONE} where none does'
       )
+
+  def expect(self, unit: Unit) -> None:
+    """See `Source`."""
+    array = self._arrays[unit.path]
+    self.files.expect(unit.path, *stretch(array, unit.begin, unit.end))
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """See `Source`."""
@@ -81,7 +99,7 @@ class TokenSource:
   def blocks(self, unit: Unit, cursor: int) -> Iterator[Ids]:
     """See `Source`."""
     array = self._arrays[unit.path]
-    with open_ids(array) as file:
+    with open_ids(array, self.files, unit.begin, unit.end) as file:
       begin = cursor or _first_start(file, unit, array)
       # A document belongs to the unit where it starts, so its later pieces may
       # lie beyond the unit's end.
@@ -167,6 +185,7 @@ class SyntheticSource(Records):
 
   def __init__(self, vocab: int, length: int, seed: int, skipped: Skipped):
     self.skipped = skipped
+    self.files = DataFiles()
     self._vocab = vocab
     self._length = length
     self._seed = seed

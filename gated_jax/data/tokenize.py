@@ -8,15 +8,19 @@ depend on the text alone, not on how many processes there are. Read
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
+import tempfile
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 import tqdm
@@ -25,16 +29,20 @@ from gated_jax.data import corpus
 from gated_jax.data.encode import digest_of
 from gated_jax.data.encode import encode
 from gated_jax.data.encode import ends_of
+from gated_jax.data.files import find_files
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
 from gated_jax.data.sources import Unit
-from gated_jax.data.sources import find_files
 from gated_jax.data.text_sources import stdlib_files
 from gated_jax.data.text_sources import text_source
 from gated_jax.data.tokenizer import Tokenizer
 from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.data.train_tokenizer import train_tokenizer
-from gated_jax.paths import local
+from gated_jax.paths import Path
+from gated_jax.paths import expand
+from gated_jax.paths import is_file
+from gated_jax.paths import read_bytes
+from gated_jax.paths import upload
 
 _BLOCK = 1 << 20  # characters of text that are encoded at once
 _BLOCK_DOCUMENTS = 1024  # documents of a block at most
@@ -64,9 +72,9 @@ class Work:
       raise ValueError(f'--max-document={self.max_document} must be positive')
 
   @property
-  def folder(self) -> pathlib.Path:
+  def folder(self) -> Path:
     """The folder of the arrays."""
-    return local(self.out)
+    return expand(self.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +96,10 @@ class Counts:
 def tokenize(work: Work) -> Counts:
   """Makes the arrays that a folder lacks; the counts of all that it holds."""
   skipped = Skipped()
-  source = _source(work, skipped)
+  files = stdlib_files() if work.source == 'stdlib' else find_files(work.paths)
+  source = text_source(
+    work.source, files, work.column, work.max_document, skipped
+  )
   if not source.units:
     what = work.paths or work.source
     raise ValueError(f'no text in {what!r}: {skipped.summary()}')
@@ -101,37 +112,30 @@ def tokenize(work: Work) -> Counts:
     tokenizer=trained or digest_of(make_tokenizer(work.tokenizer)),
     special_tokens=work.special_tokens,
   )
-  plan = corpus.open_folder(work.folder, request, source.units)
+  plan = corpus.open_folder(work.folder, request, source.units, files)
   _provide_tokenizer(work, source)
-  _make_missing(work, plan, source.units)
+  sizes = corpus.sizes_of(source.units, files)
+  _make_missing(work, plan, source.units, sizes)
   numbers = range(len(plan.arrays))
   return sum(
     (read_counts(corpus.array_path(work.folder, i)) for i in numbers), Counts()
   )
 
 
-def read_counts(array: pathlib.Path) -> Counts:
+def read_counts(array: Path) -> Counts:
   """The contents of the JSON beside an array."""
-  about = json.loads(pathlib.Path(f'{array}.json').read_text(encoding='utf-8'))
+  about = json.loads(read_bytes(corpus.about_path(array)))
   names = (field.name for field in dataclasses.fields(Counts))
   return Counts(**{name: about[name] for name in names})
-
-
-def _source(work: Work, skipped: Skipped) -> Source:
-  stdlib = work.source == 'stdlib'
-  files = stdlib_files() if stdlib else find_files(work.paths)
-  return text_source(
-    work.source, files, work.column, work.max_document, skipped
-  )
 
 
 def _provide_tokenizer(work: Work, source: Source) -> None:
   """Puts the tokenizer's file into the folder, once."""
   if work.tokenizer != 'bytes':
-    path = pathlib.Path(make_tokenizer(work.tokenizer).name)
-    if not (work.folder / f'tokenizer{path.suffix}').is_file():
+    path = expand(make_tokenizer(work.tokenizer).name)
+    if not is_file(work.folder / f'tokenizer{path.suffix}'):
       corpus.copy_tokenizer(path, work.folder)
-  elif work.train_tokenizer and not (work.folder / 'tokenizer.json').is_file():
+  elif work.train_tokenizer and not is_file(work.folder / 'tokenizer.json'):
     # All over the corpus, in an order of its own.
     order = np.random.default_rng(0).permutation(len(source.units))
     units = [source.units[int(i)] for i in order]
@@ -148,7 +152,9 @@ def tokenizer_of(work: Work) -> Tokenizer:
 
 def _texts(source: Source, units: Sequence[Unit]) -> Iterator[str]:
   """Every text of the units that can be read."""
-  for unit in units:
+  for unit, after in itertools.zip_longest(units, units[1:]):
+    if after is not None:
+      source.expect(after)
     try:
       for _, document in source.read(unit, 0):
         if document.text:
@@ -157,9 +163,10 @@ def _texts(source: Source, units: Sequence[Unit]) -> Iterator[str]:
       source.skipped.add(unit.path, error)
 
 
-def _make_missing(work: Work, plan: corpus.Plan, units: Sequence[Unit]) -> None:
+def _make_missing(
+  work: Work, plan: corpus.Plan, units: Sequence[Unit], sizes: Sequence[float]
+) -> None:
   """Makes the arrays that are not there, and shows how far it is."""
-  sizes = corpus.sizes_of(units)
   parts = {i: slice(*pair) for i, pair in enumerate(plan.arrays)}
   missing = [i for i in parts if not corpus.is_done(work.folder, i)]
   there = sum(sum(sizes[parts[i]]) for i in parts if i not in missing)
@@ -229,20 +236,16 @@ def make_array(work: Work, units: Sequence[Unit], number: int) -> Counts:
     )
   dtype = np.dtype(np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32)
   path = corpus.array_path(work.folder, number)
-  partial = path.with_name(path.name + corpus.PARTIAL)
   counts = Counts()
-  with open(partial, 'wb') as file:
+  with _whole_file(path) as file:
     for texts in _blocks(_texts(source, units)):
       encoded = encode(tokenizer, texts, ends)
       file.write(encoded.ids.astype(dtype.newbyteorder('<')).tobytes())
       size = sum(len(text.encode()) for text in texts)
       counts += Counts(len(texts), len(encoded.ids), size)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
   counts += Counts(skipped=len(skipped))
   corpus.write_json(
-    pathlib.Path(f'{path}.json'),
+    corpus.about_path(path),
     {
       'dtype': dtype.name,
       'eos': ends[1],
@@ -252,6 +255,24 @@ def make_array(work: Work, units: Sequence[Unit], number: int) -> Counts:
     },
   )
   return counts
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+  """A file to write, which becomes `path` when the block succeeds."""
+  if not isinstance(path, pathlib.Path):
+    with tempfile.TemporaryDirectory() as folder:
+      whole = pathlib.Path(folder, path.name)
+      with whole.open('wb') as file:
+        yield file
+      upload(whole, path)
+    return
+  partial = path.with_name(path.name + corpus.PARTIAL)
+  with partial.open('wb') as file:
+    yield file
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
 
 
 def _blocks(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -24,7 +24,10 @@ from gated_jax.data.text_stream import TextStream
 from gated_jax.data.tokenizer_files import HuggingFaceTokenizer
 from gated_jax.data.tokenizer_files import SentencePieceTokenizer
 from gated_jax.data.tokenizer_files import Spans
-from gated_jax.paths import local
+from gated_jax.paths import check_bucket
+from gated_jax.paths import expand
+from gated_jax.paths import is_file
+from gated_jax.paths import is_folder
 
 
 @runtime_checkable
@@ -92,11 +95,13 @@ def make_tokenizer(name: str, special_tokens: bool = False) -> Tokenizer:
       name says it is.
     ImportError: the package that reads it is not installed.
   """
-  path = local(name)
-  if name != 'bytes' and path.is_dir():
+  path = expand(name)
+  if name != 'bytes':
+    check_bucket(path)
     inside = (path / 'tokenizer.json', path / 'tokenizer.model')
-    path = next((p for p in inside if p.is_file()), path)
-  if name != 'bytes' and not path.is_file():
+    if is_folder(path):
+      path = next((p for p in inside if is_file(p)), path)
+  if name != 'bytes' and not is_file(path):
     raise ValueError(
       f"tokenizer {name!r} is neither 'bytes' nor a tokenizer.json or *.model "
       'file'

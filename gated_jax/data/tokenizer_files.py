@@ -7,7 +7,6 @@ close a text, and whether one is put before it at all.
 
 import json
 import os
-import pathlib
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -22,6 +21,9 @@ from jaxtyping import Int64
 from gated_jax.data.text_stream import PieceStream
 from gated_jax.data.text_stream import TextStream
 from gated_jax.data.text_stream import unsettled_pieces
+from gated_jax.paths import Path
+from gated_jax.paths import is_file
+from gated_jax.paths import read_bytes
 
 # Names that vocabularies give to the two ends of a document, likeliest first;
 # read only where tokenizer_config.json does not say.
@@ -75,13 +77,13 @@ def without_gaps(
   return Spans(np.asarray(ids, np.int32), np.minimum(begins, before), ends)
 
 
-def stated(folder: pathlib.Path) -> dict[str, Any] | None:
+def stated(folder: Path) -> dict[str, Any] | None:
   """The contents of tokenizer_config.json; None where there is none."""
   path = folder / _CONFIG
-  if not path.is_file():
+  if not is_file(path):
     return None
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
+    values = json.loads(read_bytes(path))
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from None
   if not isinstance(values, dict):
@@ -109,7 +111,7 @@ class HuggingFaceTokenizer:
     special_tokens: Whether text that spells a special token becomes it.
   """
 
-  def __init__(self, path: pathlib.Path, special_tokens: bool = False):
+  def __init__(self, path: Path, special_tokens: bool = False):
     try:
       import tokenizers
     except ImportError as error:
@@ -119,8 +121,9 @@ class HuggingFaceTokenizer:
     # Threads that call the package would wait for each other's threads in it,
     # and use half as much time again. Users can set it otherwise.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    content = read_bytes(path)
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+      self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises bare Exception
       raise ValueError(f'{path} is no tokenizer.json: {error}') from error
     self._tokenizer.no_truncation()
@@ -140,7 +143,7 @@ class HuggingFaceTokenizer:
     self._unsettled = self._find_unsettled()
     self._spellable = self._find_spellable()
 
-  def _find_ends(self, folder: pathlib.Path, tokens: dict[str, int]) -> Ends:
+  def _find_ends(self, folder: Path, tokens: dict[str, int]) -> Ends:
     says = stated(folder)
 
     def find(key: str, names: tuple[str, ...]) -> int:
@@ -270,16 +273,19 @@ class HuggingFaceTokenizer:
 class SentencePieceTokenizer:
   """A `*.model`, read with the package `sentencepiece`."""
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: Path):
     try:
       import sentencepiece
     except ImportError as error:
       raise ImportError(
         f'{path} needs the package sentencepiece: pip install gated_jax[hf]'
       ) from error
+    content = read_bytes(path)
     try:
+      if not content:  # the package would take it for no model at all
+        raise ValueError('it is empty')
       self._processor = sentencepiece.SentencePieceProcessor(
-        model_file=str(path)
+        model_proto=content
       )
     except (OSError, RuntimeError, ValueError) as error:
       raise ValueError(f'{path} is no SentencePiece model: {error}') from error

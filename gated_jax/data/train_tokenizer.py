@@ -2,10 +2,10 @@
 
 import json
 import logging
-import pathlib
 from collections.abc import Iterator
 
 from gated_jax.data import corpus
+from gated_jax.paths import Path
 
 _LOG = logging.getLogger(__name__)
 # Characters to learn from. More hardly changes a vocabulary, and costs memory.
@@ -13,9 +13,7 @@ _SAMPLE = 100_000_000
 _END = '<|endoftext|>'
 
 
-def train_tokenizer(
-  texts: Iterator[str], vocab: int, folder: pathlib.Path
-) -> None:
+def train_tokenizer(texts: Iterator[str], vocab: int, folder: Path) -> None:
   """Writes `tokenizer.json`, and beside it which token ends a document.
 
   Any text can be encoded, since every byte is a token of its own.

@@ -34,17 +34,24 @@ from gated_jax.hf import rewrites
 from gated_jax.hf import tokenizer
 from gated_jax.hf.config import choose_family
 from gated_jax.hf.config import find_family
-from gated_jax.hf.files import check_free
 from gated_jax.hf.files import read_json
-from gated_jax.hf.files import whole_folder
 from gated_jax.hf.flags import parser
+from gated_jax.hf.new_folder import check_free
+from gated_jax.hf.new_folder import uploading
+from gated_jax.hf.new_folder import whole_folder
 from gated_jax.hf.peft import CONFIG as ADAPTER
 from gated_jax.hf.peft import read as peft_read
 from gated_jax.hf.peft import settings as peft_settings
 from gated_jax.hf.peft import write as peft_write
 from gated_jax.model import adapters
 from gated_jax.model.abstract import abstract_parameters
-from gated_jax.paths import local
+from gated_jax.paths import Path
+from gated_jax.paths import absolute
+from gated_jax.paths import check_bucket
+from gated_jax.paths import exists
+from gated_jax.paths import expand
+from gated_jax.paths import is_file
+from gated_jax.paths import is_folder
 from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 
@@ -61,10 +68,11 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
 
 def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
   """The model at `source`, of any form, and its tokenizer's files."""
-  source, mesh = local(args.source), make_mesh(args.mesh)
-  if os.path.lexists(source / ADAPTER) and args.command == 'import':
+  source, mesh = expand(args.source), make_mesh(args.mesh)
+  check_bucket(source)
+  if _is_there(source / ADAPTER) and args.command == 'import':
     return _read_adapter(args, source, mesh)
-  if os.path.lexists(source / 'config.json'):
+  if _is_there(source / 'config.json'):
     files = tokenizer.in_folder(source)
     model, params = convert.load(
       source, mesh, args.param_dtype, args.ignore, print
@@ -80,7 +88,7 @@ def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
       export_as=family.name if family.write else '',
     )
     return config, params, files
-  if not source.exists():
+  if not exists(source):
     raise ValueError(f'there is no folder {source}')
   folder = checkpoint.find(source)
   config = checkpoint.load_config(folder)
@@ -93,19 +101,26 @@ def read(args: argparse.Namespace) -> tuple[RunConfig, Any, tokenizer.Files]:
   )
 
 
+def _is_there(path: Path) -> bool:
+  """Tells whether there is a file, or a link to what may be none."""
+  if isinstance(path, pathlib.Path):
+    return os.path.lexists(path)
+  return is_file(path)
+
+
 def _read_adapter(
-  args: argparse.Namespace, source: pathlib.Path, mesh: jax.sharding.Mesh
+  args: argparse.Namespace, source: Path, mesh: jax.sharding.Mesh
 ) -> tuple[RunConfig, Any, tokenizer.Files]:
   """A base with the adapters that PEFT saved in a folder."""
   named = peft_settings.read_settings(read_json(source / ADAPTER)).base
-  base = local(args.base or named)
-  if not (args.base or (named and base.is_dir())):
+  base = expand(args.base or named)
+  if not (args.base or (named and is_folder(base))):
     raise ValueError(
       f'{source} is an adapter for {named or "a base that it does not name"}: '
       'say with --base=FOLDER where its base is'
     )
   there = argparse.Namespace(**{**vars(args), 'source': str(base)})
-  if os.path.lexists(base / ADAPTER):
+  if _is_there(base / ADAPTER):
     raise ValueError(f'--base={base} is an adapter itself')
   config, params, files = read(there)
   if config.model.lora.rank:
@@ -120,14 +135,19 @@ def _read_adapter(
 
 
 def write_ours(
-  target: pathlib.Path, config: RunConfig, params: Any, files: tokenizer.Files
+  target: Path, config: RunConfig, params: Any, files: tokenizer.Files
 ) -> None:
   """A checkpoint of ours, with the files of a tokenizer beside it."""
   if set(tokenizer.MODELS) & set(files):
-    name = str((target / checkpoint.TOKENIZER).absolute())
+    name = str(absolute(target / checkpoint.TOKENIZER))
     data = dataclasses.replace(config.data, tokenizer=name)
     config = dataclasses.replace(config, data=data)
-  with whole_folder(target) as partial:
+  if not isinstance(target, pathlib.Path):
+    with uploading(target):
+      checkpoint.save_parameters(target, params, config)
+      tokenizer.copy(files, target / checkpoint.TOKENIZER)
+    return
+  with whole_folder(target) as (partial, _):
     partial.rmdir()  # a checkpoint makes its own
     checkpoint.save_parameters(partial, params, config)
     tokenizer.copy(files, partial / checkpoint.TOKENIZER)
@@ -140,7 +160,7 @@ def write_theirs(
   files: tokenizer.Files,
 ) -> None:
   """A folder of theirs, with the files of a tokenizer in it."""
-  target, model = local(args.target), config.model
+  target, model = expand(args.target), config.model
 
   def more(folder: pathlib.Path) -> None:
     """Puts the tokenizer's files beside the weights."""
@@ -193,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
     print(listing.text())
     return
   check_devices()
-  target = local(args.target)
+  target = expand(args.target)
   check_free(target)
   apart = args.command == 'export' and args.peft
   if args.command == 'export':

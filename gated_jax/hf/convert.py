@@ -12,6 +12,7 @@ layouts are the tables in `gated_jax/hf/families/`.
 
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -34,17 +35,18 @@ from gated_jax.hf.config import read_config
 from gated_jax.hf.config import write_config
 from gated_jax.hf.files import DTYPES
 from gated_jax.hf.files import TensorFiles
-from gated_jax.hf.files import check_free
 from gated_jax.hf.files import read_json
-from gated_jax.hf.files import whole_folder
 from gated_jax.hf.files import write_json
 from gated_jax.hf.files import write_tensors
 from gated_jax.hf.names import Shape
 from gated_jax.hf.names import Tensor
 from gated_jax.hf.names import tensors
+from gated_jax.hf.new_folder import check_free
+from gated_jax.hf.new_folder import whole_folder
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.size import check_fits
-from gated_jax.paths import local
+from gated_jax.paths import Path
+from gated_jax.paths import expand
 
 Tree = Any
 # Bytes of one file, as transformers writes them.
@@ -67,7 +69,7 @@ def shapes_of(tree: Tree) -> dict[str, Shape]:
 
 
 def load(
-  folder: str | pathlib.Path,
+  folder: str | os.PathLike[str],
   mesh: jax.sharding.Mesh | None = None,
   param_dtype: str = '',
   ignore: Sequence[str] = (),
@@ -88,7 +90,7 @@ def load(
     ValueError: something is missing, damaged, of the wrong shape, not known,
       or beyond what the decoder computes; the message names it.
   """
-  folder = local(folder)
+  folder = expand(folder)
   values = read_json(folder / 'config.json')
   family = find_family(values)
   files = TensorFiles(folder)
@@ -176,7 +178,7 @@ def _fill(
 
 
 def save(
-  folder: str | pathlib.Path,
+  folder: str | os.PathLike[str],
   params: Tree,
   config: ModelConfig,
   family: str = '',
@@ -218,24 +220,24 @@ def save(
     tensor = listed[name]
     return tensor.join([get(flat[x], tensor.at) for x in tensor.leaves])
 
-  folder = local(folder)
+  folder = expand(folder)
   agree_on(folder)
   if jax.process_index() != 0:
     for name in listed:
       read(name)  # the first process needs the parts that are here
     return
-  with whole_folder(folder) as partial:
+  with whole_folder(folder) as (partial, send):
     sizes = [(name, tensor.shape) for name, tensor in listed.items()]
     dtypes = {
       name: dtype or str(flat[tensor.leaves[0]].dtype)
       for name, tensor in listed.items()
     }
-    write_tensors(partial, sizes, read, dtypes, shard_bytes)
+    write_tensors(partial, sizes, read, dtypes, shard_bytes, send)
     write_json(partial / 'config.json', values)
     more(partial)
 
 
-def agree_on(folder: pathlib.Path) -> None:
+def agree_on(folder: Path) -> None:
   """ValueError in every process where the first one finds the folder taken.
 
   Else the others would wait for its part of a parameter.

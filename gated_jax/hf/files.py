@@ -1,16 +1,15 @@
 """Folders of tensors: safetensors shards, read and written one at a time.
 
-`pytorch_model.bin` is read without torch (`torch_file.py`). A folder is written
-under another name and renamed when it is complete, so that none is ever half
-there.
+`pytorch_model.bin` is read without torch (`torch_file.py`). Folders may lie in
+buckets: tensors are then read by ranges, and what is written is uploaded shard
+by shard (`gated_jax/hf/new_folder.py`).
 """
 
-import contextlib
 import json
 import math
+import os
 import pathlib
 import reprlib
-import shutil
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -21,7 +20,14 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from gated_jax.data.files import DataFiles
 from gated_jax.hf import torch_file
+from gated_jax.paths import BucketError
+from gated_jax.paths import Path
+from gated_jax.paths import is_file
+from gated_jax.paths import is_folder
+from gated_jax.paths import read_bytes
+from gated_jax.paths import size
 
 
 class Names(NamedTuple):
@@ -57,10 +63,10 @@ _STORED = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 JSON_BYTES = 1 << 28  # no config or index is nearly as large
 
 Read = Callable[[str], np.ndarray]
-Add = Callable[[pathlib.Path], None]
+Add = Callable[[Path], None]
 
 
-def find_regular(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+def find_regular(folder: Path, name: str) -> Path | None:
   """A file of a folder that was made elsewhere; None where it is absent.
 
   Files of such a folder may name others and may be links. Neither may lead
@@ -74,6 +80,9 @@ def find_regular(folder: pathlib.Path, name: str) -> pathlib.Path | None:
   if not plain or pathlib.PurePath(name).name != name:
     raise ValueError(f'{folder}: {name!r} is not the name of a file in it')
   path = folder / name
+  if not isinstance(path, pathlib.Path):  # a bucket has no links
+    return path if is_file(path) else None
+  assert isinstance(folder, pathlib.Path)
   try:
     if not (path.exists() or path.is_symlink()):
       return None
@@ -88,7 +97,7 @@ def find_regular(folder: pathlib.Path, name: str) -> pathlib.Path | None:
   return path
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
   """Contents of a file that was made elsewhere, which must be an object.
 
   Raises:
@@ -96,10 +105,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """
   if find_regular(path.parent, path.name) is None:
     raise ValueError(f'there is no file {path}')
-  if path.stat().st_size > JSON_BYTES:
+  if size(path) > JSON_BYTES:
     raise ValueError(f'{path} is larger than {JSON_BYTES >> 20} MiB')
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
+    values = json.loads(read_bytes(path))
+  except BucketError:
+    raise
   except OSError as error:
     raise ValueError(f'cannot read {path}: {error.strerror}') from None
   except RecursionError:
@@ -122,11 +133,10 @@ class TensorFiles:
     ValueError: a file is missing, damaged, or holds what is no number.
   """
 
-  def __init__(
-    self, folder: pathlib.Path, names: Sequence[Names] = MODEL_FILES
-  ):
+  def __init__(self, folder: Path, names: Sequence[Names] = MODEL_FILES):
     self.folder = folder
     self._names = names
+    self._files = DataFiles()
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.dtypes: dict[str, str] = {}
     self._read: dict[str, Read] = {}
@@ -145,9 +155,9 @@ class TensorFiles:
       )
     return array
 
-  def _shards(self) -> Iterator[tuple[pathlib.Path, Add]]:
+  def _shards(self) -> Iterator[tuple[Path, Add]]:
     """The files and how to read each, after a look whether all are there."""
-    if not self.folder.is_dir():
+    if not is_folder(self.folder):
       raise ValueError(f'there is no folder {self.folder}')
     for names in self._names:
       add = self._add_torch if names.torch else self._add_safetensors
@@ -160,7 +170,7 @@ class TensorFiles:
     index = ', nor an index of shards' if self._names[0].listing else ''
     raise ValueError(f'{self.folder} has no weights: neither {either}{index}')
 
-  def _indexed(self, index: str) -> list[pathlib.Path]:
+  def _indexed(self, index: str) -> list[Path]:
     """The files that an index names."""
     path = self.folder / index
     weight_map = read_json(path).get('weight_map')
@@ -180,7 +190,7 @@ class TensorFiles:
     return shards
 
   def _add(
-    self, path: pathlib.Path, name: str, shape: Any, dtype: str, read: Read
+    self, path: Path, name: str, shape: Any, dtype: str, read: Read
   ) -> None:
     if name in self.shapes:
       raise ValueError(
@@ -195,29 +205,19 @@ class TensorFiles:
     self.dtypes[name] = dtype
     self._read[name] = read
 
-  def _add_safetensors(self, path: pathlib.Path) -> None:
-    import safetensors
-
-    # The library checks that the header is sound. It reads through mapped
-    # pages, which would add up to a second model, so reading is done here.
-    try:
-      with safetensors.safe_open(path, framework='numpy'):
-        pass
-    except (OSError, safetensors.SafetensorError) as error:
-      raise ValueError(
-        f'{path} is truncated or no safetensors file: {error}'
-      ) from None
-    with path.open('rb') as file:
-      size = int.from_bytes(file.read(8), 'little')
-      header = json.loads(file.read(size))
-    header.pop('__metadata__', None)
-    begin = 8 + size
+  def _add_safetensors(self, path: Path) -> None:
+    begin, header = self._header(path)
 
     def read(name: str) -> np.ndarray:
       """The tensor of a name, read into an array of its own."""
       about = header[name]
       first, last = about['data_offsets']
-      raw = np.fromfile(path, np.uint8, last - first, offset=begin + first)
+      raw = np.empty(last - first, np.uint8)
+      first, last = begin + first, begin + last
+      with self._files.open(os.fspath(path), first, last) as file:
+        file.seek(first)
+        if file.readinto(raw) != len(raw):
+          raise ValueError(f'{path} is truncated')
       dtype = DTYPES[_STORED[about['dtype']]]
       return raw.view(dtype).reshape(about['shape'])
 
@@ -226,7 +226,31 @@ class TensorFiles:
       dtype = _STORED.get(stored, stored)
       self._add(path, name, about['shape'], dtype, read)
 
-  def _add_torch(self, path: pathlib.Path) -> None:
+  def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
+    """The place where a file's tensors begin, and its header."""
+    import safetensors
+
+    # The library checks that the header is sound. It reads through mapped
+    # pages, which would add up to a second model, so reading is done here. Of a
+    # file in a bucket it is shown the header, and a hole for the rest.
+    name = os.fspath(path)
+    first = self._files.read(name, 0, min(8, self._files.size(name)))
+    begin = 8 + int.from_bytes(first, 'little')
+    copy = self._files.copy_of(name)
+    if copy:
+      copy.fill(0, min(begin, JSON_BYTES))
+    try:
+      with safetensors.safe_open(copy.path if copy else path, 'numpy'):
+        pass
+    except (OSError, safetensors.SafetensorError) as error:
+      raise ValueError(
+        f'{path} is truncated or no safetensors file: {error}'
+      ) from None
+    header = json.loads(self._files.read(name, 8, begin))
+    header.pop('__metadata__', None)
+    return begin, header
+
+  def _add_torch(self, path: Path) -> None:
     tensors = torch_file.describe(path)
     if not isinstance(tensors, dict):
       raise ValueError(
@@ -248,39 +272,13 @@ class TensorFiles:
       self._add(path, name, view.shape, view.storage.dtype, read)
 
 
-def check_free(path: pathlib.Path) -> None:
-  """ValueError where there is something at a path."""
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise ValueError(f'{path} exists; choose another name or remove it')
-
-
-@contextlib.contextmanager
-def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to write into, which becomes `path` when the block succeeds.
-
-  Raises:
-    ValueError: there is something at `path`, or it cannot be written to.
-  """
-  check_free(path)
-  partial = path.with_name(f'.{path.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  try:
-    partial.mkdir(parents=True)
-  except OSError as error:
-    raise ValueError(f'cannot write to {path}: {error.strerror}') from None
-  try:
-    yield partial
-    partial.replace(path)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-
-
 def write_tensors(
   folder: pathlib.Path,
   shapes: Sequence[tuple[str, tuple[int, ...]]],
   read: Read,
   dtypes: Mapping[str, str],
   shard_bytes: int,
+  send: Callable[[pathlib.Path], None] = lambda _: None,
 ) -> None:
   """Writes tensors in order, holding those of one shard in memory.
 
@@ -290,6 +288,7 @@ def write_tensors(
     read: Makes the tensor of a name.
     dtypes: Each is stored in; keys of `DTYPES`, by name.
     shard_bytes: A file's size at most, but for a tensor that is larger.
+    send: Takes each shard once it is written.
   """
   from safetensors.numpy import save_file
 
@@ -316,6 +315,7 @@ def write_tensors(
       folder / file,
       metadata={'format': 'pt'},
     )
+    send(folder / file)
   if len(shards) > 1:
     write_json(
       folder / INDEX,

@@ -6,14 +6,17 @@ same, for software that knows no other tokenizers.
 """
 
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from gated_jax import paths
 from gated_jax.data.tokenizer import ByteTokenizer
 from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.hf.files import find_regular
 from gated_jax.hf.files import write_json
+from gated_jax.paths import Path
+from gated_jax.paths import expand
+from gated_jax.paths import is_file
 
 MODELS = ('tokenizer.json', 'tokenizer.model')
 FILES = (
@@ -28,10 +31,10 @@ FILES = (
 )
 END = '<|endoftext|>'
 
-Files = Mapping[str, pathlib.Path]
+Files = Mapping[str, Path]
 
 
-def in_folder(folder: pathlib.Path) -> Files:
+def in_folder(folder: Path) -> Files:
   """The files of a tokenizer in a folder of theirs, by name.
 
   Raises:
@@ -54,21 +57,21 @@ def of_run(name: str) -> Files:
   """
   if name == 'bytes':
     return {}
-  path = pathlib.Path(make_tokenizer(name).name)
+  path = expand(make_tokenizer(name).name)
   beside = {
     other: path.with_name(other)
     for other in FILES
-    if other not in MODELS and path.with_name(other).is_file()
+    if other not in MODELS and is_file(path.with_name(other))
   }
   return {f'tokenizer{path.suffix}': path, **beside}
 
 
-def copy(files: Files, folder: pathlib.Path) -> None:
+def copy(files: Files, folder: Path) -> None:
   """Copies the contents of files into a folder, which may be missing."""
-  if files:
+  if files and isinstance(folder, pathlib.Path):
     folder.mkdir(exist_ok=True)
   for name, path in files.items():
-    shutil.copyfile(path, folder / name)
+    paths.write_bytes(folder / name, paths.read_bytes(path))
 
 
 def write_bytes(folder: pathlib.Path, length: int) -> None:

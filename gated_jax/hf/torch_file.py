@@ -7,7 +7,6 @@ the few names are allowed that descriptions of tensors are made of.
 
 import collections
 import math
-import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -15,6 +14,10 @@ from typing import Any
 from typing import NamedTuple
 
 import numpy as np
+
+from gated_jax.paths import BucketError
+from gated_jax.paths import Path
+from gated_jax.paths import open_for_reading
 
 LARGEST = 1 << 28  # bytes of a description; none is nearly as large
 # Storages of torch, as names of dtypes.
@@ -69,18 +72,21 @@ class View(NamedTuple):
         f'{where} of shape {self.shape} has more numbers than are stored'
       )
 
-  def read(self, path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
+  def read(self, path: Path, dtype: np.dtype) -> np.ndarray:
     """The tensor, from the archive at a path."""
     if 0 in self.shape:
       return np.zeros(self.shape, dtype)
     want = (self.end - self.offset) * dtype.itemsize
     try:
       with (
-        zipfile.ZipFile(path) as archive,
+        open_for_reading(path) as raw_file,
+        zipfile.ZipFile(raw_file) as archive,
         archive.open(self.storage.member) as file,
       ):
         file.seek(self.offset * dtype.itemsize)
         raw = file.read(want)
+    except BucketError:
+      raise
     except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
       raise ValueError(f'{path} is truncated: {error}') from None
     if len(raw) != want:
@@ -128,14 +134,17 @@ class _Reader(pickle.Unpickler):
     return Storage(dtype, f'{self.prefix}/data/{key}', size)
 
 
-def describe(path: pathlib.Path) -> Any:
+def describe(path: Path) -> Any:
   """The contents of a file, with a `View` for each tensor.
 
   Raises:
     ValueError: it is damaged, old, or holds what is no tensor.
   """
   try:
-    with zipfile.ZipFile(path) as archive:
+    with (
+      open_for_reading(path) as raw_file,
+      zipfile.ZipFile(raw_file) as archive,
+    ):
       (pickled,) = (n for n in archive.namelist() if n.endswith('/data.pkl'))
       if archive.getinfo(pickled).file_size > LARGEST:
         raise ValueError(f'{pickled} is larger than {LARGEST >> 20} MiB')
@@ -143,6 +152,8 @@ def describe(path: pathlib.Path) -> Any:
         reader = _Reader(file)
         reader.prefix = pickled.removesuffix('/data.pkl')
         return reader.load()
+  except BucketError:
+    raise
   except zipfile.BadZipFile as error:
     raise ValueError(
       f'{path} is truncated or no torch file: {error}; one that is older than '

@@ -124,9 +124,7 @@ def _sample(run: RunState, checkpoint: pathlib.Path, command: str) -> str:
   if not prompt and not run.data.is_text:
     return 'n/a: nothing says which text the ids of the data stand for'
   python = shlex.split(command)[0] if command else 'python'
-  talks = any(
-    part.source == 'conversations' for _, part in run.config.data.parts()
-  )
+  talks = any(part.is_chat for _, part in run.config.data.parts())
   return shlex.join(
     [
       python,

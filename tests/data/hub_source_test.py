@@ -139,6 +139,54 @@ def test_what_is_not_there_is_named(tmp_path, changes, message, monkeypatch):
   assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize('streaming', [False, True])
+@pytest.mark.parametrize('fields', ['messages', 'prompt'])
+def test_rows_may_be_conversations(tmp_path, streaming, fields):
+  (tmp_path / 'd').mkdir()
+  rows = []
+  for text in ['', *TEXTS]:
+    turns = [
+      {'role': 'user', 'content': '?'},
+      {'role': 'assistant', 'content': text},
+    ]
+    prompt = {'prompt': '?', 'completion': text}
+    rows.append({'messages': turns} if fields == 'messages' else prompt)
+  path = tmp_path / 'd/a.jsonl'
+  path.write_text('\n'.join(json.dumps({**row, 'n': 1}) for row in rows))
+  settings = {'batch': 2, 'length': 64, 'shuffle': False, 'rows': 'whole'}
+  hub = DataConfig(
+    source='huggingface',
+    paths=str(tmp_path / 'd'),
+    column='messages',
+    hub_streaming=streaming,
+    targets='last',
+    **settings,
+  )
+  plain = DataConfig(
+    source='conversations', paths=str(path), targets='last', **settings
+  )
+  wanted = batches_of(plain, 20)
+  with make_pipeline(hub, 'train') as pipeline:
+    for batch in wanted[:9]:
+      np.testing.assert_array_equal(next(pipeline)['weights'], batch['weights'])
+    state = pipeline.state()
+    (reason,) = pipeline.skipped.values()
+  with make_pipeline(hub, 'train') as again:
+    again.restore(state)
+    for batch in wanted[9:]:
+      for name, array in next(again).items():
+        np.testing.assert_array_equal(array, batch[name])
+  assert reason == 'message 1 (assistant) says nothing'
+
+
+def test_columns_that_make_no_conversation_are_named(tmp_path):
+  write(tmp_path / 'd', 'json')
+  with pytest.raises(
+    ValueError, match=r"/d' has no column 'messages', and not"
+  ):
+    make_pipeline(config_of(tmp_path / 'd', column='messages'), 'train')
+
+
 def test_its_settings_are_refused_elsewhere():
   with pytest.raises(ValueError, match=r"data\.hub_split='test' does nothing"):
     DataConfig(hub_split='test')

@@ -13,15 +13,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from gated_jax.config import DataConfig
-from gated_jax.data import record_sources
+from gated_jax.data import array_record_source
 from gated_jax.data import text_sources
 from gated_jax.data import token_sources
 from gated_jax.data.array_files import AS_STATED
 from gated_jax.data.array_files import NONE
 from gated_jax.data.array_files import Wanted
+from gated_jax.data.files import find_files
 from gated_jax.data.pipeline import make_pipeline
 from gated_jax.data.sources import Skipped
-from gated_jax.data.sources import find_files
 from gated_jax.data.text_sources import make_text_source
 from gated_jax.data.token_sources import TokenSource
 
@@ -85,7 +85,9 @@ def _first(path, source, **changes):
 def unit_size(request, monkeypatch):
   """Whole files as units, and units far smaller than a file."""
   monkeypatch.setattr(text_sources, '_RANGE', request.param)
-  monkeypatch.setattr(record_sources, '_RECORDS', max(3, request.param // 20))
+  monkeypatch.setattr(
+    array_record_source, '_RECORDS', max(3, request.param // 20)
+  )
   monkeypatch.setattr(token_sources, '_RANGE', request.param)
   return request.param
 

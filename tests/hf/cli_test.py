@@ -202,6 +202,6 @@ def test_a_failure_to_copy_leaves_nothing(theirs, tmp_path, monkeypatch):
   def full(*_):
     raise OSError('no space left on device')
 
-  monkeypatch.setattr(tokenizer.shutil, 'copyfile', full)
+  monkeypatch.setattr(tokenizer.paths, 'write_bytes', full)
   assert run('import', theirs, tmp_path / 'x') == 1
   assert [p.name for p in tmp_path.iterdir()] == ['theirs']

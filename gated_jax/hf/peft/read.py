@@ -8,7 +8,7 @@ ever moves it.
 """
 
 import dataclasses
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +34,7 @@ from gated_jax.hf.peft.settings import read_settings
 from gated_jax.model import adapters
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.low_rank import NAMES
-from gated_jax.paths import local
+from gated_jax.paths import expand
 
 Tree = Any
 # The place of a matrix: the path of its parameter, and layer and expert in it.
@@ -43,7 +43,7 @@ _SHOWN = 3  # tensors that one message names
 
 
 def load(
-  folder: str | pathlib.Path,
+  folder: str | os.PathLike[str],
   config: ModelConfig,
   base: Tree,
   family: str,
@@ -62,7 +62,7 @@ def load(
     ValueError: something is missing, damaged, beyond what adapters here do, or
       belongs to another base; the message names it.
   """
-  folder = local(folder)
+  folder = expand(folder)
   settings = read_settings(read_json(folder / CONFIG))
   files = TensorFiles(folder, ADAPTER_FILES)
   shapes = convert.shapes_of(base)

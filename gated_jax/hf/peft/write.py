@@ -4,6 +4,7 @@ save('path/of/a/new/folder', params, config, 'qwen3_5')
 """
 
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -20,23 +21,23 @@ from gated_jax.hf.config import family_named
 from gated_jax.hf.families import Family
 from gated_jax.hf.files import ADAPTER_FILES
 from gated_jax.hf.files import DTYPES
-from gated_jax.hf.files import whole_folder
 from gated_jax.hf.files import write_json
 from gated_jax.hf.names import Tensor
 from gated_jax.hf.names import tensors
+from gated_jax.hf.new_folder import whole_folder
 from gated_jax.hf.peft import CONFIG
 from gated_jax.hf.peft import PREFIX
 from gated_jax.hf.peft import SIDES
 from gated_jax.hf.peft import thin
 from gated_jax.model import adapters
 from gated_jax.model.low_rank import NAMES
-from gated_jax.paths import local
+from gated_jax.paths import expand
 
 Tree = Any
 
 
 def save(
-  folder: str | pathlib.Path,
+  folder: str | os.PathLike[str],
   params: Tree,
   config: ModelConfig,
   family: str,
@@ -59,14 +60,14 @@ def save(
   """
   kind = family_named(family)
   arrays, ranks = _arrays(params, config, kind)
-  folder = local(folder)
+  folder = expand(folder)
   convert.agree_on(folder)
   if jax.process_index() != 0:
     return
   from safetensors.numpy import save_file
 
   stored = DTYPES[dtype or 'float32']
-  with whole_folder(folder) as partial:
+  with whole_folder(folder) as (partial, _):
     save_file(
       {name: x.astype(stored, copy=False) for name, x in arrays.items()},
       partial / ADAPTER_FILES[0].weights,

@@ -1,0 +1,133 @@
+"""Import and export with a bucket on either side."""
+
+import re
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+
+from gated_jax import checkpoint
+from gated_jax import paths
+from gated_jax.hf import __main__ as cli
+from gated_jax.hf import convert
+from gated_jax.hf import tokenizer
+
+CASE = 'qwen3'
+
+
+def run(*args):
+  return cli.main([str(x) for x in args])
+
+
+@pytest.fixture
+def theirs(cases, make_params, tmp_path):
+  family, config = cases[CASE]
+  folder = tmp_path / 'theirs'
+  # In several shards, so that an index names them.
+  convert.save(folder, make_params(config), config, family, shard_bytes=50_000)
+  tokenizer.write_bytes(folder, config.length)
+  return folder
+
+
+def contents(folder):
+  """Bytes of all files in a folder on a disk or in a bucket, by name."""
+  folder = paths.expand(folder)
+  return {p.name: paths.read_bytes(p) for p in paths.files_below(folder)}
+
+
+def put(folder, place):
+  files = fsspec.filesystem('gs')
+  for name, content in contents(folder).items():
+    files.pipe_file(f'{place}/{name}', content)
+
+
+def test_a_folder_in_a_bucket_is_read_and_written_as_one_on_a_disk(
+  theirs, cases, make_params, bucket
+):
+  family, config = cases[CASE]
+  params = make_params(config)
+  convert.save(
+    f'{bucket}/new/theirs',
+    params,
+    config,
+    family,
+    shard_bytes=50_000,
+    more=lambda folder: tokenizer.write_bytes(folder, config.length),
+  )
+  assert len(contents(theirs)) > 6
+  assert contents(f'{bucket}/new/theirs') == contents(theirs)
+  assert not paths.exists(paths.expand(f'{bucket}/new/.theirs.partial'))
+  _, loaded = convert.load(f'{bucket}/new/theirs')
+  jax.tree.map(np.testing.assert_array_equal, loaded, convert.load(theirs)[1])
+
+
+@pytest.mark.long
+def test_a_model_goes_through_a_bucket_and_back(theirs, tmp_path, bucket):
+  put(theirs, f'{bucket}/theirs')
+  assert run('import', f'{bucket}/theirs', f'{bucket}/ours') == 0
+  config = checkpoint.load_config(f'{bucket}/ours')
+  assert config.data.tokenizer == f'{bucket}/ours/tokenizer'
+  assert run('export', f'{bucket}/ours', f'{bucket}/back') == 0
+  assert run('export', f'{bucket}/ours', tmp_path / 'back') == 0
+  whole = contents(tmp_path / 'back')
+  assert contents(f'{bucket}/back') == whole
+  assert whole['config.json'] == contents(theirs)['config.json']
+
+
+@pytest.mark.parametrize('failing', ['model-00002', 'config.json'])
+def test_an_export_that_fails_leaves_nothing(
+  cases, make_params, bucket, failing
+):
+  family, config = cases[CASE]
+  params = make_params(config)
+  target = f'{bucket}/x'
+  original = paths.upload
+
+  def upload(file, place):
+    if file.name.startswith(failing):
+      raise paths.BucketError(f'{place}: the request failed')
+    original(file, place)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(paths, 'upload', upload)
+    with pytest.raises(OSError, match=failing):
+      convert.save(target, params, config, family, shard_bytes=50_000)
+  assert not paths.files_below(paths.expand(bucket))
+
+
+def test_what_a_kill_left_is_replaced(cases, make_params, bucket):
+  family, config = cases[CASE]
+  params = make_params(config)
+  files = fsspec.filesystem('gs')
+  files.pipe_file(f'{bucket}/.x.partial', b'')
+  files.pipe_file(f'{bucket}/x/model-00009-of-00009.safetensors', b'half')
+  convert.save(f'{bucket}/x', params, config, family)
+  assert set(contents(f'{bucket}/x')) == {'config.json', 'model.safetensors'}
+  with pytest.raises(ValueError, match=r'/x exists; choose another name'):
+    convert.save(f'{bucket}/x', params, config, family)
+
+
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    (['export', '{ours}', 'gs://no-such-bucket/x'], 'there is no bucket'),
+    (['export', '{ours}', 'gs://forbidden/x'], 'no permission'),
+    (['export', '{ours}', 'ftp://host/x'], 'nothing is known of ftp://'),
+    (['export', '{ours}', '{bucket}'], 'is a whole bucket: name a folder'),
+    (['import', 'gs://no-such-bucket/x', 'ours'], 'there is no bucket'),
+    (['import', '{bucket}/object', 'ours'], r'/object.*'),
+    (['import', '{bucket}/nothing', 'ours'], 'there is no folder .*/nothing'),
+  ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+  words, message, bucket, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  fsspec.filesystem('gs').pipe_file(f'{bucket}/object', b'x')
+  args = [word.format(ours=tmp_path, bucket=bucket) for word in words]
+  assert run(*args) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: ')
+  assert re.search(message, line), line
+  assert not (tmp_path / 'ours').exists()
