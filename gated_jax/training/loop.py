@@ -23,6 +23,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from gated_jax import sharding
+from gated_jax.cli import TryLater
 from gated_jax.config import RunConfig
 from gated_jax.data.batch import arrays_of
 from gated_jax.evals.likelihood import Likelihood
@@ -116,9 +117,8 @@ class Loop:
       self._save()
       self.run.checkpoints.wait()
       path = self.run.checkpoints.path(self.done)
-      raise ValueError(
-        f'{error}; step {self.done} is saved in {path}'
-      ) from None
+      kind = type(error) if isinstance(error, TryLater) else ValueError
+      raise kind(f'{error}; step {self.done} is saved in {path}') from None
 
   def _compile(self) -> Any:
     """The step, compiled for the shapes of the run's batches."""

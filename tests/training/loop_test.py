@@ -13,6 +13,7 @@ import tempfile
 import time
 import types
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -293,3 +294,45 @@ def test_data_that_cannot_be_used_costs_no_step_that_was_made(tmp_path):
   assert found[1] == str(tmp_path / 'b.npy')
   assert int(found[2]) > 4, '1500 tokens are eleven steps'
   assert (tmp_path / 'run' / 'checkpoints' / found[2] / 'params').is_dir()
+
+
+@pytest.mark.parametrize(
+  'change',
+  # The library asks again for half a minute.
+  ['removed', pytest.param('unreachable', marks=pytest.mark.nightly)],
+)
+def test_data_in_a_bucket_that_goes_away_costs_no_step_that_was_made(
+  tmp_path, bucket, storage, change
+):
+  ids = np.tile(np.append(np.arange(49), 256), 30)
+  np.save(tmp_path / 'a.npy', ids)
+  for name in ('a.npy', 'b.npy'):
+    fsspec.filesystem('gs').put_file(tmp_path / 'a.npy', f'{bucket}/{name}')
+  settings = {
+    'data__source': 'tokens',
+    'data__paths': f'{bucket}/*.npy',
+    'data__eos': 256,
+    'data__shuffle_tokens': 128,
+    'data__validation': 0,
+  }
+  process = start(tmp_path / 'run', steps=10**6, **settings)
+  lines = tmp_path / 'run/metrics.jsonl'
+  while not (lines.exists() and losses(tmp_path / 'run')):
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.1)
+  if change == 'removed':
+    storage.proxy.fail('GET /download.*b.npy', status=404)
+  else:
+    storage.proxy.fail('GET /download', status=503)
+  code, out, err = wait(process)
+  storage.proxy.heal()
+  (line,) = err.splitlines()
+  found = re.search(r'step (\d+) is saved in', line)
+  assert found, line
+  if change == 'removed':
+    assert code == 2, out + err
+    assert f'{bucket}/b.npy has changed since the run began' in line
+    return
+  # Nothing is wrong with the files: the same command may be run again.
+  assert code == 75, out + err
+  assert f'{bucket}/' in line and '503' in line
