@@ -103,18 +103,29 @@ def fetch(path: str, known: Entry, begin: int, end: int) -> bytes:
   """
   try:
     with _reaching(path) as files:
-      data = files.cat_file(path, begin, end, **known.pin)
-      # Without a pin, what is still the same afterwards has been so before.
-      same = bool(known.pin) or _entry(path, files.info(path)) == known
+      data = files.cat_file(path, start=begin, end=end, **known.pin)
+    # Without a pin, what is still the same afterwards has been so before.
+    same = len(data) == end - begin and (bool(known.pin) or _is(path, known))
   except FileNotFoundError:
+    same = False
+  except FilesOutOfReachError:
+    # A file that became shorter has no such bytes.
+    if known.pin or _is(path, known):
+      raise
+    same = False
+  if not same:
     raise FilesChangedError(
       f'{path} has changed since the run began to read it, or is gone'
-    ) from None
-  if not same or len(data) != end - begin:
-    raise FilesChangedError(
-      f'{path} has changed since the run began to read it'
     )
   return data
+
+
+def _is(path: str, known: Entry) -> bool:
+  """Tells whether a file is still the version that is known."""
+  try:
+    return entry(path) == known
+  except FileNotFoundError:
+    return False
 
 
 @contextlib.contextmanager

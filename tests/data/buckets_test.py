@@ -276,6 +276,35 @@ def test_text_in_a_bucket_becomes_arrays_there(tmp_path, bucket):
     next(pipeline)
 
 
+class Unpinned:
+  """A file system that cannot be asked for a version, with s3fs's arguments."""
+
+  def __init__(self, content):
+    self.content = content
+
+  def info(self, path):
+    return {'size': len(self.content), 'ETag': str(hash(self.content))}
+
+  def cat_file(self, path, version_id=None, start=None, end=None):
+    if start >= len(self.content):
+      raise OSError(22, 'the requested range is not satisfiable')
+    return self.content[start:end]
+
+
+@pytest.mark.parametrize('content', [b'', b'short', b'x' * 100, b'y' * 500])
+def test_a_change_is_noticed_where_no_version_can_be_asked_for(
+  monkeypatch, content
+):
+  files = Unpinned(bytes(range(200)))
+  monkeypatch.setattr(buckets, 'expand', lambda path: path)
+  monkeypatch.setattr(buckets, 'file_system', lambda path: files)
+  known = buckets.entry('s3://bucket/a')
+  assert buckets.fetch('s3://bucket/a', known, 20, 90) == files.content[20:90]
+  files.content = content
+  with pytest.raises(FilesChangedError, match='s3://bucket/a has changed'):
+    buckets.fetch('s3://bucket/a', known, 20, 90)
+
+
 def test_globs_are_those_of_a_disk(tmp_path, bucket):
   names = (
     'a.txt',
