@@ -6,15 +6,18 @@ larger ones are joined by products, of which only the lower rows of each pair of
 blocks go through the matrix unit.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 from jaxtyping import Float
 
 CHUNK = 128  # tokens
 SUBLANES = 8
 # Rows of the blocks that are substituted.
-BLOCK = 32
+BLOCK = 16
 
 
 class Products:
@@ -29,14 +32,6 @@ class Products:
     """Summed over axis `of[0]` of a and `of[1]` of b, in float32."""
     return self._dot(a.astype(self.dtype), b.astype(self.dtype), of)
 
-  def precise(self, a: Array, b: Array) -> Float[Array, 'M N']:
-    """a b with an error of 2^-16 at most, whatever the arrays of the model."""
-    if self.dtype == jnp.float32:
-      return self._dot(a, b, (1, 0))
-    (a, a_rest), (b, b_rest) = _halves(a), _halves(b)
-    total = self._dot(a, b, (1, 0))
-    return total + (self._dot(a, b_rest, (1, 0)) + self._dot(a_rest, b, (1, 0)))
-
   def _dot(self, a: Array, b: Array, of: tuple[int, int]) -> Array:
     wide = a.dtype == jnp.float32
     return jax.lax.dot_general(
@@ -48,26 +43,14 @@ class Products:
     )
 
 
-def _halves(x: Float[Array, 'M N']) -> tuple[Array, Array]:
-  """x in bfloat16, and what that leaves out."""
-  high = x.astype(jnp.bfloat16)
-  return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
 def inverses_of(
   couplings: list[Float[Array, 'C C']], product: Products
 ) -> list[Float[Array, 'C C']]:
   """(I + strictly lower part of each)^-1, as `inverse.py` explains."""
-  row, column = (
-    jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1)
-  )
-  size = BLOCK
   inverses = _substitute(couplings)
+  size = BLOCK
   while size < CHUNK:
-    same = row // (2 * size) == column // (2 * size)
-    quarter = same & (row // size > column // size)
-    ys = [jnp.where(quarter, coupling, 0) for coupling in couplings]
-    inverses = _join(inverses, ys, size, product)
+    inverses = _join(inverses, couplings, Pairs(size, product))
     size *= 2
   return inverses
 
@@ -126,28 +109,96 @@ def _substitute(
   ]
 
 
+class Pairs(NamedTuple):
+  """Pairs of neighbouring blocks on the diagonal, and products of their parts.
+
+  Such parts have one block of rows for each pair, [C / 2, C]. Their entries lie
+  in the lanes of the pair's upper or lower block. The lanes of the other block
+  are free, and take what rounding a left factor to bfloat16 leaves: its product
+  is as precise as one of float32 by two passes of the matrix unit.
+  """
+
+  size: int
+  product: Products
+
+  def rows(self, x: Float[Array, 'C C'], lower: bool) -> Float[Array, 'D C']:
+    """The rows of all upper or of all lower blocks."""
+    tops = range(self.size * lower, CHUNK, 2 * self.size)
+    return jnp.concatenate([x[i : i + self.size] for i in tops], axis=0)
+
+  def in_upper_lanes(self, x: Float[Array, 'D C']) -> Float[Array, 'D C']:
+    """x in the lanes of its own pair's upper block, zero elsewhere."""
+    row, lane = (
+      jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1)
+    )
+    upper = lane // self.size == 2 * (row // self.size)
+    return jnp.where(upper, x, 0)
+
+  def multiply(
+    self,
+    xs: list[Float[Array, 'D C']],
+    ys: list[Float[Array, 'D C']],
+    lower: bool,
+  ) -> list[Float[Array, 'D C']]:
+    """x y for each pair of arrays and of blocks, in upper lanes.
+
+    The error is 2^-16 at most, whatever the arrays of the model. Arrays advance
+    together, step by step, because each waits long for its own step before.
+
+    Args:
+      xs: in the lanes of the upper or of the lower blocks, as `lower` says.
+      ys: in the lanes of the upper blocks.
+      lower: as above.
+    """
+    if self.product.dtype == jnp.float32:
+      both = zip(xs, ys, strict=True)
+      return [self.product(x, self._twice(y)) for x, y in both]
+    shift = CHUNK - self.size if lower else self.size
+    high, rest = zip(*map(_halves, xs), strict=True)
+    lefts = [
+      x + pltpu.roll(y, shift, 1) for x, y in zip(high, rest, strict=True)
+    ]
+    y_high, y_rest = zip(*map(_halves, ys), strict=True)
+    most = [
+      self.product(x, self._twice(y))
+      for x, y in zip(lefts, y_high, strict=True)
+    ]
+    less = [
+      self.product(x, self._twice(y)) for x, y in zip(high, y_rest, strict=True)
+    ]
+    return [x + y for x, y in zip(most, less, strict=True)]
+
+  def _twice(self, y: Float[Array, 'D C']) -> Float[Array, 'C C']:
+    """y's rows in the place of the upper and of the lower blocks."""
+    parts = []
+    for i in range(0, CHUNK // 2, self.size):
+      parts += [y[i : i + self.size]] * 2
+    return jnp.concatenate(parts, axis=0)
+
+
+def _halves(x: Float[Array, 'M N']) -> tuple[Array, Array]:
+  """x rounded to bfloat16, and what that leaves out, both as float32."""
+  high = x.astype(jnp.bfloat16).astype(jnp.float32)
+  return high, x - high
+
+
 def _join(
   inverses: list[Float[Array, 'C C']],
-  ys: list[Array],
-  size: int,
-  product: Products,
+  couplings: list[Float[Array, 'C C']],
+  pairs: Pairs,
 ) -> list[Float[Array, 'C C']]:
   """One step of the inverses: pairs of blocks of a size become blocks."""
-  pairs = range(0, CHUNK, 2 * size)
   # Only the lower block of each pair changes.
-  lower = [
-    jnp.concatenate([x[i + size : i + 2 * size] for i in pairs], axis=0)
-    for x in inverses
-  ]
-  products = [product.precise(x, y) for x, y in zip(lower, ys, strict=True)]
-  products = [
-    product.precise(x, y) for x, y in zip(products, inverses, strict=True)
-  ]
+  lower = [pairs.rows(x, lower=True) for x in inverses]
+  upper = [pairs.rows(x, lower=False) for x in inverses]
+  between = [pairs.in_upper_lanes(pairs.rows(x, lower=True)) for x in couplings]
+  changes = pairs.multiply(lower, between, lower=True)
+  changes = pairs.multiply(changes, upper, lower=False)
   joined = []
-  for x, low, change in zip(inverses, lower, products, strict=True):
-    low -= change
+  for above, below, change in zip(upper, lower, changes, strict=True):
     parts = []
-    for i in pairs:
-      parts += [x[i : i + size], low[i // 2 : i // 2 + size]]
+    for i in range(0, CHUNK // 2, pairs.size):
+      at = slice(i, i + pairs.size)
+      parts += [above[at], below[at] - change[at]]
     joined.append(jnp.concatenate(parts, axis=0))
   return joined
