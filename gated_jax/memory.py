@@ -1,9 +1,10 @@
-"""The memory of this machine, so that what cannot fit is refused at once.
+"""The memory of this machine: what cannot fit is refused at once.
 
 Making the arrays would show it too: after minutes, and by the system ending
 the process without a word.
 """
 
+import ctypes
 import math
 import os
 import pathlib
@@ -13,6 +14,8 @@ from typing import Any
 import jax
 
 GIB = 1 << 30
+_MMAP_THRESHOLD = -3  # the parameter's number in glibc's malloc.h
+_LARGE = 1 << 16  # bytes of a block that the system takes back
 # Limits that a container sets, for both versions of control groups.
 _CONTAINER = (
   '/sys/fs/cgroup/memory.max',
@@ -78,3 +81,19 @@ def check(what: str, needed: int, devices: Sequence[jax.Device]) -> None:
       f'{what} need {needed / GIB:,.1f} GiB of memory, and '
       f'{len(devices)} x {devices[0].device_kind} have {there / GIB:,.1f} GiB'
     )
+
+
+def give_back_freed() -> None:
+  """Has the C library return large blocks to the system when they are freed.
+
+  TensorStore encodes arrays in threads, and glibc keeps what each of them freed
+  in a pool of its own: the arrays of a checkpoint add up there as they are
+  written. Other C libraries are left as they are.
+  """
+  try:
+    library = ctypes.CDLL(None)
+  except (OSError, TypeError):
+    return
+  mallopt = getattr(library, 'mallopt', None)
+  if mallopt is not None:
+    mallopt(_MMAP_THRESHOLD, _LARGE)

@@ -15,6 +15,7 @@ import pytest
 from configs import dense_1b7
 from configs import evidence
 from configs import gate_sweep
+from configs import released
 from gated_jax import checkpoint
 from gated_jax.config import ModelConfig
 from gated_jax.config import from_dict
@@ -30,6 +31,7 @@ WORDS = {
   'smoke': [''],
   'dense_1b7': ['', *dense_1b7.BLOCKS],
   'moe_15b_a2b': [''],
+  'released': ['', *released.MODELS],
   'evidence': [
     'sinks,headwise,0',
     'variants,value_shared,0,small',
@@ -63,6 +65,9 @@ COUNTS = {
   'dense_1b7:28': 1_728_177_152,
   'dense_1b7:48': 1_715_369_472,
   'moe_15b_a2b': 15_779_078_144,
+  'released:qwen3_5_35b_a3b': 34_660_610_688,
+  'released:qwen3_5_27b': 26_895_998_464,
+  'released:trinity_mini': 26_123_974_400,
   'evidence:sinks,baseline,0': 48_509_440,
   'evidence:sinks,headwise,0': 48_546_304,
   'gate_sweep:baseline': 15_577_751_552,

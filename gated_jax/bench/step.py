@@ -8,6 +8,7 @@ thrown away after its turn, so that one at a time has to fit.
 import dataclasses
 import gc
 import time
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,16 +18,18 @@ import numpy as np
 from gated_jax import sharding
 from gated_jax.bench.timing import summary
 from gated_jax.config import DataConfig
+from gated_jax.config import DeltaConfig
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
+from gated_jax.config import RopeConfig
 from gated_jax.config import RunConfig
 from gated_jax.model.accounting import flops_per_token
 from gated_jax.model.accounting import parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.training.build import make_functions
 
-# The paper's dense model, a middle one of the same heads, configs/smoke.py's,
-# and one for tests.
+# The paper's dense model, a middle one of the same heads, configs/smoke.py's, a
+# small Qwen3.5, and one for tests.
 MODELS = {
   '1b7': ModelConfig(),
   '400m': ModelConfig(
@@ -45,6 +48,21 @@ MODELS = {
     kv_heads=2,
     head_dim=32,
     mlp_width=384,
+    dtype='float32',
+  ),
+  # The sizes of `gated_jax.decode.bench --linear`.
+  'hybrid': ModelConfig(
+    vocab=8192,
+    depth=8,
+    width=512,
+    heads=8,
+    kv_heads=4,
+    head_dim=64,
+    mlp_width=1536,
+    norm_zero_centered=True,
+    rope=RopeConfig(fraction=0.25),
+    pattern=('gated_deltanet',) * 3 + ('attention',),
+    delta=DeltaConfig(key_heads=4, value_heads=8, key_dim=64, value_dim=64),
     dtype='float32',
   ),
   'tiny': ModelConfig(
@@ -157,22 +175,28 @@ class Compiled:
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return (held + new) / 2**30
 
-  def turn(self, steps: int) -> tuple[float, float, float]:
+  def turn(
+    self, steps: int, clock: Callable[[], float] = time.perf_counter
+  ) -> tuple[float, float, float]:
     """(seconds of a step, first loss, last loss) from a fresh state."""
     with sharding.activate(self.mesh):
       state = self.init(self.key)
       state, metrics = self.step(state, self.batch)
       first = float(metrics['loss'])
-      start = time.perf_counter()
+      start = clock()
       for _ in range(steps):
         state, metrics = self.step(state, self.batch)
       jax.block_until_ready(state)
-      seconds = (time.perf_counter() - start) / steps
+      seconds = (clock() - start) / steps
     return seconds, first, float(metrics['loss'])
 
 
 def bench(
-  works: Mapping[str, Workload], rounds: int, steps: int, ceiling: float
+  works: Mapping[str, Workload],
+  rounds: int,
+  steps: int,
+  ceiling: float,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
   """One record for each workload.
 
@@ -181,6 +205,7 @@ def bench(
     rounds: how often their turns come.
     steps: in a turn, after one that is not timed.
     ceiling: FLOP/s of a large product, to which utilisation relates.
+    clock: seconds.
   """
   made: dict[str, Compiled] = {}
   failed: dict[str, str] = {}
@@ -196,7 +221,7 @@ def bench(
   losses = {}
   for _ in range(rounds):
     for name, compiled in made.items():
-      seconds, *losses[name] = compiled.turn(steps)
+      seconds, *losses[name] = compiled.turn(steps, clock)
       samples[name].append(seconds)
   records = []
   for name, compiled in made.items():

@@ -2,8 +2,10 @@
 
     python -m gated_jax.decode.bench
     python -m gated_jax.decode.bench --transformers
+    python -m gated_jax.decode.bench --linear
 
-A step has to read all weights once and the keys and values of all rows; that
+A step has to read all weights once and what its layers know of all rows: keys
+and values, or with --linear mostly matrices whose size no length changes. That
 many bytes over the bandwidth of this machine, measured by reading an array of
 the same size as the weights, is the time it could take. `--transformers` runs
 the same weights through `transformers` on the CPU, eager and compiled, turn by
@@ -12,6 +14,7 @@ the machine too, `taskset -c 0` and --cpu_time compare the work of one core.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import statistics
 import sys
@@ -26,12 +29,15 @@ import numpy as np
 from flax.core import meta
 
 from gated_jax import cli
+from gated_jax.config import DeltaConfig
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
+from gated_jax.config import RopeConfig
 from gated_jax.decode.generate import buckets
 from gated_jax.decode.generate import generate
 from gated_jax.decode.weights import Params
 from gated_jax.decode.weights import for_decoding
+from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
 from gated_jax.platform import skip_absent_tpu
 
@@ -42,8 +48,8 @@ Clock = Callable[[], float]
 
 
 def settings(flags: argparse.Namespace) -> ModelConfig:
-  """A small Qwen3, which transformers has too."""
-  return ModelConfig(
+  """A small Qwen3 or Qwen3.5, which transformers has too."""
+  plain = ModelConfig(
     vocab=8192,
     length=1024,
     depth=flags.depth,
@@ -54,6 +60,21 @@ def settings(flags: argparse.Namespace) -> ModelConfig:
     mlp_width=3 * flags.width,
     dtype=flags.dtype,
     gate=GateConfig() if flags.gated else GateConfig(position='none'),
+  )
+  if not flags.linear:
+    return plain
+  return dataclasses.replace(
+    plain,
+    gate=GateConfig(),
+    norm_zero_centered=True,
+    rope=RopeConfig(fraction=0.25),
+    pattern=('gated_deltanet',) * 3 + ('attention',),
+    delta=DeltaConfig(
+      key_heads=flags.width // 128,
+      value_heads=flags.width // 64,
+      key_dim=64,
+      value_dim=64,
+    ),
   )
 
 
@@ -80,14 +101,14 @@ def traffic(
     config: of the model.
     params: as they are stored.
     batch: rows.
-    room: tokens of a row that the cache has room for; all of it is read.
+    room: tokens of a row that a cache of keys has room for; all is read.
   """
   weights = sum(x.nbytes for x in jax.tree.leaves(params))
   if not config.tie_embeddings:  # a lookup reads a few rows
     weights -= params['embed']['embedding'].nbytes
-  per_token = 2 * config.depth * config.kv_heads * config.head_dim
-  itemsize = jnp.dtype(config.dtype).itemsize
-  return weights, batch * room * per_token * itemsize
+  states = jax.eval_shape(lambda: init_cache(config, batch, room))
+  sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(states))
+  return weights, sum(sizes)
 
 
 def ours(
@@ -202,6 +223,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('--transformers', action='store_true')
   parser.add_argument('--cpu_time', action='store_true')
   parser.add_argument('--gated', action='store_true')
+  parser.add_argument('--linear', action='store_true')
   parser.add_argument('--batch', type=cli.count, nargs='+', default=[1, 16])
   parser.add_argument('--new', type=cli.count, default=64)
   parser.add_argument('--rounds', type=cli.count, default=5)

@@ -43,6 +43,7 @@ from gated_jax.hf.peft import CONFIG as ADAPTER
 from gated_jax.hf.peft import read as peft_read
 from gated_jax.hf.peft import settings as peft_settings
 from gated_jax.hf.peft import write as peft_write
+from gated_jax.memory import give_back_freed
 from gated_jax.model import adapters
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.paths import Path
@@ -244,6 +245,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
   """The exit code; see gated_jax/cli.py."""
   skip_absent_tpu()
+  give_back_freed()
   return cli.run(lambda: run(parser().parse_args(argv)))
 
 

@@ -12,6 +12,7 @@ layouts are the tables in `gated_jax/hf/families/`.
 
 import dataclasses
 import itertools
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -51,6 +52,7 @@ from gated_jax.paths import expand
 Tree = Any
 # Bytes of one file, as transformers writes them.
 SHARD_BYTES = 5 * 10**9
+_ALIGNMENT = 64  # bytes; XLA's arrays on a CPU begin at multiples of it
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -128,11 +130,22 @@ def _assemble(
   # Replicas have the same index: they are filled once.
   buffers = {leaf: _buffers(place) for leaf, place in places.items()}
   for tensor in group:
-    parts = tensor.split(files.read(tensor.name))
-    for leaf, part in zip(tensor.leaves, parts, strict=True):
-      for spans, buffer in buffers[leaf].items():
-        _fill(buffer, spans, tensor.at, part)
+    _distribute(tensor, files.read(tensor.name), buffers)
   return {leaf: _placed(place, buffers[leaf]) for leaf, place in places.items()}
+
+
+def _distribute(
+  tensor: Tensor,
+  array: np.ndarray,
+  buffers: Mapping[str, Mapping['Spans', np.ndarray]],
+) -> None:
+  """Copies a tensor of theirs into the parts of the parameters that it holds.
+
+  It is a function of its own so that nothing holds the array when it is done.
+  """
+  for leaf, part in zip(tensor.leaves, tensor.split(array), strict=True):
+    for spans, buffer in buffers[leaf].items():
+      _fill(buffer, spans, tensor.at, part)
 
 
 def _placed(place: jax.ShapeDtypeStruct, parts: dict[Any, Any]) -> jax.Array:
@@ -159,9 +172,17 @@ def _buffers(place: jax.ShapeDtypeStruct) -> dict[Spans, np.ndarray]:
   indices = place.sharding.addressable_devices_indices_map(place.shape)
   distinct = {_spans(index, place.shape) for index in indices.values()}
   return {
-    spans: np.empty([end - begin for begin, end in spans], place.dtype)
+    spans: _aligned([end - begin for begin, end in spans], place.dtype)
     for spans in distinct
   }
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+  """An empty array that a CPU device takes as it is, without a copy."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  raw = np.empty(size + _ALIGNMENT, np.uint8)
+  begin = -raw.ctypes.data % _ALIGNMENT
+  return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _fill(

@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
       '--ignore',
       action='append',
       default=[],
-      help='key of config.json, or pattern of tensors (mtp.*), that changes no '
-      'logits; repeatable',
+      help='key of config.json or name of a tensor that changes no logits, or '
+      'a pattern of such (mtp*); repeatable',
     )
     parser.add_argument(
       '--param-dtype',

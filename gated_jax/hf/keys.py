@@ -5,6 +5,7 @@ that is passed over in silence is a model with other logits. Read
 `gated_jax/hf/families/` next.
 """
 
+import fnmatch
 import math
 import reprlib
 from collections.abc import Collection
@@ -55,6 +56,9 @@ INERT = {
   'id2label',
   'label2id',
   'problem_type',
+  # Of training, and of windows where a family has none that begin with a layer.
+  'router_aux_loss_coef',
+  'max_window_layers',
 }
 
 
@@ -186,11 +190,12 @@ class Keys:
     self.refused.append(f'{self.where}{reason}')
 
   def finish(self, inert: Collection[str]) -> None:
-    """Refuses what nobody took."""
+    """Refuses what nobody took, but for keys of these names or patterns."""
     for key, value in self._left.items():
       # Layers that predict several tokens at once have keys of this beginning.
       idle = key.startswith('mtp_') or (key in OFF and OFF[key] == value)
-      if key not in inert and value is not None and not idle:
+      idle = idle or any(fnmatch.fnmatchcase(key, name) for name in inert)
+      if value is not None and not idle:
         self.refused.append(
           f'{self.where} has {key}={reprlib.repr(value)}, which is not known '
           f'here; if it changes no logits, name it with --ignore={key}'
@@ -209,6 +214,10 @@ def read_common(keys: Keys, inert: Collection[str]) -> dict[str, Any]:
       keys.expect(key, value)
   # A model whose layers all have experts need not say an MLP's width.
   keys.fill('intermediate_size', 'moe_intermediate_size')
+  required = (*SAME, 'rms_norm_eps')
+  missing = [key for key in required if keys.peek(key) is None]
+  if missing:
+    raise ValueError(f'{keys.where} has no {", ".join(missing)}')
   values = {ours: keys.integer(theirs) for theirs, ours in SAME.items()}
   biases = keys.flag('attention_bias', False)
   return values | {

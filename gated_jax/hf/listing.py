@@ -8,6 +8,22 @@ from gated_jax.hf.families import NOT_YET
 from gated_jax.hf.families import Family
 
 WIDTH = 80
+# How far a small model of random weights is from transformers, in float32 on a
+# CPU: its logits from theirs, and its gradients, in parts of the largest of a
+# tensor, from theirs in float64. tests/hf/families_test.py prints both.
+# Published folders are read as the family before them.
+NEAR: dict[str, tuple[str, str]] = {
+  'qwen3': ('4.9e-06', '2.4e-06'),
+  'qwen3_moe': ('5.1e-06', '1.9e-06'),
+  'gated_qwen3': ('8.2e-06', ''),
+  'qwen3_5': ('9.7e-06', '1.5e-05'),
+  'qwen3_5_moe': ('1.4e-05', '1.5e-05'),
+  'qwen3_next': ('3.2e-05', '1.3e-05'),
+  'afmoe': ('3.2e-06', '2.4e-06'),
+  'muse_glimmer': ('1.1e-05', '1.3e-05'),
+  'laguna': ('7.2e-06', '2.7e-06'),
+  'step': ('1.4e-05', '5.3e-06'),
+}
 
 
 def _lines(family: Family) -> Iterator[str]:
@@ -19,6 +35,11 @@ def _lines(family: Family) -> Iterator[str]:
   yield f'loads: {family.about}'
   if family.limits:
     yield f'but: {family.limits}'.replace('`', '')
+  if family.name in NEAR:
+    logits, gradients = NEAR[family.name]
+    yield f'differs: {logits} in logits' + (
+      f', {gradients} in gradients' if gradients else ''
+    )
 
 
 def text() -> str:
@@ -38,8 +59,9 @@ def text() -> str:
 def markdown() -> str:
   """The same as two tables."""
   rows = [
-    '| name | config.json says | what loads | what does not, and why |',
-    '|---|---|---|---|',
+    '| name | config.json says | what loads | what does not, and why '
+    '| logits | gradients |',
+    '|---|---|---|---|---|---|',
   ]
   for family in FAMILIES:
     says = f'`{family.model_type}`' + (
@@ -47,8 +69,10 @@ def markdown() -> str:
       if family.marks
       else ''
     )
+    logits, gradients = NEAR.get(family.name, ('', ''))
     rows.append(
-      f'| `{family.name}` | {says} | {family.about} | {family.limits} |'
+      f'| `{family.name}` | {says} | {family.about} | {family.limits} '
+      f'| {logits} | {gradients} |'
     )
   rows += ['', '| config.json says | why it is refused |', '|---|---|']
   rows += [f'| `{kind}` | {reason} |' for kind, reason in NOT_YET.items()]

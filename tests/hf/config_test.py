@@ -53,6 +53,34 @@ def test_reading_back_gives_the_same_model(case):
   assert read_config(values, kind) == config
 
 
+def test_trinity_is_compiled_as_eight_layers_of_its_thirty_two():
+  experts = {
+    'num_experts': 128,
+    'num_experts_per_tok': 8,
+    'moe_intermediate_size': 1024,
+    'num_shared_experts': 1,
+  }
+  values = (
+    QWEN3
+    | experts
+    | {
+      'model_type': 'afmoe',
+      'num_hidden_layers': 32,
+      'num_dense_layers': 2,
+      'sliding_window': 2048,
+    }
+  )
+  config = read_config(values, find_family(values))
+  assert len(config.lead) == len(config.pattern) == 4
+  assert [layer.ffn for layer in config.layers].count('mlp') == 2
+  assert [bool(layer.window) for layer in config.layers[:5]] == [1, 1, 1, 0, 1]
+
+
+def test_all_keys_that_are_missing_are_named_at_once():
+  with pytest.raises(ValueError, match=r'has no vocab_size, head_dim; .*gelu'):
+    read(vocab_size='absent', head_dim='absent', hidden_act='gelu')
+
+
 @pytest.mark.parametrize('key', [k for k in QWEN3 if k not in (
   'architectures', 'bos_token_id', 'transformers_version')])  # fmt: skip
 def test_a_required_key_that_is_missing_is_named(key):
@@ -104,6 +132,7 @@ def test_what_the_decoder_cannot_compute_is_refused_by_name(changes, message):
 def test_a_key_can_be_ignored():
   values = QWEN3 | {'seq_length': 9}
   read_config(values, find_family(values), ignore=['seq_length'])
+  read_config(values, find_family(values), ignore=['seq_*'])
 
 
 @pytest.mark.parametrize(
@@ -198,8 +227,9 @@ def test_a_key_can_be_ignored():
     (
       {'model_type': 'afmoe', 'sliding_window': 7, 'num_experts': 8,
        'moe_intermediate_size': 5, 'route_scale': 2.5, 'mup_enabled': True},
-      {'lead': ('attention:window=7',),
-       'pattern': ('attention:window=7+moe',) * 2 + ('attention:nope+moe',),
+      {'lead': (),
+       'pattern': ('attention:window=7', 'attention:window=7+moe',
+                   'attention:window=7+moe', 'attention:nope+moe'),
        'moe.experts': 8, 'moe.top_k': 6, 'moe.shared_width': 10,
        'moe.score': 'sigmoid', 'moe.bias': True, 'moe.scale': 2.5,
        'embed_scale': QWEN3['hidden_size'] ** 0.5},

@@ -204,12 +204,8 @@ CASES = {
       norm='sandwich',
       gate=GATE,
       embed_scale=math.sqrt(32),
-      lead=('attention:window=6',),
-      pattern=(
-        'attention:nope+moe',
-        'attention:window=6+moe',
-        'attention:window=6+moe',
-      ),
+      lead=('attention:window=6', 'attention:nope+moe'),
+      pattern=('attention:window=6+moe',),
       moe=MoEConfig(
         experts=4,
         top_k=2,

@@ -1,12 +1,16 @@
 """Models of transformers, run here, sent back, and run there again.
 
 Each is built by its own class, small and with random parameters, in every way
-that its family has of saying what its layers are. Logits and gradients agree
-within 1e-4, greedy tokens exactly.
+that its family has of saying what its layers are. Logits agree with theirs
+within 1e-4, gradients with theirs in float64, greedy tokens exactly.
 """
 
+import contextlib
+import functools
 import json
 import os
+import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from gated_jax.decode.generate import generate
 from gated_jax.hf import convert
 from gated_jax.hf import names
 from gated_jax.hf.config import find_family
+from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -28,13 +33,21 @@ transformers = pytest.importorskip('transformers', '5.20', reason=MISSING)
 
 torch.set_num_threads(1)  # more only wait for each other on tiny arrays
 
+# Programs of this size take longer to optimise than to run.
+compiled = functools.partial(
+  jax.jit,
+  compiler_options={
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  },
+)
 CLOSE = 1e-4
 VOCAB, LONG = 64, 150
 RNG = np.random.default_rng(0)
 # Without the last, which pads: torch gives its row of the embedding no gradient.
 TOKENS = RNG.integers(0, VOCAB - 1, (1, LONG))
-SHORT = TOKENS[:, :24]
-SLOPES = RNG.normal(size=(1, 24, VOCAB)).astype(np.float32) / 8
+LENGTHS = (24, LONG)
+SLOPES = RNG.normal(size=(1, LONG, VOCAB)).astype(np.float32) / 8
 DOCUMENTS = (37, 59, 54)  # lengths that fill a row of LONG
 SIZES = {
   'vocab_size': VOCAB,
@@ -73,6 +86,16 @@ LLAMA3 = {
   'high_freq_factor': 8.0,
 }
 SLIDING = {'rope_type': 'default', 'rope_theta': 1e4}
+# Two value heads to a key head. Heads are wide enough that few outputs are as
+# small as the norm after them, which would enlarge every rounding before it.
+LINEAR = {
+  'layer_types': ['linear_attention', 'full_attention', 'linear_attention'],
+  'linear_num_key_heads': 2,
+  'linear_num_value_heads': 4,
+  'linear_key_head_dim': 16,
+  'linear_value_head_dim': 32,
+}
+SHARED = {**EXPERTS, 'shared_expert_intermediate_size': 16}
 MUSE_VISION = {
   'hidden_size': 16,
   'intermediate_size': 16,
@@ -108,6 +131,25 @@ MODELS = {
       'num_hidden_layers': 4,
       'decoder_sparse_step': 2,
       'mlp_only_layers': [1],
+    },
+    {},
+  ),
+  'qwen3_next': (
+    'Qwen3Next',
+    {**LINEAR, **SHARED, 'mlp_only_layers': [2], 'norm_topk_prob': False},
+    {},
+  ),
+  'qwen3_5': ('Qwen3_5Text', LINEAR, {}),
+  'qwen3_5_moe': ('Qwen3_5MoeText', {**LINEAR, **SHARED}, {}),
+  'afmoe': (
+    'Afmoe',
+    {
+      **EXPERTS,
+      **TYPES,
+      'num_dense_layers': 1,
+      'num_shared_experts': 2,
+      'route_scale': 1.7,
+      'mup_enabled': True,
     },
     {},
   ),
@@ -161,6 +203,8 @@ MODELS = {
     {'vision_config': STEP_VISION},
   ),
 }
+# Further ways of saying it; each family has a model beside these.
+MORE = ('qwen3_5_biases', 'laguna_by_element', 'step_scaled')
 # They only choose experts: the loss has no gradient for them there.
 CHOOSE = ('expert_bias', 'e_score_correction_bias', 'router_bias')
 
@@ -200,7 +244,13 @@ def near(found, expected, what=''):
   )
 
 
-@pytest.fixture(scope='module', params=MODELS)
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(name, marks=pytest.mark.nightly) if name in MORE else name
+    for name in MODELS
+  ],
+)
 def model(request, tmp_path_factory):
   """(theirs, its folder, our config, our parameters)."""
   theirs = build(*MODELS[request.param])
@@ -215,7 +265,7 @@ def test_logits_alone_and_packed_are_theirs(model):
   segments = np.repeat(np.arange(1, 4), DOCUMENTS)[None]
   positions = np.concatenate([np.arange(n) for n in DOCUMENTS])[None]
 
-  @jax.jit
+  @compiled
   def run(segments, positions):
     variables = {'params': params}
     return Decoder(config).apply(
@@ -233,50 +283,96 @@ def test_logits_alone_and_packed_are_theirs(model):
   np.testing.assert_allclose(packed, alone, rtol=0, atol=CLOSE)
 
 
-def test_gradients_of_every_tensor_are_theirs(model, tmp_path):
-  theirs, _, config, params = model
-  logits = theirs(input_ids=torch.tensor(SHORT)).logits
-  theirs.zero_grad()
-  (logits * torch.tensor(SLOPES)).sum().backward()
+@contextlib.contextmanager
+def widened(model):
+  """The model in float64, where its code would go back to float32 too."""
 
-  @jax.jit
+  class Wide:
+    """Torch, with the wider dtype under the narrower one's names."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name):
+      return getattr(torch, name)
+
+  module = sys.modules[type(model).__module__]
+  narrow = {name: x.clone() for name, x in model.state_dict().items()}
+  # Products of several experts at once have no float64.
+  model.set_experts_implementation('eager')
+  with (
+    mock.patch.object(module, 'torch', Wide()),
+    mock.patch.object(torch.Tensor, 'float', torch.Tensor.double),
+  ):
+    yield model.double()
+  model.float().load_state_dict(narrow)
+
+
+def their_slopes(model, tokens, folder):
+  """Logits, and gradients of their weighted sum by the names of files."""
+  model.zero_grad()
+  with widened(model):
+    logits = model(input_ids=torch.tensor(tokens)).logits
+    assert logits.dtype == torch.float64
+    weights = torch.tensor(SLOPES[:, : tokens.shape[1]]).double()
+    (logits * weights).sum().backward()
+    # Saved as a model, gradients are cut and named as its files are.
+    with torch.no_grad():
+      for p in model.parameters():
+        p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+      model.save_pretrained(folder)
+  model.zero_grad()
+  return logits.detach().numpy(), load_file(folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize('length', LENGTHS)
+def test_logits_and_gradients_of_every_tensor_are_theirs(
+  length, model, tmp_path
+):
+  theirs, folder, config, params = model
+  tokens, weights = TOKENS[:, :length], SLOPES[:, :length]
+
+  @compiled
   def slopes(params):
     def weighted(params):
-      logits = Decoder(config).apply({'params': params}, SHORT)
-      return jnp.sum(logits * SLOPES), logits
+      logits = Decoder(config).apply({'params': params}, tokens)
+      return jnp.sum(logits * weights), logits
 
     return jax.grad(weighted, has_aux=True)(params)
 
   gradients, ours = slopes(params)
-  near(ours, logits.detach().numpy())
-  # Saved as a model, gradients have the names and shapes of files.
-  kept = {name: p.detach().clone() for name, p in theirs.named_parameters()}
-  with torch.no_grad():
-    for p in theirs.parameters():
-      p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
-    theirs.save_pretrained(tmp_path / 'gradients')
-    for name, p in theirs.named_parameters():
-      p.copy_(kept[name])
-  expected = load_file(tmp_path / 'gradients/model.safetensors')
   flat = convert.flatten(gradients)
-  family = find_family(json.loads((model[1] / 'config.json').read_text()))
+  logits, expected = their_slopes(theirs, tokens, tmp_path / 'gradients')
+  near(ours, logits)
+  family = find_family(json.loads((folder / 'config.json').read_text()))
   listed = names.tensors(family.rows, config, convert.shapes_of(params))
-  for t in listed:
-    if not t.name.endswith(CHOOSE):
-      found = t.join([np.asarray(flat[leaf][t.at]) for leaf in t.leaves])
-      near(found, expected[t.name], t.name)
+  compared = [t for t in listed if not t.name.endswith(CHOOSE)]
+  largest = 0.0
+  for t in compared:
+    found = t.join([np.asarray(flat[leaf][t.at]) for leaf in t.leaves])
+    near(found, expected[t.name], t.name)
+    scale = max(1.0, np.abs(expected[t.name]).max())
+    largest = max(largest, np.abs(found - expected[t.name]).max() / scale)
+  print(f'gradients of {length} tokens: {largest:.1e}', end=' ')
 
 
 def test_greedy_tokens_through_the_cache_are_theirs(model):
   theirs, _, config, params = model
-  prompts = [SHORT[0], TOKENS[0, 40:49]]
+  prompts = [TOKENS[0, :length] for length in LENGTHS]
   steps = generate(Decoder(config), params, prompts, max_tokens=8)
-  ours = np.stack(list(steps), axis=1)
-  for prompt, row in zip(prompts, ours, strict=True):
+  step = compiled(Decoder(config).apply)
+  for prompt, row in zip(prompts, np.stack(list(steps), 1), strict=True):
+    # Again, in parts that divide nothing, then token by token.
+    cache = init_cache(config, 1, 256)
+    parts = np.split(prompt[None], [7, 23], axis=1)
     tokens = prompt[None]
-    for token in row:  # each by the whole text before it
+    for token in row:
+      # Theirs, by the whole text before it.
       assert token == run_theirs(theirs, tokens)[0, -1].argmax()
-      tokens = np.append(tokens, [[token]], axis=1)
+      for part in parts:
+        logits, cache = step({'params': params}, part, cache=cache)
+      assert token == np.argmax(logits[0, -1])
+      parts = [token[None, None]]
+      tokens = np.append(tokens, *parts, axis=1)
 
 
 def test_what_goes_back_is_the_same_to_the_bit_and_loads_there(model, tmp_path):

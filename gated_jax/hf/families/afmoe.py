@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from gated_jax.config import ModelConfig
-from gated_jax.config import shortest_pattern
+from gated_jax.config import lead_and_pattern
 from gated_jax.hf.families.family import UNUSED_EXPERTS
 from gated_jax.hf.families.family import Family
 from gated_jax.hf.families.family import interval
@@ -51,8 +51,11 @@ def _read_afmoe(keys: Keys, depth: int) -> dict[str, Any]:
   words = read_layer_types(keys, default, window, 'attention:nope')
   for group in ('n_group', 'topk_group', *_AFMOE_GROUPS):
     keys.expect(group, 1, 'its experts are in one group')
+  sparse = [word + '+moe' * (i >= dense) for i, word in enumerate(words)]
+  lead, pattern = lead_and_pattern(sparse)
   values: dict[str, Any] = {
-    'pattern': shortest_pattern(words),
+    'lead': lead,
+    'pattern': pattern,
     'norm': 'sandwich',
     'gate': {'position': 'sdpa_output'},
   }
@@ -62,8 +65,6 @@ def _read_afmoe(keys: Keys, depth: int) -> dict[str, Any]:
     return values
   width = keys.integer('moe_intermediate_size', 1408)
   return values | {
-    'lead': tuple(words[:dense]),
-    'pattern': shortest_pattern([f'{word}+moe' for word in words[dense:]]),
     'moe': {
       'experts': keys.integer('num_experts', 64),
       'top_k': keys.integer('num_experts_per_tok', 6),

@@ -29,7 +29,6 @@ UNUSED_EXPERTS = frozenset(
     'shared_expert_intermediate_size',
     'norm_topk_prob',
     'route_scale',
-    'router_aux_loss_coef',
     'decoder_sparse_step',
   }
 )

@@ -127,9 +127,7 @@ LAGUNA = Family(
   rows=_ROWS,
   read=_read,
   write=_write,
-  inert=frozenset(
-    {'moe_router_score_func', 'qkv_bias', 'router_aux_loss_coef'}
-  ),
+  inert=frozenset({'moe_router_score_func', 'qkv_bias'}),
   rope_by_type=True,
   modules=(('.mlp.shared_expert.', '.mlp.shared_experts.'),),
   about=(

@@ -158,7 +158,6 @@ QWEN3_MOE = Family(
   rows=_SPARSE,
   read=_read_moe,
   write=_write_moe,
-  inert=frozenset({'max_window_layers'}),
   about='ungated, experts in all layers or in some',
 )
 GATED_QWEN3 = Family(

@@ -190,7 +190,6 @@ def _write_qwen3_5_moe(config: ModelConfig) -> dict[str, Any]:
 _UNUSED = frozenset(
   {
     'mamba_ssm_dtype',
-    'max_window_layers',
     'mlp_only_layers',
     'mtp_num_hidden_layers',
     'mtp_use_dedicated_embeddings',
