@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from gated_jax.data.watch import FilesChangedError
 from gated_jax.data.watch import FilesOutOfReachError
-from gated_jax.paths import BucketError
 from gated_jax.paths import check_bucket
 from gated_jax.paths import expand
 from gated_jax.paths import file_system
@@ -135,5 +134,7 @@ def _reaching(path: str) -> Iterator[Any]:
   try:
     with requests_to(place):
       yield file_system(place)
-  except BucketError as error:
+  except FileNotFoundError:
+    raise
+  except OSError as error:
     raise FilesOutOfReachError(str(error)) from error

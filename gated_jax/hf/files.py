@@ -22,7 +22,6 @@ import numpy as np
 
 from gated_jax.data.files import DataFiles
 from gated_jax.hf import torch_file
-from gated_jax.paths import BucketError
 from gated_jax.paths import Path
 from gated_jax.paths import is_file
 from gated_jax.paths import is_folder
@@ -109,10 +108,9 @@ def read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f'{path} is larger than {JSON_BYTES >> 20} MiB')
   try:
     values = json.loads(read_bytes(path))
-  except BucketError:
-    raise
   except OSError as error:
-    raise ValueError(f'cannot read {path}: {error.strerror}') from None
+    reason = error.strerror or error
+    raise ValueError(f'cannot read {path}: {reason}') from None
   except RecursionError:
     raise ValueError(f'{path} is nested too deeply') from None
   except ValueError as error:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gated_jax.paths import BucketError
 from gated_jax.paths import Path
+from gated_jax.paths import in_bucket
 from gated_jax.paths import open_for_reading
 
 LARGEST = 1 << 28  # bytes of a description; none is nearly as large
@@ -85,9 +85,8 @@ class View(NamedTuple):
       ):
         file.seek(self.offset * dtype.itemsize)
         raw = file.read(want)
-    except BucketError:
-      raise
     except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+      _raise_of_bucket(path, error)
       raise ValueError(f'{path} is truncated: {error}') from None
     if len(raw) != want:
       raise ValueError(f'{path} is truncated: {self.storage.member} is short')
@@ -152,8 +151,6 @@ def describe(path: Path) -> Any:
         reader = _Reader(file)
         reader.prefix = pickled.removesuffix('/data.pkl')
         return reader.load()
-  except BucketError:
-    raise
   except zipfile.BadZipFile as error:
     raise ValueError(
       f'{path} is truncated or no torch file: {error}; one that is older than '
@@ -161,7 +158,14 @@ def describe(path: Path) -> Any:
       f"torch.save(torch.load(sys.argv[1]), sys.argv[1])' {path}"
     ) from None
   except Exception as error:
+    _raise_of_bucket(path, error)
     raise ValueError(
       f'{path} is truncated or no torch file of plain tensors: '
       f'{str(error).splitlines()[0] if str(error) else type(error).__name__}'
     ) from None
+
+
+def _raise_of_bucket(path: Path, error: Exception) -> None:
+  """Raises an error of a bucket, which says nothing about the file in it."""
+  if in_bucket(path) and isinstance(error, OSError):
+    raise error

@@ -86,7 +86,7 @@ def test_an_export_that_fails_leaves_nothing(
 
   def upload(file, place):
     if file.name.startswith(failing):
-      raise paths.BucketError(f'{place}: the request failed')
+      raise OSError(f'{place}: the request failed')
     original(file, place)
 
   with pytest.MonkeyPatch.context() as patch:
