@@ -142,6 +142,16 @@ def activate(mesh: Mesh) -> Iterator[Mesh]:
     _active.reset(token)
 
 
+@contextlib.contextmanager
+def inactive() -> Iterator[None]:
+  """Inside, no mesh is meant: shapes are those of a single device."""
+  token = _active.set(None)
+  try:
+    yield
+  finally:
+    _active.reset(token)
+
+
 def is_active() -> bool:
   """Tells whether arrays are placed by this module at all."""
   return _active.get() is not None

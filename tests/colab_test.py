@@ -66,8 +66,13 @@ def check(book):
     assert np.ptp(pixels[..., :3], axis=(0, 1)).max() > 0.2, 'an empty figure'
 
 
-def test_there_are_three_notebooks():
-  assert NAMES == ['attention_sinks', 'gate_in_ten_minutes', 'train_and_sample']
+def test_there_are_four_notebooks():
+  assert NAMES == [
+    'attention_sinks',
+    'gate_in_ten_minutes',
+    'train_and_sample',
+    'tune_in_colab',
+  ]
 
 
 @pytest.mark.long

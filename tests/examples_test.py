@@ -73,6 +73,7 @@ def test_without_a_gate_a_sink_grows_and_with_one_it_hardly_does():
 def test_every_example_is_tested():
   tested = {
     'backcopy',
+    'distillation',
     'linen_model',
     'nnx_transformer',
     'own_trainer',
@@ -85,3 +86,9 @@ def test_a_trainer_with_parts_of_ones_own_reaches_its_goal_and_ends(tmp_path):
   losses = load('own_trainer').train(tmp_path)
   assert min(losses.values()) < 0.5
   assert list(losses)[-1] < 300
+
+
+def test_a_student_comes_near_its_teacher(tmp_path):
+  apart = load('distillation').train(tmp_path)
+  first, *_, last = apart.values()
+  assert last < 0.1 * first

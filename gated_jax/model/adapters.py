@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import traverse_util
 
+from gated_jax import sharding
 from gated_jax.config import LoraConfig
 from gated_jax.config import ModelConfig
 from gated_jax.model import parameters
@@ -40,7 +41,9 @@ def adapted(config: ModelConfig) -> dict[Path, parameters.About]:
   """
   if not config.lora.rank:
     return {}
-  facts = parameters.about(boxed_parameters(plain(config)))
+  # The row that is traced has one token, which no mesh could split.
+  with sharding.inactive():
+    facts = parameters.about(boxed_parameters(plain(config)))
   may = {
     path: about
     for path, about in facts.items()

@@ -53,9 +53,11 @@ from gated_jax.training.parts import trained_part
 from gated_jax.training.rows import HostRows
 from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices
+from gated_jax.training.step import LossFunction
 from gated_jax.training.step import TrainState
 from gated_jax.training.step import make_init
 from gated_jax.training.step import make_step
+from gated_jax.training.step import model_loss
 from gated_jax.training.step import state_shardings
 from gated_jax.training.warm_start import load_start
 
@@ -159,7 +161,9 @@ def build(
   sharding.check_batch(mesh, *shape, config.optimizer.accumulate)
   model = Decoder(config.model)
   with sharding.activate(mesh):
-    abstract, init, step = make_functions(config, model, mesh, custom.optimizer)
+    abstract, init, step = make_functions(
+      config, model, mesh, custom.optimizer, custom.loss
+    )
 
   rows = sharding.batch_sharding(mesh)
   own = rows_of_process(rows, *shape)
@@ -228,6 +232,7 @@ def make_functions(
   model: Decoder,
   mesh: jax.sharding.Mesh,
   optimizer: optax.GradientTransformation | None = None,
+  loss: LossFunction = model_loss,
 ) -> tuple[TrainState, Any, Any]:
   """The state's shapes and places; init and step, jitted for them.
 
@@ -236,6 +241,7 @@ def make_functions(
     model: made from it.
     mesh: whose devices need not be there.
     optimizer: a caller's own; None: the config's.
+    loss: of a batch, a caller's own or the model's.
   """
   length = config.data.length
   boxed = boxed_parameters(config.model, length)
@@ -256,7 +262,7 @@ def make_functions(
     shapes,
     places,
   )
-  step = make_step(model, optimizer, schedule, config.optimizer, part)
+  step = make_step(model, optimizer, schedule, config.optimizer, part, loss)
   kind = mesh.devices.flat[0].device_kind
   jitted_step = jax.jit(
     step,

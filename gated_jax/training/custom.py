@@ -22,7 +22,9 @@ import optax
 
 from gated_jax.config import DataConfig
 from gated_jax.data.batch import arrays_of
+from gated_jax.training.step import LossFunction
 from gated_jax.training.step import TrainState
+from gated_jax.training.step import model_loss
 
 Batch = Mapping[str, Any]
 
@@ -42,12 +44,13 @@ Callback = Callable[[Progress], bool | None]
 
 @dataclasses.dataclass(frozen=True)
 class Custom:
-  """A caller's own optimizer, data and callbacks; see `loop.run`."""
+  """A caller's own optimizer, data, callbacks and loss; see `loop.run`."""
 
   optimizer: optax.GradientTransformation | None = None
   data: Iterable[Batch] | None = None
   held_out: Sequence[Batch] = ()
   callbacks: Sequence[Callback] = ()
+  loss: LossFunction = model_loss
 
   def __post_init__(self) -> None:
     """ValueError in one line for what is none of these."""
@@ -63,6 +66,8 @@ class Custom:
     for callback in self.callbacks:
       if not callable(callback):
         raise ValueError(f'callbacks has {callback!r}, which is no function')
+    if not callable(self.loss):
+      raise ValueError(f'loss={self.loss!r} must be a function')
 
 
 def checked(batch: Batch, config: DataConfig, rows: int) -> dict[str, Any]:

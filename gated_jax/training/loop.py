@@ -46,6 +46,8 @@ from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices
 from gated_jax.training.speed import Profile
 from gated_jax.training.speed import Speed
+from gated_jax.training.step import LossFunction
+from gated_jax.training.step import model_loss
 
 # Steps dispatched ahead of the one whose metrics the host has seen: enough to
 # keep the device busy, few enough to notice trouble at once.
@@ -253,6 +255,7 @@ def run(
   data: Iterable[Batch] | None = None,
   held_out: Sequence[Batch] = (),
   callbacks: Sequence[Callback] = (),
+  loss: LossFunction = model_loss,
 ) -> report.RunResult:
   """Trains, or goes on training, and prints the report.
 
@@ -267,6 +270,9 @@ def run(
     held_out: Batches to validate on, where `data` is given.
     callbacks: Called with a `Progress` at every logged step; one that returns
       True saves and ends the run.
+    loss: In place of the model's: (model, params, batch, key) to a `Loss` of
+      `gated_jax/model/decoder.py`, whose means go over tokens by its weight.
+      Held-out text is measured by the model's own.
 
   Returns:
     The figures that the run ended with, and the signal that stopped it.
@@ -277,7 +283,7 @@ def run(
     RunStopped: Too many steps in a row were not finite.
     CheckpointError: A checkpoint could not be written, or none be read.
   """
-  custom = Custom(optimizer, data, held_out, callbacks)
+  custom = Custom(optimizer, data, held_out, callbacks, loss)
   console = Console()
   check_workdir(workdir)
   check_same_config(config)

@@ -26,6 +26,9 @@ from gated_jax.training.parts import Part
 Tree = Any
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+# (model, params, batch, key) -> the fields of `gated_jax.model.decoder.Loss`:
+# `total` is minimised, means go over tokens by `weight`, and so add up.
+LossFunction = Callable[[Any, Tree, Batch, jax.Array], Any]
 
 
 @struct.dataclass
@@ -176,18 +179,32 @@ def _gradients(
   return grads, {**metrics, 'tokens': weight}
 
 
-def _loss_of(model: Any, part: Part, params: Tree) -> Callable[..., Any]:
-  """The model's loss, of the parameters that train alone."""
+def model_loss(model: Any, params: Tree, batch: Batch, key: jax.Array) -> Any:
+  """The model's own loss: the cross-entropy of the targets.
+
+  Args:
+    model: has the method `loss`.
+    params: all of its parameters.
+    batch: the arrays of `gated_jax/data/batch.py`.
+    key: for dropout.
+  """
+  return model.apply(
+    {'params': params},
+    batch,
+    method='loss',
+    rngs={'dropout': key},
+    deterministic=False,
+  )
+
+
+def _of_part(
+  own: LossFunction, model: Any, part: Part, params: Tree
+) -> Callable[..., Any]:
+  """A loss of the parameters that train alone."""
 
   def loss(trained, batch, key):
     """The loss of one part of a batch."""
-    return model.apply(
-      {'params': part.put(trained, params)},
-      batch,
-      method='loss',
-      rngs={'dropout': key},
-      deterministic=False,
-    )
+    return own(model, part.put(trained, params), batch, key)
 
   return loss
 
@@ -198,6 +215,7 @@ def make_step(
   schedule: Schedule | None,
   config: OptimizerConfig,
   part: Part = Part(),
+  own_loss: LossFunction = model_loss,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The pure function (state, batch) -> (state, metrics); see the file.
 
@@ -207,12 +225,13 @@ def make_step(
     schedule: the learning rate that is reported; None: it is not known.
     config: says how many parts a batch is worked through in.
     part: the parameters that train; no gradient is computed for the others.
+    own_loss: in place of the model's.
   """
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One step; without a finite update it changes no parameter."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    loss = _loss_of(model, part, state.params)
+    loss = _of_part(own_loss, model, part, state.params)
     old = part.of(state.params)
     gradient, metrics = _gradients(loss, old, batch, key, config.accumulate)
     norm: Float[Array, ''] = optax.tree.norm(gradient)

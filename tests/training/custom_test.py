@@ -164,6 +164,7 @@ def test_a_batch_of_another_form_is_named(change, message):
     ({'data': 3}, 'data=3 must be an iterable of batches'),
     ({'held_out': [1]}, 'held_out does nothing without data'),
     ({'callbacks': [3]}, 'callbacks has 3, which is no function'),
+    ({'loss': 'kl'}, "loss='kl' must be a function"),
   ],
 )
 def test_what_is_no_part_of_a_run_is_named(wrong, message):

@@ -96,6 +96,9 @@ def test_adapters_train_resume_and_merge(base, tmp_path, capsys):
   _, resumed = train(tmp_path / 'parts', start, 4)
   jax.tree.map(np.testing.assert_array_equal, resumed[-1], last)
 
+  # Where the base was is kept, and the base itself.
+  assert checkpoint.load_config(tmp_path / 'parts').init_from == start
+
   # Decoding loads the run; a new run without adapters takes their sum.
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   _, model, merged = weights.load(tmp_path / 'whole', mesh)
