@@ -30,9 +30,9 @@ from gated_jax.paths import size
 
 
 class Names(NamedTuple):
-  """What the weights of a folder are called."""
+  """Names of the files that hold the weights of a folder."""
 
-  listing: str  # of shards; '': they are one file
+  listing: str  # names the shards; '': there is one file
   weights: str
   torch: bool = False
 

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_export_flags(export: argparse.ArgumentParser) -> None:
-  """What only an export is told."""
+  """Adds the flags that only an export has."""
   export.add_argument(
     '--family',
     default='',

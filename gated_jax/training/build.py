@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
 from gated_jax import chips
@@ -53,11 +52,9 @@ from gated_jax.training.parts import trained_part
 from gated_jax.training.rows import HostRows
 from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices
-from gated_jax.training.step import LossFunction
 from gated_jax.training.step import TrainState
 from gated_jax.training.step import make_init
 from gated_jax.training.step import make_step
-from gated_jax.training.step import model_loss
 from gated_jax.training.step import state_shardings
 from gated_jax.training.warm_start import load_start
 
@@ -161,9 +158,7 @@ def build(
   sharding.check_batch(mesh, *shape, config.optimizer.accumulate)
   model = Decoder(config.model)
   with sharding.activate(mesh):
-    abstract, init, step = make_functions(
-      config, model, mesh, custom.optimizer, custom.loss
-    )
+    abstract, init, step = make_functions(config, model, mesh, custom)
 
   rows = sharding.batch_sharding(mesh)
   own = rows_of_process(rows, *shape)
@@ -231,8 +226,7 @@ def make_functions(
   config: RunConfig,
   model: Decoder,
   mesh: jax.sharding.Mesh,
-  optimizer: optax.GradientTransformation | None = None,
-  loss: LossFunction = model_loss,
+  custom: Custom = Custom(),
 ) -> tuple[TrainState, Any, Any]:
   """The state's shapes and places; init and step, jitted for them.
 
@@ -240,14 +234,13 @@ def make_functions(
     config: of the run.
     model: made from it.
     mesh: whose devices need not be there.
-    optimizer: a caller's own; None: the config's.
-    loss: of a batch, a caller's own or the model's.
+    custom: a caller's own optimizer and loss, if any.
   """
   length = config.data.length
   boxed = boxed_parameters(config.model, length)
   adapters.adapted(config.model)  # refuses a pattern that matches nothing
   part = trained_part(config.optimizer.train, boxed)
-  schedule = None
+  optimizer, schedule = custom.optimizer, None
   if optimizer is None:
     optimizer = make_optimizer(config.optimizer, config.steps, boxed)
     schedule = make_schedule(config.optimizer, config.steps)
@@ -262,7 +255,9 @@ def make_functions(
     shapes,
     places,
   )
-  step = make_step(model, optimizer, schedule, config.optimizer, part, loss)
+  step = make_step(
+    model, optimizer, schedule, config.optimizer, part, custom.loss
+  )
   kind = mesh.devices.flat[0].device_kind
   jitted_step = jax.jit(
     step,
