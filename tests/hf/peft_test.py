@@ -25,7 +25,6 @@ from gated_jax.model.abstract import abstract_parameters
 FILE = 'adapter_model.safetensors'
 NAMES = (
   'gated_headwise',
-  'qwen3_5_moe',
   *(
     pytest.param(name, marks=pytest.mark.long)
     for name in (
