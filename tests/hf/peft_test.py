@@ -28,8 +28,8 @@ NAMES = (
   *(
     pytest.param(name, marks=pytest.mark.long)
     for name in (
-      'qwen3', 'gated_elementwise', 'qwen3_next_moe', 'laguna', 'step',
-      'trinity',
+      'qwen3', 'gated_elementwise', 'qwen3_next_moe', 'qwen3_5_moe', 'laguna',
+      'step', 'trinity',
     )
   ),
 )  # fmt: skip
