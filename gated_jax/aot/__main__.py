@@ -21,6 +21,7 @@ from gated_jax import config_flag
 from gated_jax import sharding
 from gated_jax.aot.topology import chip_of
 from gated_jax.aot.topology import open_topology
+from gated_jax.aot.topology import parted_chips
 from gated_jax.config import RunConfig
 from gated_jax.paths import local
 
@@ -73,6 +74,9 @@ def run(argv: list[str]) -> int:
     with open(local(FLAGS.text), 'w') as file:
       file.write(result.compiled.text)
   print(report.describe(result, FLAGS.topology))
+  parted = parted_chips(config.mesh, devices)
+  if parted:
+    print(f'\n{parted}')
   return 1 if result.excess > 0 else 0
 
 
