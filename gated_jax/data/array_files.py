@@ -28,6 +28,7 @@ from gated_jax.paths import in_bucket
 
 # `data.eos`: as the files or the tokenizer say; and: no id ends a document.
 AS_STATED, NONE = -1, -2
+BLOCK = 1 << 16  # ids searched for ends at once: they stay in cache
 
 
 class ArrayFile(NamedTuple):
@@ -178,9 +179,13 @@ def _eos(path: str, about: dict[str, Any], wanted: Wanted) -> int:
 
 
 def stretch(array: ArrayFile, begin: int, end: int) -> tuple[int, int]:
-  """The bytes of some ids, and of the one before them, which may end one."""
+  """The bytes that are read of some ids.
+
+  The id before them may end a document, and the last one may end after them.
+  """
   size = array.dtype.itemsize
-  return array.offset + max(begin - 1, 0) * size, array.offset + end * size
+  first, last = max(begin - 1, 0), end + BLOCK
+  return array.offset + first * size, array.offset + last * size
 
 
 def open_ids(
@@ -224,7 +229,7 @@ def has_end(arrays: list[ArrayFile], files: DataFiles, most: int) -> bool:
 
 
 def _ends(
-  arrays: list[ArrayFile], files: DataFiles, most: int, size: int = 1 << 16
+  arrays: list[ArrayFile], files: DataFiles, most: int, size: int = BLOCK
 ) -> Iterator[bool]:
   for array in arrays:
     if array.eos < 0:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 from jaxtyping import Int64
 
+from gated_jax.data.array_files import BLOCK
 from gated_jax.data.array_files import NONE
 from gated_jax.data.array_files import ArrayFile
 from gated_jax.data.array_files import Contradiction
@@ -27,7 +28,6 @@ from gated_jax.data.sources import Unit
 from gated_jax.data.watch import IntegerFile
 
 _RANGE = 1 << 22  # tokens of an array that are one unit
-_BLOCK = 1 << 16  # tokens searched for ends at once: they stay in cache
 _SEARCHED = 1 << 26  # ids among which one document has to end
 _DOCUMENTS = 1 << 16  # synthetic documents in one pass
 
@@ -125,7 +125,7 @@ class TokenSource:
     There is at least one end, except where the array has no more ids. A long
     document without its own is cut, and goes on at a multiple of the length.
     """
-    size = _BLOCK
+    size = BLOCK
     while True:
       ids = file[begin : begin + size]
       ends = np.flatnonzero(ids == eos) + 1
@@ -167,7 +167,7 @@ def _first_start(file: IntegerFile, unit: Unit, array: ArrayFile) -> int:
   if begin == unit.begin:
     return begin
   while begin < unit.end - 1:
-    ids = file[begin : min(begin + _BLOCK, unit.end - 1)]
+    ids = file[begin : min(begin + BLOCK, unit.end - 1)]
     ends = np.flatnonzero(ids == array.eos)
     if len(ends):
       return begin + int(ends[0]) + 1
