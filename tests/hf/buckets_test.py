@@ -63,13 +63,15 @@ def test_a_folder_in_a_bucket_is_read_and_written_as_one_on_a_disk(
 
 
 @pytest.mark.long
-def test_a_model_goes_through_a_bucket_and_back(theirs, tmp_path, bucket):
+def test_a_model_comes_from_a_bucket_and_goes_back_into_it(
+  theirs, tmp_path, bucket
+):
   put(theirs, f'{bucket}/theirs')
-  assert run('import', f'{bucket}/theirs', f'{bucket}/ours') == 0
-  config = checkpoint.load_config(f'{bucket}/ours')
-  assert config.data.tokenizer == f'{bucket}/ours/tokenizer'
-  assert run('export', f'{bucket}/ours', f'{bucket}/back') == 0
-  assert run('export', f'{bucket}/ours', tmp_path / 'back') == 0
+  assert run('import', f'{bucket}/theirs', tmp_path / 'ours') == 0
+  config = checkpoint.load_config(tmp_path / 'ours')
+  assert config.data.tokenizer == str(tmp_path / 'ours/tokenizer')
+  assert run('export', tmp_path / 'ours', f'{bucket}/back') == 0
+  assert run('export', tmp_path / 'ours', tmp_path / 'back') == 0
   whole = contents(tmp_path / 'back')
   assert contents(f'{bucket}/back') == whole
   assert whole['config.json'] == contents(theirs)['config.json']
