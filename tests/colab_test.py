@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,23 @@ def test_outputs_are_stripped(path):
   for cell in code_cells(book):
     assert not cell.outputs
     assert cell.execution_count is None
+
+
+SHOWS = re.compile(r'^ *(?:pyplot\.show\(\)|display\()', re.MULTILINE)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
+def test_every_figure_has_a_caption_and_the_end_says_what_to_try_next(path):
+  cells = read(path).cells
+  after = [
+    cells[i + 1].source
+    for i, cell in enumerate(cells)
+    if cell.cell_type == 'code' and SHOWS.search(cell.source)
+  ]
+  assert len(after) >= 2
+  for number, text in enumerate(after, 1):
+    assert text.startswith(f'*Figure {number}. ') and text.endswith('*')
+  assert '## What to try next\n\n- ' in cells[-1].source
 
 
 def first_cell(path):
