@@ -18,6 +18,7 @@ from gated_jax.evals.plot import GREY
 from gated_jax.evals.plot import blank
 from gated_jax.evals.plot_arms import by_arm
 from gated_jax.evals.plot_context import context
+from gated_jax.evals.plot_seeds import over_seeds
 from gated_jax.evals.plot_style import dress
 from gated_jax.evals.plot_style import panels
 from gated_jax.evals.plot_style import styles
@@ -67,11 +68,25 @@ def _drawn(
   if len({r.arm for r in runs}) > MANY:
     return {'arms': by_arm(runs, from_layer)}
   return {
+    'seeds': over_seeds(runs, _seed_curves(runs, from_layer)),
     'loss': loss_curves(runs),
     'sinks': over_training(runs, from_layer),
     'layers': by_layer(runs),
     'gates': gate_histograms(runs),
   }
+
+
+def _seed_curves(
+  runs: Sequence[Record], from_layer: int
+) -> list[tuple[str, Callable[[Record], Any]]]:
+  """Titles and curves of the figure that is about a few arms."""
+  return [
+    ('Attention on the first token',
+     lambda r: layer_means(r, 'sink', from_layer)),
+    ('Largest activation of a layer',
+     lambda r: layer_means(r, 'activation', from_layer)),
+    ('Held-out loss below that of no gate', lambda r: gain(r, runs)),
+  ]  # fmt: skip
 
 
 def loss_curves(

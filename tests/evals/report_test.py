@@ -167,6 +167,26 @@ def test_the_command_prints_markdown_and_draws_every_figure(tmp_path, capsys):
     assert len(np.unique((pixels * 100).round() @ [1e6, 1e3, 1])) > 10, path
 
 
+def test_arms_of_several_seeds_are_a_mean_in_a_band(tmp_path):
+  pytest.importorskip('matplotlib')
+  from gated_jax.evals import plot_runs
+
+  assert 'sinks_seeds.png' not in [
+    path.name for path in plot_runs.figures(RUNS, tmp_path, 2)
+  ]
+  runs = [*RUNS, run('headwise', seed=1, shift=0.07)]
+  figure = plot_runs.over_seeds(runs, plot_runs._seed_curves(runs, 2))
+  loss = figure.axes[2]
+  # Less than the baseline of the same seed by 0.1, and by 0.02 + 0.1 - 0.07.
+  np.testing.assert_allclose(loss.lines[0].get_ydata(), [0.075, 0.075])
+  heights = loss.collections[0].get_paths()[0].vertices[:, 1]
+  assert (heights.min(), heights.max()) == pytest.approx((0.05, 0.1))
+  (key,) = figure.legends
+  assert [t.get_text() for t in key.get_texts()] == ['no gate', 'headwise gate']
+  sink = figure.axes[0]
+  np.testing.assert_allclose(sink.lines[1].get_ydata(), [0.1, 0.1])
+
+
 def context_run(arm, seed, share):
   """A run whose loss and retrieval were measured."""
   figures = {
