@@ -1,20 +1,13 @@
-"""What the README shows runs, and what it names exists."""
+"""What the README names exists; tests/pages runs what it shows."""
 
 import pathlib
 import re
-
-import pytest
 
 import gated_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text()
 EXAMPLES = re.findall(r'```python\n(.*?)```', TEXT, flags=re.DOTALL)
-
-
-@pytest.mark.parametrize('index', range(len(EXAMPLES)))
-def test_examples_run(index):
-  exec(compile(EXAMPLES[index], 'README.md', 'exec'), {'__name__': 'readme'})
 
 
 def test_there_are_three_ways_in():
