@@ -32,19 +32,22 @@ NAMED = re.findall(
 
 
 def thing(name):
-  """What a dotted name stands for."""
+  """What a dotted name stands for; None where it needs an extra package."""
   try:
     return importlib.import_module(name)
-  except ModuleNotFoundError:
-    module, _, last = name.rpartition('.')
-    return getattr(importlib.import_module(module), last)
+  except ModuleNotFoundError as error:
+    if not str(error.name).startswith('gated_jax'):
+      return None
+  module, _, last = name.rpartition('.')
+  home = thing(module)
+  return None if home is None else getattr(home, last)
 
 
 def in_the_reference(name):
   """Says whether a page names it, or the module that it is written in."""
   what = thing(name)
-  if not callable(what):
-    return True  # a module, or a constant, which has no docstring
+  if name in NAMED or not callable(what):
+    return True  # what has no docstring: a module, a constant
   # A name that two packages export is shown once.
   home = f'{what.__module__}.{what.__name__}'
   if home in NAMED or what.__module__ in NAMED:
@@ -86,7 +89,8 @@ def test_the_reference_has_every_public_name(names):
 
 
 def test_what_the_reference_names_has_a_docstring():
-  assert [n for n in NAMED if not inspect.getdoc(thing(n))] == []
+  bare = [n for n in NAMED if thing(n) and not inspect.getdoc(thing(n))]
+  assert bare == []
 
 
 # What a browser would fetch from elsewhere as soon as it shows a page.
@@ -117,6 +121,32 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
       assert not FETCHED.search(text), path
       assert '```' not in text, f'a block that is none in {path}'
       assert 'class="mermaid"' not in text, 'its program comes from elsewhere'
+
+
+@pytest.mark.parametrize(
+  ('address', 'readme'),
+  [
+    ('', 'see it, the licence'),
+    (
+      'https://github.com/owner/gated',
+      'see [it](https://colab.research.google.com/github/owner/gated/blob/main/'
+      'colab/a.ipynb), '
+      '[the licence](https://github.com/owner/gated/blob/main/LICENSE)',
+    ),
+  ],
+)
+def test_links_out_of_the_site_lead_to_the_repository_if_it_has_an_address(
+  address, readme, monkeypatch
+):
+  pytest.importorskip('mkdocs')
+  monkeypatch.syspath_prepend(DOCS / 'site')
+  pages = importlib.import_module('pages')
+  monkeypatch.setattr(pages, 'repository', lambda: address)
+  text = 'see [it](colab/a.ipynb), [the licence](LICENSE)'
+  assert pages.with_links(text, ROOT) == readme
+  # Pages of the site are linked as ever.
+  inside = pages.with_links('[gate](docs/concepts.md#scores)', ROOT)
+  assert inside == '[gate](concepts.md#scores)'
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pathlib
 import re
 from typing import Any
 
+from address import in_colab  # MkDocs lets a hook import what lies beside it
+from address import repository
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File
 from mkdocs.structure.files import Files
@@ -26,7 +28,11 @@ LINK = re.compile(r'(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)')
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-  """Puts pages that the navigation does not name behind the guides."""
+  """Puts pages that the navigation does not name behind the guides.
+
+  Where the project has an address, every page leads to it.
+  """
+  config.repo_url = repository() or None
   nav = config.nav or []
   guides = next(part['Guides'] for part in nav if 'Guides' in part)
   named = str(nav)
@@ -58,12 +64,14 @@ def on_page_markdown(markdown: str, page: Page, **others: Any) -> str:
 def with_links(text: str, folder: pathlib.Path) -> str:
   """The text of a file, with links that hold in the site.
 
-  What is no page and no file of docs/ has no link: its words stay.
+  What is no page and no file of docs/ leads into the repository, a notebook
+  into Colab. Without an address of the project its words stay, without a link.
 
   Args:
     text: Markdown.
     folder: of the repository, from which its links lead.
   """
+  address = repository()
   up = '../' * len(folder.relative_to(DOCS).parts) if folder != ROOT else ''
   pages = {(ROOT / source): page for page, source in COPIES.items()}
 
@@ -75,7 +83,13 @@ def with_links(text: str, folder: pathlib.Path) -> str:
     if path in pages:
       return f'[{words}]({up}{pages[path]}{sharp}{anchor})'
     if not path.is_relative_to(DOCS):
-      return words
+      if not address:
+        return words
+      there = path.relative_to(ROOT).as_posix()
+      place = f'{address}/blob/main/{there}{sharp}{anchor}'
+      if path.suffix == '.ipynb':
+        place = in_colab(address, path.name) or place
+      return f'[{words}]({place})'
     place = path.relative_to(DOCS).as_posix()
     return f'{mark}[{words}]({up}{place}{sharp}{anchor})'
 

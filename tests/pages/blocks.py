@@ -80,11 +80,6 @@ FLAGS = [block for block in BLOCKS if is_flags(block)]
 JSON = [block for block in BLOCKS if is_json(block)]
 
 
-def the_map():
-  (block,) = (b for b in BLOCKS if 'flags -> RunConfig' in b.text)
-  return block
-
-
 # What a reader puts in the place of these words.
 STAND_FOR = {
   'NAME-S': 'headwise-0',
