@@ -35,6 +35,7 @@ td { padding: .2rem .8rem .2rem 0; vertical-align: top;
   overflow-wrap: anywhere; }
 td:first-child { white-space: nowrap; opacity: .7; }
 figure { margin: 1.5rem 0; }
+nav a { margin-right: 1rem; }
 img { max-width: 100%; background: #fff; border-radius: 4px; }
 figcaption { opacity: .8; }
 pre { overflow-x: auto; }
@@ -74,9 +75,10 @@ def write(
     '<meta name="viewport" content="width=device-width">',
     f'<title>{name}</title><style>{STYLE}</style></head><body>',
     f'<h1>{name}</h1>',
+    _links([*(figure.stem for figure in figures), 'settings']),
     _table(rows),
     *(_figure(figure) for figure in figures),
-    '<h2>Settings that differ from the defaults</h2>',
+    '<h2 id="settings">Settings that differ from the defaults</h2>',
     _table([(key, str(new)) for key, (_, new) in changed.items()]),
     '<details><summary>All settings</summary>',
     f'<pre>{html.escape(everything)}</pre></details>',
@@ -95,11 +97,18 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
   return '\n'.join(['<table>', *lines, '</table>'])
 
 
+def _links(places: Sequence[str]) -> str:
+  """A line that leads to the parts of the page."""
+  links = [f'<a href="#{html.escape(p)}">{html.escape(p)}</a>' for p in places]
+  return f'<nav>{" ".join(links)}</nav>'
+
+
 def _figure(path: pathlib.Path) -> str:
   """A picture with its caption; its bytes are in the page."""
   data = base64.b64encode(path.read_bytes()).decode()
   caption = html.escape(CAPTIONS.get(path.stem, path.stem))
   return (
-    f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
+    f'<figure id="{html.escape(path.stem)}">'
+    f'<img src="data:image/png;base64,{data}" alt="{caption}">'
     f'<figcaption>{caption}</figcaption></figure>'
   )

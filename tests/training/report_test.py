@@ -162,7 +162,10 @@ def test_figures_table_and_settings_are_one_page_that_fetches_nothing(
     for name in ('sink.png', 'activation.png')
   ]
   assert [base64.b64decode(image) for image in images] == figures
-  assert not re.search(r'(?:src|href)="(?!data:)', text)
+  assert not re.search(r'(?:src|href)="(?!data:|#)', text)
+  places = re.findall(r'href="#([^"]+)"', text)
+  assert places == ['sink', 'activation', 'settings']
+  assert all(f' id="{place}"' in text for place in places)
   assert "default-src 'none'" in text
   assert '<td>validation loss</td><td>2.0000 nats per token</td>' in text
   assert '<tr><td>seed</td><td>7</td></tr>' in text
