@@ -1,13 +1,16 @@
 """A folder in which the names that the pages use are there."""
 
+import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from gated_jax import checkpoint
 from gated_jax.config import DataConfig
+from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.hf import convert
@@ -17,7 +20,8 @@ from tests.pages.blocks import ROOT
 # A small model under each name that a page gives to a run or an import.
 OURS = ('runs/smoke', 'runs/imported', 'runs/a', 'runs/b', 'runs/gated')
 OURS += ('runs/ungated', 'runs/mine', 'runs/lora', 'path/of/ours')
-OURS += ('path/of/either', 'models/mine')
+OURS += ('models/mine',)
+UNGATED = 'path/of/either'  # a gate is added to it
 THEIRS = 'path/of/theirs'
 MODEL = ModelConfig(
   vocab=320,
@@ -33,44 +37,33 @@ MODEL = ModelConfig(
 )
 
 
+def save(folder, model):
+  """A checkpoint of random parameters; they are returned."""
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: (rng.normal(size=x.shape) * 0.3).astype(x.dtype),
+    abstract_parameters(model),
+  )
+  data = DataConfig(source='stdlib', length=64, batch=2, rows='joined')
+  run = RunConfig(model=model, data=data, eval_batches=1)
+  checkpoint.save_parameters(folder / 'checkpoints/5', params, run)
+  return params
+
+
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
   """A folder in which the names that the pages use are there."""
   folder = tmp_path_factory.mktemp('pages')
-  rng = np.random.default_rng(0)
-  params = {
-    path: rng.normal(size=x.shape).astype(x.dtype) * 0.3
-    for path, x in _leaves(abstract_parameters(MODEL))
-  }
-  tree = _unflatten(params)
-  data = DataConfig(source='stdlib', length=64, batch=2, rows='joined')
-  run = RunConfig(model=MODEL, data=data, eval_batches=1)
-  checkpoint.save_parameters(folder / 'saved/checkpoints/5', tree, run)
+  params = save(folder / 'saved', MODEL)
   log = [{'step': s, 'loss': 3.0 / s, 'tokens_per_second': 9.0} for s in (1, 2)]
   text = ''.join(json.dumps(line) + '\n' for line in log)
   for name in OURS:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder / 'saved', folder / name)
     (folder / name / 'metrics.jsonl').write_text(text)
-  convert.save(folder / THEIRS, tree, MODEL)
+  no_gate = dataclasses.replace(MODEL, gate=GateConfig(position='none'))
+  save(folder / UNGATED, no_gate)
+  convert.save(folder / THEIRS, params, MODEL)
   for name in ('configs', 'docs', 'tests', 'train.py'):
     (folder / name).symlink_to(ROOT / name)
   return folder
-
-
-def _leaves(tree, path=()):
-  for name, value in tree.items():
-    if hasattr(value, 'shape'):
-      yield (*path, name), value
-    else:
-      yield from _leaves(value, (*path, name))
-
-
-def _unflatten(params):
-  tree = {}
-  for path, value in params.items():
-    place = tree
-    for name in path[:-1]:
-      place = place.setdefault(name, {})
-    place[path[-1]] = value
-  return tree

@@ -54,6 +54,7 @@ TRIED_ELSEWHERE = {
   'gated_jax.evals.sweep': 'evals/sweep_test.py',
   'docs/examples/backcopy.py': 'examples_test.py',
 }
+FIRST = ['--config=configs/smoke.py', '--workdir=runs/smoke']
 RUN_PAGES = (
   'concepts.md',
   'data.md',
@@ -67,9 +68,8 @@ RUN_PAGES = (
 
 def key_of(program, words):
   """How the tables above call a command."""
-  return (
-    f'{program} {words[0]}' if f'{program} {words[0]}' in SMALLER else program
-  )
+  with_word = f'{program} {words[0]}' if words else program
+  return with_word if with_word in SMALLER else program
 
 
 def test_every_program_on_a_page_is_run_here_or_tried_elsewhere():
@@ -127,9 +127,13 @@ def test_the_commands_of_a_page_run_in_turn(page, small, tmp_path, monkeypatch):
       key = key_of(program, words)
       if key not in SMALLER or '--help=data' in words:
         continue
+      if words == FIRST and page != 'train.md':
+        continue  # a run of this name is there
       clear(program, words, folder)
       ran += 1
       command = [*words, *SMALLER[key]]
+      if '--config=configs/smoke.py' in words and program == 'train.py':
+        command += ['--config.model.depth=1', '--config.model.width=32']
       assert call(program, command) == 0, (program, command)
   assert ran
 
