@@ -23,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,13 +81,18 @@ def shapes(text: str) -> list[str]:
   return words(text)
 
 
-def gates(text: str) -> list[str]:
-  """Names of gates; argparse prints the reason where one means nothing."""
-  for name in words(text):
-    if name not in attention.GATES:
-      known = ', '.join(attention.GATES)
-      raise argparse.ArgumentTypeError(f'gate {name!r} must be one of {known}')
-  return words(text)
+def gates_of(known: Collection[str]) -> Callable[[str], list[str]]:
+  """Reads names of gates; argparse prints the reason where one is unknown."""
+
+  def gates(text: str) -> list[str]:
+    """The names."""
+    for name in words(text):
+      if name not in known:
+        reason = f'gate {name!r} must be one of {", ".join(known)}'
+        raise argparse.ArgumentTypeError(reason)
+    return words(text)
+
+  return gates
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,7 +111,8 @@ def parser() -> argparse.ArgumentParser:
   kind.add_argument('--shapes', type=shapes, default=['4k', '16k'])
   kind.add_argument('--backends', type=words, default=['auto'])
   kind.add_argument('--rows', choices=('whole', 'packed'), default='whole')
-  kind.add_argument('--gates', type=gates, default=attention.GATES)
+  known = gates_of(attention.GATES)
+  kind.add_argument('--gates', type=known, default=attention.GATES)
   for name in ('step', 'profile', 'peer'):
     kind = kinds.add_parser(name, parents=[shared])
     kind.add_argument('--steps', type=cli.count, default=5, help='in a turn')
@@ -113,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
       kind.add_argument('--cpu_time', action='store_true', help=text)
     for field in dataclasses.fields(Workload):
       if field.name == 'gate' and name == 'step':
-        kind.add_argument('--gates', type=gates, default=attention.GATES)
+        known = gates_of(step.GATES)
+        kind.add_argument('--gates', type=known, default=attention.GATES)
       elif type(field.default) is bool:
         kind.add_argument(
           f'--{field.name}',

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import pathlib
 import shlex
+import sys
 
 import pytest
 from absl import flags
@@ -48,7 +49,7 @@ def stopping_behind_the_flags(monkeypatch):
       assert pathlib.Path(path.partition(':')[0]).is_file()
     if rest:
       assert all(word.startswith('--config') for word in rest), rest
-      read_config(rest)
+      read_config(rest, patch)
     raise Understood
 
   with monkeypatch.context() as patch:
@@ -56,9 +57,11 @@ def stopping_behind_the_flags(monkeypatch):
     yield
 
 
-def read_config(words):
+def read_config(words, monkeypatch):
   """The settings that words make, on those of the smoke config."""
-  return config_flag.read(['x', '--config=configs/smoke.py', *words], '')
+  argv = ['x', '--config=configs/smoke.py', *words]
+  monkeypatch.setattr(sys, 'argv', argv)  # settings are looked up in it
+  return config_flag.read(argv, '')
 
 
 @pytest.fixture
@@ -85,13 +88,15 @@ def understand(program, words, monkeypatch):
     from gated_jax.train.__main__ import with_path
 
     words = [with_path(word, ROOT / 'configs') for word in words]
+  argv = [program, *words]
+  monkeypatch.setattr(sys, 'argv', argv)
   if program in ('train.py', 'gated_jax.train'):
     if not any(word.startswith('--help') for word in words):
-      train.read_flags(['train.py', *words])
+      train.read_flags(argv)
     return
   if program == 'gated_jax.aot':
     aot = importlib.import_module('gated_jax.aot.__main__')
-    aot.read_flags(['aot', *words])
+    aot.read_flags(argv)
     return
   name = program
   if importlib.util.find_spec(name).submodule_search_locations:
@@ -124,4 +129,4 @@ def test_flags_are_settings(block, monkeypatch):
   monkeypatch.chdir(ROOT)
   words = shlex.split(block.text.replace('\\\n', ''))
   before = RunConfig()
-  assert read_config(words) != before
+  assert read_config(words, monkeypatch) != before
