@@ -20,7 +20,7 @@ from tests.pages.blocks import ROOT
 # A small model under each name that a page gives to a run or an import.
 OURS = ('runs/smoke', 'runs/imported', 'runs/a', 'runs/b', 'runs/gated')
 OURS += ('runs/ungated', 'runs/mine', 'runs/lora', 'path/of/ours')
-OURS += ('models/mine',)
+OURS += ('models/mine', 'runs/theirs')
 UNGATED = 'path/of/either'  # a gate is added to it
 THEIRS = 'path/of/theirs'
 MODEL = ModelConfig(
@@ -64,6 +64,7 @@ def small(tmp_path_factory):
   no_gate = dataclasses.replace(MODEL, gate=GateConfig(position='none'))
   save(folder / UNGATED, no_gate)
   convert.save(folder / THEIRS, params, MODEL)
+  shutil.copytree(folder / THEIRS, folder / 'path/of/base')
   for name in ('configs', 'docs', 'tests', 'train.py'):
     (folder / name).symlink_to(ROOT / name)
   return folder

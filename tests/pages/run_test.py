@@ -99,8 +99,9 @@ def test_every_program_on_a_page_is_run_here_or_tried_elsewhere():
 def clear(program, words, folder):
   """Removes what a command will write: it must not be there."""
   targets = [w.partition('=')[2] for w in words if w.startswith('--workdir=')]
-  if program == 'gated_jax.hf' and len(words) > 2:
-    targets.append(words[2])
+  if program == 'gated_jax.hf':
+    places = [word for word in words[1:] if not word.startswith('--')]
+    targets += places[1:]
   for target in targets:
     shutil.rmtree(folder / target, ignore_errors=True)
 
