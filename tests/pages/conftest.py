@@ -64,7 +64,8 @@ def small(tmp_path_factory):
   no_gate = dataclasses.replace(MODEL, gate=GateConfig(position='none'))
   save(folder / UNGATED, no_gate)
   convert.save(folder / THEIRS, params, MODEL)
-  shutil.copytree(folder / THEIRS, folder / 'path/of/base')
+  for name in ('path/of/base', 'theirs'):
+    shutil.copytree(folder / THEIRS, folder / name)
   for name in ('configs', 'docs', 'tests', 'train.py'):
     (folder / name).symlink_to(ROOT / name)
   return folder
