@@ -23,13 +23,13 @@ from gated_jax import cli
 from gated_jax import config_flag
 from gated_jax import processes
 from gated_jax.config import RunConfig
-from gated_jax.paths import local
+from gated_jax.paths import expand
 from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 from gated_jax.processes import Group
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('workdir', '', 'Folder of the run; made when missing.')
+flags.DEFINE_string('workdir', '', 'Folder of the run, also gs://bucket/x.')
 flags.DEFINE_bool('distributed', False, 'Several processes, found by JAX.')
 flags.DEFINE_string('coordinator', '', 'host:port of process 0.')
 flags.DEFINE_integer('processes', 0, 'How many there are; 0: found by JAX.')
@@ -54,11 +54,6 @@ def read_flags(argv: list[str]) -> RunConfig:
   config = config_flag.read(argv, 'configs/smoke.py')
   if not FLAGS.workdir:
     raise ValueError('--workdir is missing, for example runs/smoke')
-  if '://' in FLAGS.workdir:
-    raise ValueError(
-      f'--workdir={FLAGS.workdir} must be a folder: mount the bucket, as '
-      'docs/tpu_vm.md shows'
-    )
   return config
 
 
@@ -94,7 +89,7 @@ def train(argv: list[str]) -> int:
 
   command = shlex.join(sys.orig_argv)  # with the interpreter as typed
   try:
-    result = loop.run(config, local(FLAGS.workdir), command)
+    result = loop.run(config, expand(FLAGS.workdir), command)
   except RuntimeError as error:
     if several:
       processes.until_explained(error, group.peer_timeout)

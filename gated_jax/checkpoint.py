@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -23,17 +24,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gated_jax import damage
+from gated_jax import paths
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.config import to_dict
 from gated_jax.config import upgrade
-from gated_jax.paths import local
+from gated_jax.paths import Path
+from gated_jax.paths import expand
 
 Tree = Any
 TOKENIZER = 'tokenizer'  # the folder of one that travels with a checkpoint
 # By array: dtype, shape, sum.
 Records = Mapping[str, list[Any]]
 RUN = 'run/metadata'  # Orbax's JSON handler chose the name
+COMMIT = 'commit_success.txt'  # Orbax's name, in buckets alone
 _LOG = logging.getLogger(__name__)
 
 
@@ -54,7 +58,7 @@ def one_line(error: BaseException) -> str:
 
 
 def damaged(
-  folder: pathlib.Path, error: BaseException, arrays: list[str] | None = None
+  folder: Path, error: BaseException, arrays: list[str] | None = None
 ) -> CheckpointError:
   """The error to raise for a checkpoint that did not read as it was saved."""
   files = damage.name_files(folder, error, arrays or [])
@@ -62,29 +66,44 @@ def damaged(
   return CheckpointError(f'{folder} is damaged{where}: {one_line(error)}')
 
 
-def steps_in(folder: pathlib.Path) -> list[int]:
+def steps_in(folder: Path) -> list[int]:
   """The steps whose folders lie in a folder, in order.
 
   Whatever else lies there is left alone: notes, steps that were put aside or
   that a killed run was about to write.
   """
-  paths = folder.iterdir() if folder.is_dir() else []
+  if not paths.is_folder(folder):
+    return []
+  with paths.requests_to(folder):
+    entries = list(folder.iterdir())
   return sorted(
     int(path.name)
-    for path in paths
-    if re.fullmatch('0|[1-9][0-9]*', path.name) and path.is_dir()
+    for path in entries
+    if re.fullmatch('0|[1-9][0-9]*', path.name) and is_whole(path)
   )
 
 
-def find(path: str | pathlib.Path) -> pathlib.Path:
+def is_whole(folder: Path) -> bool:
+  """Tells whether a folder is of a save that came to its end.
+
+  On a disk Orbax renames it then. In a bucket it lies under its own name from
+  the beginning, and the last object to be written says that it is complete.
+  """
+  if isinstance(folder, pathlib.Path):
+    return folder.is_dir()
+  return paths.exists(folder / COMMIT)
+
+
+def find(path: str | os.PathLike[str]) -> Path:
   """A step's folder, given it, its `checkpoints` folder or the workdir."""
-  given = local(path)
-  if (given / 'params').is_dir():
+  given = expand(path)
+  if paths.is_folder(given / 'params') and is_whole(given):
     return given
   for folder in (given / 'checkpoints', given):
     steps = steps_in(folder)
     if steps:
       return folder / str(steps[-1])
+  paths.check_bucket(given)
   raise ValueError(f'no checkpoint at {path}')
 
 
@@ -145,7 +164,7 @@ def records(tree: Tree, item: str) -> dict[str, list[Any]]:
 
 
 def check_arrays(
-  folder: pathlib.Path, found: Records, recorded: Records | None
+  folder: Path, found: Records, recorded: Records | None
 ) -> None:
   """CheckpointError where arrays are not those that were saved.
 
@@ -169,7 +188,7 @@ def check_arrays(
     raise damaged(folder, reason, wrong)
 
 
-def check_finite(folder: pathlib.Path, params: Tree) -> None:
+def check_finite(folder: Path, params: Tree) -> None:
   """CheckpointError where a parameter holds NaN or infinity."""
   finite = [jax.device_get(_finite(x)) for x in jax.tree.leaves(params)]
   names = array_names(params, 'params')
@@ -191,7 +210,7 @@ def seal(run: Mapping[str, Any]) -> dict[str, Any]:
   return {**run, 'digest': _digest(run)}
 
 
-def read_run(folder: pathlib.Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
   """The values of a checkpoint's `run` file.
 
   Raises:
@@ -199,7 +218,7 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
   """
   path = folder / RUN
   try:
-    run = json.loads(path.read_bytes())
+    run = json.loads(paths.read_bytes(path))
     if not isinstance(run, dict) or 'config' not in run:
       raise ValueError('no settings')
     # Only files from before there were sums have no digest.
@@ -212,7 +231,7 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
   return run
 
 
-def load_config(path: str | pathlib.Path) -> RunConfig:
+def load_config(path: str | os.PathLike[str]) -> RunConfig:
   """The config of the run that wrote a checkpoint.
 
   A tokenizer in the checkpoint's folder is its tokenizer, wherever the folder
@@ -228,15 +247,15 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
     config = from_dict(upgrade(values))
   except ValueError as error:
     raise ValueError(f'{folder}: {error}') from error
-  if not (folder / TOKENIZER).is_dir():
+  if not paths.is_folder(folder / TOKENIZER):
     return config
-  name = str((folder / TOKENIZER).absolute())
+  name = str(paths.absolute(folder / TOKENIZER))
   data = dataclasses.replace(config.data, tokenizer=name)
   return dataclasses.replace(config, data=data)
 
 
 def save_parameters(
-  path: str | pathlib.Path, params: Tree, config: RunConfig
+  path: str | os.PathLike[str], params: Tree, config: RunConfig
 ) -> None:
   """Writes a checkpoint of parameters alone, whole or not at all.
 
@@ -247,8 +266,9 @@ def save_parameters(
     params: Arrays of any placement.
     config: Settings of the run; its model is the one of the parameters.
   """
-  folder = local(path).absolute()
-  if folder.exists():
+  folder = paths.absolute(expand(path))
+  paths.check_bucket(folder)
+  if paths.exists(folder):
     raise ValueError(f'{path} exists; choose another name or remove it')
   run = {'config': to_dict(config), 'arrays': records(params, 'params')}
   args = ocp.args.Composite(
@@ -257,7 +277,7 @@ def save_parameters(
   )
   try:
     with ocp.Checkpointer(_one_by_one(params)) as writer:
-      writer.save(folder, args=args)
+      writer.save(os.fspath(folder), args=args)
     if jax.process_index() == 0:
       damage.write_list(folder)
   except Exception as error:
@@ -282,7 +302,7 @@ def _one_by_one(params: Tree) -> ocp.CompositeCheckpointHandler:
 
 
 def read_arrays(
-  folder: pathlib.Path,
+  folder: Path,
   items: Mapping[str, Tree],
   handler: ocp.CompositeCheckpointHandler | None = None,
 ) -> dict[str, Tree]:
@@ -300,7 +320,7 @@ def read_arrays(
   args = {k: ocp.args.StandardRestore(tree) for k, tree in items.items()}
   try:
     restored = handler.restore(
-      epath.Path(folder.absolute()), args=ocp.args.Composite(**args)
+      epath.Path(paths.absolute(folder)), args=ocp.args.Composite(**args)
     )
     return {item: restored[item] for item in items}
   finally:
@@ -308,7 +328,7 @@ def read_arrays(
 
 
 def load_parameters(
-  path: str | pathlib.Path, abstract: Tree, sparing: bool = False
+  path: str | os.PathLike[str], abstract: Tree, sparing: bool = False
 ) -> Tree:
   """Parameters alone, with the shapes, dtypes and shardings of `abstract`.
 
@@ -346,11 +366,11 @@ def load_parameters(
   return jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract)
 
 
-def _from_orbax(folder: pathlib.Path) -> Records:
+def _from_orbax(folder: Path) -> Records:
   """Dtypes and shapes as Orbax knows them, of checkpoints without sums."""
   try:
     reader = ocp.PyTreeCheckpointHandler()
-    tree = reader.metadata((folder / 'params').absolute())
+    tree = reader.metadata(epath.Path(paths.absolute(folder / 'params')))
     reader.close()
   except Exception as error:
     raise damaged(folder, error) from error
@@ -361,9 +381,7 @@ def _from_orbax(folder: pathlib.Path) -> Records:
   }
 
 
-def _check_shapes(
-  folder: pathlib.Path, stored: Records, abstract: Tree
-) -> None:
+def _check_shapes(folder: Path, stored: Records, abstract: Tree) -> None:
   """ValueError naming parameters that only one side has, or of other shapes."""
   names = array_names(abstract, 'params')
   here = dict(zip(names, jax.tree.leaves(abstract), strict=True))

@@ -18,6 +18,9 @@ from typing import NoReturn
 
 import absl.logging
 
+from gated_jax.bucket_requests import bucket_error
+from gated_jax.bucket_requests import is_of_bucket
+
 DONE = 0
 FAILED = 1  # not for anything that the user typed
 REFUSED = 2  # the user has to change something first
@@ -78,6 +81,10 @@ def run(program: Callable[[], int | None], debug: bool = False) -> int:
     if debug:
       raise
     code = _report(error)
+  except Exception as error:  # the libraries of buckets have kinds of their own
+    if debug or not is_of_bucket(error):
+      raise
+    code = _report(error)
   except KeyboardInterrupt:
     code = INTERRUPTED
   _flush()
@@ -96,7 +103,9 @@ def _flush() -> None:
 
 def _report(error: BaseException) -> int:
   # Messages of JAX itself take many lines, and are of no use without the place.
-  if len(str(error).splitlines()) > 1 and not _raised_here(error):
+  if is_of_bucket(error):
+    error = bucket_error(error, 'a bucket') or error
+  elif len(str(error).splitlines()) > 1 and not _raised_here(error):
     raise error
   try:
     text = str(error) or type(error).__name__  # Python's MemoryError is empty

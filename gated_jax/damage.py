@@ -16,6 +16,9 @@ from typing import Any
 
 import tensorstore as ts
 
+from gated_jax import paths
+from gated_jax.paths import Path
+
 LIST = 'files.json'
 # Larger files are listed by size alone: a checksum would read them once more.
 LARGEST = 1 << 20
@@ -27,34 +30,64 @@ def _entry(path: pathlib.Path) -> list[int]:
   return [size, zlib.crc32(path.read_bytes())] if size <= LARGEST else [size]
 
 
-def write_list(folder: pathlib.Path) -> None:
+def _entries(folder: Path) -> dict[str, list[Any]]:
+  """What there is to say of each file of a folder, but for the list itself.
+
+  A bucket says size and checksum of all objects in one answer.
+  """
+  if isinstance(folder, pathlib.Path):
+    files = paths.files_below(folder)
+    found = {str(p.relative_to(folder)): _entry(p) for p in files}
+  else:
+    found = paths.checksums_below(folder)
+  return {name: entry for name, entry in found.items() if name != LIST}
+
+
+def write_list(folder: Path) -> None:
   """Notes size and checksum of every file of a folder that is complete."""
-  paths = sorted(folder.rglob('*'))
-  files = [p for p in paths if p.is_file() and p.name != LIST]
-  entries = {str(p.relative_to(folder)): _entry(p) for p in files}
-  (folder / LIST).write_text(json.dumps(entries), encoding='utf-8')
+  paths.write_bytes(folder / LIST, json.dumps(_entries(folder)).encode())
 
 
-def _unlike_the_list(folder: pathlib.Path) -> list[str]:
+def has_list(folder: Path) -> bool:
+  """Tells whether a folder was once found complete."""
+  return paths.exists(folder / LIST)
+
+
+def has_all_files(folder: Path) -> bool:
+  """Tells whether there is a list of files, and no file of it is missing."""
   try:
-    entries = dict(json.loads((folder / LIST).read_bytes()))
+    listed = set(json.loads(paths.read_bytes(folder / LIST)))
+  except (FileNotFoundError, ValueError, TypeError):
+    return False
+  return listed <= set(_entries(folder))
+
+
+def _unlike_the_list(folder: Path) -> list[str]:
+  try:
+    listed = dict(json.loads(paths.read_bytes(folder / LIST)))
   except (OSError, ValueError, TypeError):
     return []
+  if not isinstance(folder, pathlib.Path):
+    there = _entries(folder)
+    return [
+      name if name in there else f'{name} (missing)'
+      for name, entry in listed.items()
+      if there.get(name) != entry
+    ]
   differ = []
-  for name, entry in entries.items():
-    path = folder / name
+  for name, entry in listed.items():
     try:
-      if _entry(path) != entry:
+      if _entry(folder / name) != entry:
         differ.append(name)
     except OSError:
       differ.append(f'{name} (missing)')
   return differ
 
 
-def _in_error(folder: pathlib.Path, error: BaseException | None) -> list[str]:
+def _in_error(folder: Path, error: BaseException | None) -> list[str]:
   """Files of the folder that an error, or a cause of it, names."""
   names: dict[str, None] = {}
-  root = str(folder.absolute()) + '/'
+  root = f'{paths.absolute(folder)}/'
   while error is not None:
     quoted = re.findall(r'"([^"\\]+)"', str(error))
     for text in [*quoted, str(getattr(error, 'filename', ''))]:
@@ -83,15 +116,14 @@ def _file(location: str) -> str:
   return folder + name
 
 
-def _of_arrays(folder: pathlib.Path, arrays: Iterable[str]) -> list[str]:
+def _of_arrays(folder: Path, arrays: Iterable[str]) -> list[str]:
   """Files that hold arrays, given as 'item/path/of/array'."""
   names: dict[str, None] = {}
   for array in arrays:
     item, _, path = array.partition('/')
     try:
-      store = ts.KvStore.open(
-        {'driver': 'file', 'path': f'{(folder / item).absolute()}/'}
-      ).result()
+      spec = paths.key_value_store(folder / item)
+      store = ts.KvStore.open(spec).result()
       manifest: Any = ts.ocdbt.dump(store).result()
       root = manifest['versions'][-1]['root']['location']
       for key, file in _values(store, root):
@@ -103,7 +135,7 @@ def _of_arrays(folder: pathlib.Path, arrays: Iterable[str]) -> list[str]:
 
 
 def name_files(
-  folder: pathlib.Path,
+  folder: Path,
   error: BaseException | None = None,
   arrays: Iterable[str] = (),
 ) -> str:

@@ -16,13 +16,12 @@ refused for good, is a BucketError of one line; `requests_to` makes one of
 whatever those libraries raise.
 """
 
-import contextlib
+import argparse
 import glob as local_glob
 import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Any
 from typing import BinaryIO
 from typing import TypeAlias
@@ -33,26 +32,19 @@ os.environ.setdefault('EPATH_USE_TF', 'false')
 
 from etils import epath
 
+from gated_jax.bucket_requests import BucketRefused
+from gated_jax.bucket_requests import requests_to
+
 Path: TypeAlias = pathlib.Path | epath.Path
 
 # What each scheme needs: the extra of setup.py that brings it.
 EXTRAS = {'gs': 'gcs', 's3': 's3'}
 # Seconds after which a request that got no answer counts as failed.
 PATIENCE = 60.0
-# Where errors come from that are about requests.
-_LIBRARIES = (
-  'gcsfs',
-  'google',
-  'aiohttp',
-  'aiobotocore',
-  'botocore',
-  'requests',
-  'urllib3',
-)
 
 
-class BucketError(OSError):
-  """A request to a bucket that failed, or was refused, for good."""
+class NotAPath(ValueError, argparse.ArgumentTypeError):
+  """What was typed cannot be a path; argparse shows what this says."""
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
@@ -62,40 +54,42 @@ def expand(path: str | os.PathLike[str]) -> Path:
   is asked of a bucket here: see `check_bucket`.
 
   Raises:
-    ValueError: there is no such user, or a scheme that is not known.
+    NotAPath: there is no such user, or nothing is known of a scheme.
     ImportError: what reads this kind of bucket is not installed.
   """
   text = os.fspath(path)
   scheme, separator, rest = text.partition('://')
   if separator:
     return _in_bucket(text, scheme, rest)
+  if text.partition(':/')[0] in EXTRAS:
+    raise NotAPath(f'{text!r} has lost a slash, as pathlib drops one: use text')
   try:
     return pathlib.Path(path).expanduser()
   except RuntimeError:
-    raise ValueError(f'{text!r}: there is no such user') from None
+    raise NotAPath(f'{text!r}: there is no such user') from None
 
 
 def local(path: str | os.PathLike[str]) -> pathlib.Path:
   """Like `expand`, for what has to be on this machine.
 
   Raises:
-    ValueError: it is in a bucket, or there is no such user.
+    NotAPath: it is in a bucket, or there is no such user.
   """
   expanded = expand(path)
   if not isinstance(expanded, pathlib.Path):
-    raise ValueError(f'{path} is in a bucket: here a local path is needed')
+    raise NotAPath(f'{path} is in a bucket: here a local path is needed')
   return expanded
 
 
 def _in_bucket(text: str, scheme: str, rest: str) -> epath.Path:
   if scheme not in EXTRAS:
     known = ', '.join(f'{name}://' for name in EXTRAS)
-    raise ValueError(
+    raise NotAPath(
       f'{text!r}: nothing is known of {scheme}://; paths are local or begin '
       f'with one of {known}'
     )
   if not rest.partition('/')[0]:
-    raise ValueError(f'{text!r} names no bucket, as {scheme}://bucket/x does')
+    raise NotAPath(f'{text!r} names no bucket, as {scheme}://bucket/x does')
   try:
     if scheme == 'gs':
       import gcsfs as backend
@@ -119,8 +113,10 @@ def _configure(backend: str) -> None:
   settings.setdefault('use_listings_cache', False)
   if backend == 'gcsfs':
     settings.setdefault('requests_timeout', PATIENCE)
-  # It prints whole stack traces of errors that are raised all the same.
-  logging.getLogger(backend).setLevel(logging.CRITICAL)
+  # They print stack traces of errors that are raised all the same, and each way
+  # to find credentials that found none.
+  for name in (backend, 'google.auth._default'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
@@ -141,50 +137,15 @@ def file_system(path: Path) -> Any:
   return url_to_fs(os.fspath(path))[0]
 
 
-def says(error: BaseException, path: str | os.PathLike[str] = '') -> str:
-  """One line on an error of the libraries that speak to buckets.
-
-  '' where the error is of another kind: what it says is meant for people, or
-  for programmers.
-  """
-  kind = type(error)
-  ours = kind.__module__.partition('.')[0] in _LIBRARIES
-  text = ' '.join(str(error).split()) or kind.__name__
-  code = str(getattr(error, 'code', ''))
-  if (
-    code == '401' or 'Anonymous caller' in text or 'NoCredentials' in str(kind)
-  ):
-    reason = (
-      'no credentials that it accepts: gcloud auth application-default login '
-      'makes some, or aws configure for s3://'
-    )
-  elif 'Forbidden' in text or isinstance(error, PermissionError):
-    reason = f'no permission: {text.partition("Forbidden: ")[2] or text}'
-  elif isinstance(error, TimeoutError):
-    reason = 'no answer in time, after several tries'
-  else:
-    reason = f'the request failed, after several tries where that helps: {text}'
-  named = f'{os.fspath(path)}: ' if os.fspath(path) else ''
-  known = ours or isinstance(error, OSError)
-  return f'{named}{reason}' if known else ''
-
-
-@contextlib.contextmanager
-def requests_to(path: Path) -> Iterator[None]:
-  """Inside, what a bucket's libraries raise becomes a BucketError.
-
-  A missing object stays a FileNotFoundError, and whatever is not about
-  requests stays as it is.
-  """
-  try:
-    yield
-  except (FileNotFoundError, FileExistsError, BucketError):
-    raise
-  except Exception as error:
-    text = says(error, path) if in_bucket(path) else ''
-    if not text:
-      raise
-    raise BucketError(text) from error
+def key_value_store(folder: Path) -> dict[str, str]:
+  """How TensorStore names a folder: the spec of a KvStore."""
+  scheme, separator, rest = os.fspath(folder).partition('://')
+  if not separator:
+    return {'driver': 'file', 'path': f'{folder.absolute()}/'}
+  bucket, _, path = rest.partition('/')
+  driver = 'gcs' if scheme == 'gs' else scheme
+  below = f'{path}/' if path else ''
+  return {'driver': driver, 'bucket': bucket, 'path': below}
 
 
 def check_bucket(path: Path) -> None:
@@ -207,10 +168,8 @@ def check_bucket(path: Path) -> None:
         raise FileNotFoundError(bucket)
   except FileNotFoundError:
     raise ValueError(f'{path}: there is no bucket {bucket}') from None
-  except BucketError as error:
-    if 'no credentials' in str(error) or 'no permission' in str(error):
-      raise ValueError(str(error)) from error
-    raise
+  except BucketRefused as error:
+    raise ValueError(str(error)) from error
 
 
 def size(path: Path) -> int:
@@ -297,6 +256,46 @@ def files_below(folder: Path) -> list[Path]:
   with requests_to(folder):
     names = file_system(folder).find(os.fspath(folder))
   return [epath.Path(f'{scheme}://{name}') for name in sorted(names)]
+
+
+def checksums_below(folder: Path) -> dict[str, list[Any]]:
+  """Size and checksum of every object of a folder in a bucket, by its name.
+
+  The bucket knows them: nothing is read.
+  """
+  with requests_to(folder):
+    found = file_system(folder).find(os.fspath(folder), detail=True)
+  root = os.fspath(folder).partition('://')[2] + '/'
+  return {
+    name.removeprefix(root): [
+      info['size'],
+      info.get('crc32c') or info.get('md5Hash') or info.get('ETag', ''),
+    ]
+    for name, info in sorted(found.items())
+  }
+
+
+def move_folder(folder: Path, target: Path, last: str = '') -> None:
+  """Gives a folder another name.
+
+  A bucket moves one object after the other, so whoever looks meanwhile, or
+  after a kill, finds some here and some there.
+
+  Args:
+    folder: what is moved.
+    target: which is not there yet.
+    last: the name of the object to move after all others.
+  """
+  if isinstance(folder, pathlib.Path):
+    folder.rename(target)
+    return
+  system = file_system(folder)
+  names = sorted(files_below(folder), key=lambda path: path == folder / last)
+  with requests_to(folder):
+    for path in names:
+      name = os.fspath(path).removeprefix(os.fspath(folder))
+      system.copy(os.fspath(path), f'{os.fspath(target)}{name}')
+      system.rm_file(os.fspath(path))
 
 
 def remove_folder(folder: Path) -> None:

@@ -36,6 +36,26 @@ def test_an_error_is_a_line_and_a_code(error, code, capsys):
   assert capsys.readouterr() == ('', 'error: no\n')
 
 
+class HttpError(Exception):
+  __module__ = 'gcsfs.retry'
+  code = 503
+
+
+@pytest.mark.parametrize(
+  ('error', 'words'),
+  [
+    (HttpError('busy\n503'), 'the request failed, after several tries where'),
+    (OSError('Forbidden: b/x\nno way'), 'no permission: b/x no way'),
+  ],
+)
+def test_what_a_buckets_library_raises_is_a_line(error, words, capsys):
+  assert cli.run(raising(error)) == 1
+  out, err = capsys.readouterr()
+  assert not out
+  assert err.startswith(f'error: a bucket: {words}')
+  assert err.count('\n') == 1
+
+
 def test_what_a_program_returns_is_its_code():
   assert cli.run(lambda: None) == 0
   assert cli.run(lambda: 75) == 75

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from gated_jax import paths
+from gated_jax.bucket_requests import BucketError
 from tests.storage.proxy import CUT
 
 
@@ -37,6 +38,7 @@ def test_a_path_is_local_or_in_a_bucket(typed, expanded):
     ('hdfs://host/x', "'hdfs://host/x': nothing is known of hdfs://"),
     ('gs://', "'gs://' names no bucket, as gs://bucket/x does"),
     ('gs:///x', "'gs:///x' names no bucket"),
+    (pathlib.Path('gs://bucket/x'), "'gs:/bucket/x' has lost a slash"),
   ],
 )
 def test_a_path_that_cannot_be_is_refused_in_one_line(typed, words):
@@ -123,7 +125,7 @@ def test_a_request_that_keeps_failing_is_said_in_one_line(
   del at_once
   path = paths.expand(f'{bucket}/x')
   storage.proxy.fail('GET', status=503)
-  with pytest.raises(paths.BucketError, match=f'^{path}: [^\n]*503[^\n]*$'):
+  with pytest.raises(BucketError, match=f'^{path}: [^\n]*503[^\n]*$'):
     paths.read_bytes(path)
 
 

@@ -15,7 +15,7 @@ SMOKE = '--config=configs/smoke.py'
 MISTAKES = [
   ([SMOKE], '--workdir is missing'),
   (['--workdir=W'], '--config is missing'),
-  ([SMOKE, '--workdir=gs://b/r'], '--workdir=gs://b/r must be a folder'),
+  ([SMOKE, '--workdir=hdfs://b/r'], 'nothing is known of hdfs://'),
   (['--config=configs/nope.py', '--workdir=W'], "'configs/nope.py'"),
   (['--config', 'configs/nope.py', '--workdir=W'], "'configs/nope.py'"),
   (

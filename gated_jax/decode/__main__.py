@@ -43,7 +43,7 @@ from gated_jax.decode.generate import generate
 from gated_jax.decode.sampling import Sampling
 from gated_jax.decode.sampling import ids_without_token
 from gated_jax.decode.weights import load
-from gated_jax.paths import local
+from gated_jax.paths import expand
 from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 
@@ -156,7 +156,7 @@ def choose_sampling(
 
   Flags come first, then what the model's authors say, then our defaults.
   """
-  folder = local(tokenizer.name).parent
+  folder = expand(tokenizer.name).parent
   stated = generation_config.Defaults()
   if tokenizer.name != 'bytes':
     stated = generation_config.read(folder)

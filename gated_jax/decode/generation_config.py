@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
+from gated_jax import paths
 from gated_jax.decode.sampling import Sampling
 from gated_jax.hf.keys import Keys
+from gated_jax.paths import Path
 
 NAME = 'generation_config.json'
 # Settings that change a text where they differ from these values. None of
@@ -50,17 +51,17 @@ class Defaults(NamedTuple):
   left_out: Mapping[str, Any] = {}
 
 
-def read(folder: pathlib.Path) -> Defaults:
+def read(folder: Path) -> Defaults:
   """The defaults for a model whose files lie in a folder.
 
   Raises:
     ValueError: the file is no JSON, or a value makes no sense.
   """
   path = folder / NAME
-  if not path.is_file():
+  if not paths.is_file(path):
     return Defaults()
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
+    values = json.loads(paths.read_bytes(path))
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from None
   if not isinstance(values, dict):

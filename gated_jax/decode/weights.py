@@ -8,7 +8,7 @@ logit.
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +64,7 @@ def _convert(config: ModelConfig, params: Params) -> Params:
 
 
 def load(
-  checkpoint: str | pathlib.Path, mesh: jax.sharding.Mesh
+  checkpoint: str | os.PathLike[str], mesh: jax.sharding.Mesh
 ) -> tuple[RunConfig, Decoder, Params]:
   """A run's config, and its model ready for `generate`.
 

@@ -19,7 +19,6 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import argparse
 import dataclasses
 import math
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +27,7 @@ import numpy as np
 
 from gated_jax import checkpoint
 from gated_jax import cli
+from gated_jax import paths
 from gated_jax import sharding
 from gated_jax.config import DataConfig
 from gated_jax.config import MeshConfig
@@ -41,7 +41,8 @@ from gated_jax.evals.likelihood import target_bytes
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.model.size import check_fits
-from gated_jax.paths import local
+from gated_jax.paths import Path
+from gated_jax.paths import expand
 from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 
@@ -181,7 +182,7 @@ def by_layer(report: diagnostics.Report) -> str:
   return '\n'.join(lines)
 
 
-def draw(report: diagnostics.Report, folder: pathlib.Path) -> str:
+def draw(report: diagnostics.Report, folder: Path) -> str:
   """Writes figures; says where they are, or why there are none."""
   try:
     from gated_jax.evals import plot
@@ -194,7 +195,7 @@ def draw(report: diagnostics.Report, folder: pathlib.Path) -> str:
 
 def run(flags: argparse.Namespace, config: RunConfig) -> None:
   """Reads the parameters, measures, prints."""
-  if flags.figures and local(flags.figures).is_file():
+  if flags.figures and paths.is_file(expand(flags.figures)):
     raise ValueError(f'--figures={flags.figures} must be a folder')
   check_devices()
   mesh = sharding.make_mesh(config.mesh, jax.devices())
@@ -217,7 +218,7 @@ def run(flags: argparse.Namespace, config: RunConfig) -> None:
   ]
   print(f'{table(figures)}\n\n{by_layer(report)}')
   if flags.figures:
-    print(f'\nfigures  {draw(report, local(flags.figures))}')
+    print(f'\nfigures  {draw(report, expand(flags.figures))}')
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,6 @@ import argparse
 import collections
 import dataclasses
 import math
-import pathlib
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,9 +24,11 @@ from gated_jax import cli
 from gated_jax import paths
 from gated_jax.config import differences
 from gated_jax.config import to_dict
+from gated_jax.evals import metric_files
 from gated_jax.evals import records
 from gated_jax.evals.records import Record
 from gated_jax.evals.report import markdown
+from gated_jax.paths import Path
 
 MOST = 20  # runs, of which more make no readable picture
 
@@ -55,7 +56,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], float], str], ...] = (
 )
 
 
-def read(given: Sequence[pathlib.Path]) -> dict[pathlib.Path, Record]:
+def read(given: Sequence[Path]) -> dict[Path, Record]:
   """Records by the places where they lie, in the order given.
 
   Each is named by its folder, or by the whole path where several folders have
@@ -65,12 +66,12 @@ def read(given: Sequence[pathlib.Path]) -> dict[pathlib.Path, Record]:
     ValueError: there is no run in one of them, a run that has logged nothing,
       one that is given twice, or too many.
   """
-  runs: dict[pathlib.Path, Record] = {}
+  runs: dict[Path, Record] = {}
   for path in given:
-    folders = sorted(p.parent for p in path.glob('**/metrics.jsonl'))
+    folders = metric_files.runs_in(path)
     for place in folders or [path]:
       for record in records.read([place]):
-        name = place / record.name if place.is_file() else place
+        name = place / record.name if paths.is_file(place) else place
         if name in runs:
           raise ValueError(f'{name} is given twice')
         if not record.curve and not record.probes:
@@ -111,7 +112,7 @@ def _cell(value: float, form: str) -> str:
   return '' if math.isnan(value) else form.format(value)
 
 
-def settings(runs: Mapping[pathlib.Path, Record]) -> str:
+def settings(runs: Mapping[Path, Record]) -> str:
   """Settings in which runs differ, as their newest checkpoints have them."""
   known: dict[str, dict[str, Any]] = {}
   missing = []
@@ -154,23 +155,24 @@ def main(argv: Sequence[str]) -> None:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('runs', nargs='+', type=paths.local)
-  parser.add_argument('--out', type=paths.local, default='comparison')
+  parser.add_argument('runs', nargs='+', type=paths.expand)
+  parser.add_argument('--out', type=paths.expand, default='comparison')
   options = parser.parse_args(argv)
   runs = read(options.runs)
   text = f'{table(list(runs.values()))}\n\n{settings(runs)}'.strip() + '\n'
   print(text)
-  out = pathlib.Path(options.out)
+  out = options.out
   out.mkdir(parents=True, exist_ok=True)
   path = out / 'comparison.md'
   picture = '\n![The runs over each other](comparison.png)\n'
-  path.write_text(text + picture, encoding='utf-8')
+  paths.write_bytes(path, (text + picture).encode())
   print(path)
   print(_draw(list(runs.values()), out / 'comparison.png'))
 
 
-def _draw(runs: Sequence[Record], path: pathlib.Path) -> pathlib.Path:
+def _draw(runs: Sequence[Record], path: Path) -> Path:
   """Writes the picture; without matplotlib says how to get it."""
+  from gated_jax.evals import plot
   from gated_jax.evals import plot_compare
 
   try:
@@ -179,7 +181,7 @@ def _draw(runs: Sequence[Record], path: pathlib.Path) -> pathlib.Path:
     raise ImportError(
       "the picture needs matplotlib: pip install 'gated_jax[plot]'"
     ) from None
-  figure.savefig(path, dpi=110)
+  plot.save(figure, path, dpi=110)
   return path
 
 

@@ -7,12 +7,13 @@ every request, so that it stays so.
 import base64
 import html
 import json
-import pathlib
 from collections.abc import Sequence
 
+from gated_jax import paths
 from gated_jax.config import RunConfig
 from gated_jax.config import differences
 from gated_jax.config import to_dict
+from gated_jax.paths import Path
 
 # Captions of the figures of `plot.figures`, by the names of their files.
 CAPTIONS = {
@@ -44,12 +45,12 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write(
-  path: pathlib.Path,
+  path: Path,
   title: str,
   rows: Sequence[tuple[str, str]],
-  figures: Sequence[pathlib.Path],
+  figures: Sequence[Path],
   config: RunConfig,
-) -> pathlib.Path:
+) -> Path:
   """Writes the page; an old one is replaced.
 
   Args:
@@ -84,7 +85,7 @@ def write(
     f'<pre>{html.escape(everything)}</pre></details>',
     '</body></html>',
   ]
-  path.write_text('\n'.join(parts) + '\n', encoding='utf-8')
+  paths.write_bytes(path, '\n'.join(parts).encode() + b'\n')
   return path
 
 
@@ -103,9 +104,9 @@ def _links(places: Sequence[str]) -> str:
   return f'<nav>{" ".join(links)}</nav>'
 
 
-def _figure(path: pathlib.Path) -> str:
+def _figure(path: Path) -> str:
   """A picture with its caption; its bytes are in the page."""
-  data = base64.b64encode(path.read_bytes()).decode()
+  data = base64.b64encode(paths.read_bytes(path)).decode()
   caption = html.escape(CAPTIONS.get(path.stem, path.stem))
   return (
     f'<figure id="{html.escape(path.stem)}">'

@@ -4,17 +4,21 @@ matplotlib is imported inside the functions, so that the package imports
 without it; it draws to files only and needs no display.
 """
 
+import io
 import math
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
 
+from gated_jax import paths
+from gated_jax.evals import metric_files
 from gated_jax.evals.diagnostics import Report
-from gated_jax.evals.records import read_metrics
 from gated_jax.ops.probes import EDGES
+from gated_jax.paths import Path
+from gated_jax.paths import expand
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -26,10 +30,10 @@ BLUE, ORANGE, GREY = '#0072b2', '#d55e00', '#888888'
 
 
 def figures(
-  metrics_path: str | pathlib.Path,
+  metrics_path: str | os.PathLike[str],
   report: Report,
-  folder: str | pathlib.Path,
-) -> list[pathlib.Path]:
+  folder: str | os.PathLike[str],
+) -> list[Path]:
   """Draws all there is something to draw for.
 
   Args:
@@ -40,9 +44,9 @@ def figures(
   Returns:
     The files written.
   """
-  folder = pathlib.Path(folder)
+  folder = expand(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  records = read_metrics(metrics_path)
+  records = metric_files.read(expand(metrics_path))
   drawn = {
     'loss': loss_curve(records),
     'sink': sink_per_layer(report),
@@ -50,14 +54,21 @@ def figures(
     'activation': activation_per_layer(report),
     'attention': attention_maps(report.maps),
   }
-  paths = []
+  written = []
   for name, figure in drawn.items():
     if figure is None:
       continue
     path = folder / f'{name}.png'
-    figure.savefig(path, dpi=120)
-    paths.append(path)
-  return paths
+    save(figure, path, dpi=120)
+    written.append(path)
+  return written
+
+
+def save(figure: 'Figure', path: Path, dpi: int) -> None:
+  """Writes a figure as a PNG file, on a disk or in a bucket."""
+  picture = io.BytesIO()
+  figure.savefig(picture, format='png', dpi=dpi)
+  paths.write_bytes(path, picture.getvalue())
 
 
 def loss_curve(records: list[dict[str, Any]]) -> 'Figure | None':

@@ -4,7 +4,6 @@ Read `report.py` for the tables of the same runs, `plot_style.py` for colours.
 """
 
 import math
-import pathlib
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from gated_jax.evals.diagnostics import SINK
 from gated_jax.evals.measures import first_layer
 from gated_jax.evals.plot import GREY
 from gated_jax.evals.plot import blank
+from gated_jax.evals.plot import save
 from gated_jax.evals.plot_arms import by_arm
 from gated_jax.evals.plot_context import context
 from gated_jax.evals.plot_seeds import over_seeds
@@ -25,6 +25,7 @@ from gated_jax.evals.plot_style import styles
 from gated_jax.evals.records import Record
 from gated_jax.ops.probes import EDGES
 from gated_jax.ops.probes import NEAR
+from gated_jax.paths import Path
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -35,8 +36,8 @@ MANY = 9
 
 
 def figures(
-  runs: Sequence[Record], folder: pathlib.Path, from_layer: int
-) -> list[pathlib.Path]:
+  runs: Sequence[Record], folder: Path, from_layer: int
+) -> list[Path]:
   """Draws all there is something to draw for; the files written.
 
   Args:
@@ -52,7 +53,7 @@ def figures(
       if figure is None:
         continue
       path = folder / f'{claim}_{name}.png'
-      figure.savefig(path, dpi=90)
+      save(figure, path, dpi=90)
       paths.append(path)
   return paths
 

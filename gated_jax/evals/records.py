@@ -10,12 +10,16 @@ import dataclasses
 import gzip
 import json
 import math
-import pathlib
+import os
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from gated_jax import paths
+from gated_jax.evals import metric_files
+from gated_jax.paths import Path
 
 # Points that are kept of a curve logged more often.
 POINTS = 100
@@ -82,41 +86,26 @@ class Record:
     return np.array(self.probe.get(name, []), float)
 
 
-def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Records of a metrics.jsonl; a line cut off by a kill is left out."""
-  path = pathlib.Path(path)
-  if not path.exists():
-    return []
-  records = []
-  for line in path.read_text(encoding='utf-8').splitlines():
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if isinstance(record, dict) and 'step' in record:
-      records.append(record)
-  return records
-
-
-def read(paths: Iterable[str | pathlib.Path]) -> list[Record]:
+def read(places: Iterable[str | os.PathLike[str]]) -> list[Record]:
   """The runs of folders, of folders of folders, and of packed files.
 
   Raises:
     ValueError: there is no run in one of them.
   """
   records = []
-  for path in map(pathlib.Path, paths):
-    if path.is_file():
+  for path in map(paths.expand, places):
+    if paths.is_file(path):
       records += _unpack(path)
       continue
-    folders = sorted(p.parent for p in path.glob('**/metrics.jsonl'))
+    folders = metric_files.runs_in(path)
     if not folders:
+      paths.check_bucket(path)
       raise ValueError(f'{path} holds no metrics.jsonl of a run')
     records += [_read_folder(folder) for folder in folders]
   return records
 
 
-def pack(records: Sequence[Record], path: pathlib.Path) -> None:
+def pack(records: Sequence[Record], path: Path) -> None:
   """Writes the runs to one JSON file, a line each; compressed for `*.gz`."""
   lines = []
   for record in records:
@@ -130,20 +119,20 @@ def pack(records: Sequence[Record], path: pathlib.Path) -> None:
   data = text.encode()
   # Without the time: the same runs give the same file.
   zipped = path.suffix == '.gz'
-  path.write_bytes(gzip.compress(data, mtime=0) if zipped else data)
+  paths.write_bytes(path, gzip.compress(data, mtime=0) if zipped else data)
 
 
-def _unpack(path: pathlib.Path) -> list[Record]:
+def _unpack(path: Path) -> list[Record]:
   try:
-    data = path.read_bytes()
+    data = paths.read_bytes(path)
     text = gzip.decompress(data) if path.suffix == '.gz' else data
     return [Record(**fields) for fields in json.loads(text)]
   except (ValueError, TypeError, OSError, EOFError) as error:
     raise ValueError(f'{path} is no file of packed runs: {error}') from error
 
 
-def _read_folder(folder: pathlib.Path) -> Record:
-  metrics = read_metrics(folder / 'metrics.jsonl')
+def _read_folder(folder: Path) -> Record:
+  metrics = metric_files.read(folder / metric_files.NAME)
   about = _json(folder / 'run.json')
   last: dict[str, float] = {}
   for record in metrics:
@@ -178,12 +167,12 @@ def _read_folder(folder: pathlib.Path) -> Record:
   )
 
 
-def last_line(path: pathlib.Path) -> str:
+def last_line(path: Path) -> str:
   """The last line of a log that says something; '' where there is no log."""
-  if not path.is_file():
+  if not paths.is_file(path):
     return ''
-  with path.open('rb') as file:
-    file.seek(max(0, path.stat().st_size - 4096))
+  with paths.open_for_reading(path) as file:
+    file.seek(max(0, paths.size(path) - 4096))
     lines = file.read().decode('utf-8', 'replace').splitlines()
   return next((line for line in reversed(lines) if line.strip()), '')
 
@@ -242,11 +231,11 @@ def _digits(value: float, digits: int = 5) -> float:
   return value if isinstance(value, int) else float(f'{value:.{digits}g}')
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
   """The object in a file; {} where there is no file."""
-  if not path.is_file():
+  if not paths.is_file(path):
     return {}
-  values = json.loads(path.read_text(encoding='utf-8'))
+  values = json.loads(paths.read_bytes(path))
   if not isinstance(values, dict):
     raise ValueError(f'{path} holds no JSON object')
   return values

@@ -13,7 +13,6 @@ sink layers). Read `records.py` for what is kept of a run.
 
 import argparse
 import math
-import pathlib
 import sys
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from gated_jax import paths
 from gated_jax.evals import measures
 from gated_jax.evals import records
 from gated_jax.evals.records import Record
+from gated_jax.paths import Path
 
 FROM_LAYER = 2  # the first layer of means, unless asked otherwise
 
@@ -190,9 +190,9 @@ def main(argv: Sequence[str]) -> None:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('runs', nargs='+', type=paths.local)
-  parser.add_argument('--out', type=paths.local)
-  parser.add_argument('--pack', type=paths.local)
+  parser.add_argument('runs', nargs='+', type=paths.expand)
+  parser.add_argument('--out', type=paths.expand)
+  parser.add_argument('--pack', type=paths.expand)
   parser.add_argument('--from-layer', type=int, default=FROM_LAYER)
   options = parser.parse_args(argv)
   runs = records.read(options.runs)
@@ -206,14 +206,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write(
-  runs: Sequence[Record], text: str, folder: pathlib.Path, from_layer: int
+  runs: Sequence[Record], text: str, folder: Path, from_layer: int
 ) -> None:
   from gated_jax.evals import plot_runs  # needs matplotlib
 
   folder.mkdir(parents=True, exist_ok=True)
   figures = plot_runs.figures(runs, folder, from_layer)
   links = ''.join(f'\n![{p.stem}]({p.name})\n' for p in figures)
-  (folder / 'report.md').write_text(text + links, encoding='utf-8')
+  paths.write_bytes(folder / 'report.md', (text + links).encode())
   for path in [folder / 'report.md', *figures]:
     print(path)
 

@@ -33,9 +33,9 @@ from typing import Any
 
 from gated_jax import cli
 from gated_jax import paths
+from gated_jax.evals import metric_files
 from gated_jax.evals.records import DIVERGED
 from gated_jax.evals.records import last_line
-from gated_jax.evals.records import read_metrics
 
 # Seconds that a stopped run has to save its checkpoint.
 SAVING = 90
@@ -61,14 +61,14 @@ class Run:
     """'done', 'diverged', or '' where there is something left to do."""
     if DIVERGED in last_line(self.folder / 'log.txt'):
       return 'diverged'
-    for record in reversed(read_metrics(self.folder / 'metrics.jsonl')):
+    for record in reversed(metric_files.read(self.folder / 'metrics.jsonl')):
       if record['step'] == self.steps and 'validation/loss' in record:
         return 'done'
     return ''
 
   def progress(self) -> str:
     """Step, loss and speed in a few words."""
-    records = read_metrics(self.folder / 'metrics.jsonl')
+    records = metric_files.read(self.folder / 'metrics.jsonl')
     losses = [r for r in records if r.get('loss') is not None]
     if not losses:
       return f'{self.name} starting'
@@ -257,7 +257,7 @@ def table(runs: Sequence[Run]) -> str:
   lines = [f'{"run":<{width}} {"step":>8} {head}']
   for run in runs:
     last: dict[str, float] = {'step': 0}
-    for record in read_metrics(run.folder / 'metrics.jsonl'):
+    for record in metric_files.read(run.folder / 'metrics.jsonl'):
       last.update({k: v for k, v in record.items() if v is not None})
     values = ' '.join(f'{last.get(n, math.nan):>15.4f}' for n in columns)
     outcome = run.outcome() or 'cut'

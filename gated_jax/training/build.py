@@ -5,8 +5,6 @@ seed. Read `gated_jax/training/loop.py` next.
 """
 
 import dataclasses
-import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +31,7 @@ from gated_jax.model.size import check_fits
 from gated_jax.ops import moe
 from gated_jax.ops.attention import api as attention
 from gated_jax.ops.delta import rule as delta
+from gated_jax.paths import Path
 from gated_jax.processes import first_problem
 from gated_jax.processes import gather
 from gated_jax.training.checkpoints import CannotResume
@@ -64,7 +63,7 @@ class RunState:
   """The objects of one run, made by `build`. Only `state` changes."""
 
   config: RunConfig
-  workdir: pathlib.Path
+  workdir: Path
   mesh: jax.sharding.Mesh
   model: Decoder
   abstract: TrainState
@@ -77,19 +76,6 @@ class RunState:
   console: Console
   clock: Clock
   callbacks: Sequence[Callback] = ()
-
-
-def check_workdir(workdir: pathlib.Path) -> None:
-  """ValueError where nothing can be written."""
-  for folder in (workdir, workdir / 'checkpoints'):
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryFile(dir=folder):
-        pass
-    except OSError as error:
-      raise ValueError(
-        f'cannot write to workdir {folder}: {error.strerror or error}'
-      ) from None
 
 
 def check_same_config(config: RunConfig) -> None:
@@ -138,7 +124,7 @@ def check_memory(config: RunConfig, devices: Sequence[jax.Device]) -> None:
 
 def build(
   config: RunConfig,
-  workdir: pathlib.Path,
+  workdir: Path,
   console: Console,
   custom: Custom = Custom(),
 ) -> RunState:
@@ -208,9 +194,7 @@ def _training_data(
   return data
 
 
-def _restore_data(
-  data: Pipeline | OwnData, position: str, step: pathlib.Path
-) -> None:
+def _restore_data(data: Pipeline | OwnData, position: str, step: Path) -> None:
   """Goes on reading at a position; CannotResume, in all, where one cannot."""
   problem = ''
   try:

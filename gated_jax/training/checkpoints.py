@@ -2,7 +2,8 @@
 
 A step's folder holds `params`, `rest` (optimizer, step, PRNG key, counters)
 and `run` (the config, each process's place in the data, the held-out loss, the
-sum of every array). Orbax writes beside it and renames when all is on disk, so
+sum of every array). Orbax writes beside it and renames when all is on disk; in
+a bucket it writes there at once, and an object that says so at last. Either way
 a killed save leaves the earlier steps as they were. What was read is compared
 with the sums: gated_jax/checkpoint.py says how.
 """
@@ -11,7 +12,7 @@ import contextlib
 import functools
 import json
 import math
-import pathlib
+import os
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from gated_jax import damage
+from gated_jax import paths
+from gated_jax.checkpoint import COMMIT
 from gated_jax.checkpoint import CheckpointError
 from gated_jax.checkpoint import array_names
 from gated_jax.checkpoint import check_arrays
@@ -40,6 +43,7 @@ from gated_jax.config import from_dict
 from gated_jax.config import names_with
 from gated_jax.config import to_dict
 from gated_jax.config import upgrade
+from gated_jax.paths import Path
 from gated_jax.processes import first_problem
 from gated_jax.processes import gather
 from gated_jax.training.step import TrainState
@@ -54,13 +58,13 @@ class CannotResume(ValueError):
   cannot take its parameters.
   """
 
-  def __init__(self, message: str, weights: pathlib.Path | None):
+  def __init__(self, message: str, weights: Path | None):
     super().__init__(message)
     self.weights = weights
 
 
 def check_same_run(
-  old: dict[str, Any], new: RunConfig, step: pathlib.Path
+  old: dict[str, Any], new: RunConfig, step: Path
 ) -> dict[str, tuple[Any, Any]]:
   """Settings that differ and may; CannotResume for those that may not."""
   # A setting that is younger than the checkpoint stood at its default.
@@ -90,7 +94,7 @@ def _split(state: TrainState) -> dict[str, Tree]:
 
 
 def _check_same_arrays(
-  abstract: TrainState, recorded: Mapping[str, Any] | None, path: pathlib.Path
+  abstract: TrainState, recorded: Mapping[str, Any] | None, path: Path
 ) -> None:
   """CannotResume where a step lacks arrays, as another optimizer's does."""
   for item, tree in _split(abstract).items():
@@ -102,12 +106,12 @@ def _check_same_arrays(
         )
 
 
-def _loss_of(step: pathlib.Path) -> float:
+def _loss_of(step: Path) -> float:
   """The held-out loss that a step was saved with; NaN: not known."""
   with contextlib.suppress(CheckpointError, OSError, ValueError, TypeError):
     run = read_run(step)
     if 'loss' not in run:  # earlier checkpoints have a file of its own
-      run = json.loads((step / 'metrics' / 'metrics').read_bytes())
+      run = json.loads(paths.read_bytes(step / 'metrics' / 'metrics'))
     return float(run['loss'])
   return math.nan
 
@@ -148,7 +152,7 @@ class Checkpoints:
 
   def __init__(
     self,
-    folder: pathlib.Path,
+    folder: Path,
     config: RunConfig,
     say: Callable[[str], None] = print,
   ):
@@ -157,16 +161,40 @@ class Checkpoints:
     self._say = say
     self._broken = False
     self._started = -1  # the step whose save was begun last
+    self._unlisted: set[int] = set()  # steps that have no list of files yet
+    self._finish_removals()
     losses = {step: _loss_of(self.path(step)) for step in steps_in(self.folder)}
     # Every process must keep the same steps, also where one cannot read.
     known = {int(step): loss for step, loss in gather(losses)[0].items()}
     self._best = _Best(config.checkpoint.keep_best, known)
     self._manager = self._open(config.checkpoint)
 
+  def _finish_removals(self) -> None:
+    """Removes the rest of steps that a kill left half removed.
+
+    A bucket has no folders to be renamed first, so what is left of such a step
+    can look whole. It is an older one: the newest is never removed, and each
+    gets its list of files before the next is saved.
+    """
+    problem = ''
+    if paths.in_bucket(self.folder) and jax.process_index() == 0:
+      try:
+        *older, newest = steps_in(self.folder) or [-1]
+        for step in older:
+          if not damage.has_all_files(self.path(step)):
+            paths.remove_folder(self.path(step))
+        if newest >= 0 and not damage.has_list(self.path(newest)):
+          self._unlisted.add(newest)
+      except OSError as error:
+        problem = str(error)
+    problem = first_problem(problem)
+    if problem:
+      raise CheckpointError(problem)
+
   def _open(self, config: CheckpointConfig) -> ocp.CheckpointManager:
     latest = checkpoint_managers.LatestN(config.keep_last)
     return ocp.CheckpointManager(
-      self.folder.absolute(),
+      os.fspath(paths.absolute(self.folder)),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(
           [latest, self._best]
@@ -181,7 +209,7 @@ class Checkpoints:
     """Those on disk, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def path(self, step: int) -> pathlib.Path:
+  def path(self, step: int) -> Path:
     """The folder of a step."""
     return self.folder / str(step)
 
@@ -222,6 +250,7 @@ class Checkpoints:
     except Exception as error:
       raise self._failed(step, error) from error
     self._started = step
+    self._unlisted.add(step)
 
   def wait(self) -> None:
     """Waits until all that was started is on disk."""
@@ -230,10 +259,12 @@ class Checkpoints:
       self._manager.check_for_errors()
     except Exception as error:
       raise self._failed(self._started, error) from error
-    path = self.path(self._started)
-    if jax.process_index() == 0 and path.is_dir():
-      with contextlib.suppress(OSError):  # it only serves to name files
-        damage.write_list(path)
+    if jax.process_index() == 0:
+      with contextlib.suppress(OSError):  # the next call tries again
+        for step in sorted(self._unlisted):
+          if paths.is_folder(self.path(step)):
+            damage.write_list(self.path(step))
+          self._unlisted.discard(step)
 
   def close(self) -> None:
     """Lets go of the threads; a failure that was reported is not again."""
@@ -245,7 +276,9 @@ class Checkpoints:
 
   def _failed(self, step: int, error: Exception) -> CheckpointError:
     self._broken = True
-    good = steps_in(self.folder)
+    good: list[int] = []
+    with contextlib.suppress(OSError):  # the bucket may be what fails
+      good = steps_in(self.folder)
     last = f'; the last good one is {self.path(good[-1])}' if good else ''
     return CheckpointError(
       f'could not save step {step} in {self.folder}{last}: {one_line(error)}'
@@ -284,7 +317,7 @@ class Checkpoints:
       if state is None:
         continue
       return state, run['data'][jax.process_index()], changed
-    aside = sorted(path.name for path in self.folder.glob('damaged-*'))
+    aside = [path.name for path in paths.matching(self.folder / 'damaged-*')]
     if aside:  # never restart from scratch silently
       raise CheckpointError(
         f'no checkpoint in {self.folder} could be read: remove '
@@ -334,7 +367,7 @@ class Checkpoints:
     path = self.path(step)
     aside = path.with_name(f'damaged-{step}')
     number = 1
-    while aside.exists():
+    while paths.exists(aside):
       number += 1
       aside = path.with_name(f'damaged-{step}-{number}')
     self._say(
@@ -344,7 +377,7 @@ class Checkpoints:
     if jax.process_count() > 1:  # all have seen which name is free
       multihost_utils.sync_global_devices(f'name for {step}')
     if jax.process_index() == 0:
-      path.rename(aside)
+      paths.move_folder(path, aside, last=COMMIT)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'put aside {step}')
     self._manager.reload()

@@ -1,7 +1,9 @@
 """Makes the next command out of the one that was typed, with other flags."""
 
-import pathlib
 import shlex
+
+from gated_jax import paths
+from gated_jax.paths import Path
 
 # Stands for the command of a run that was started from Python.
 CALL = 'gated_jax.training.loop.run(config, workdir)'
@@ -33,7 +35,7 @@ def longer(command: str, steps: int) -> str:
   return _with(command, **{'config.steps': steps})
 
 
-def anew(command: str, workdir: pathlib.Path, weights: pathlib.Path) -> str:
+def anew(command: str, workdir: Path, weights: Path) -> str:
   """Starts a new run from the weights of a checkpoint.
 
   Args:
@@ -42,7 +44,7 @@ def anew(command: str, workdir: pathlib.Path, weights: pathlib.Path) -> str:
     weights: the checkpoint.
   """
   number = 2
-  while (new := workdir.with_name(f'{workdir.name}_{number}')).exists():
+  while paths.exists(new := workdir.with_name(f'{workdir.name}_{number}')):
     number += 1
   if not command:
     return (

@@ -22,19 +22,20 @@ from typing import Any
 
 import jax
 
-from gated_jax.cli import TryLater
-from gated_jax.processes import first_problem
+from gated_jax.paths import Path
+from gated_jax.processes import gather
+from gated_jax.training.bucket_lock import BucketLock
+from gated_jax.training.lock_holder import WorkdirInUse
+from gated_jax.training.lock_holder import in_use
+from gated_jax.training.lock_holder import is_alive
+from gated_jax.training.lock_holder import this_process
 
 NAME = 'lock'
 BEAT = 5.0  # seconds between two changes of the file
 PATIENCE = 30.0  # seconds without one after which a holder is dead
 
 
-class WorkdirInUse(TryLater):
-  """Another run writes into the workdir."""
-
-
-class _Lock:
+class FileLock:
   """An open lock file that this process holds.
 
   Args:
@@ -62,14 +63,14 @@ class _Lock:
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise WorkdirInUse(self._in_use(self._read())) from None
+      raise WorkdirInUse(in_use(self._path.parent, self._read())) from None
     except OSError:  # this file system has no locks
       exclusive = False
     holder = self._read()
     here = holder.get('host') == socket.gethostname()
     if not holder.get('held') or (here and exclusive):
       return
-    if here and not _is_alive(holder):
+    if here and not is_alive(holder):
       return
     if not here:
       say(
@@ -80,15 +81,7 @@ class _Lock:
     while time.monotonic() < end:
       time.sleep(min(1.0, PATIENCE / 4))
       if self._read() != holder:
-        raise WorkdirInUse(self._in_use(holder))
-
-  def _in_use(self, holder: dict[str, Any]) -> str:
-    return (
-      f'{self._path.parent} is in use by process {holder.get("process", "?")} '
-      f'on {holder.get("host", "an unknown host")} since '
-      f'{holder.get("since", "an unknown time")}: two runs would destroy each '
-      "other's checkpoints. End that one first, or choose another workdir"
-    )
+        raise WorkdirInUse(in_use(self._path.parent, holder))
 
   def _read(self) -> dict[str, Any]:
     try:
@@ -98,14 +91,7 @@ class _Lock:
     return holder if isinstance(holder, dict) else {}
 
   def _write(self, held: bool) -> None:
-    holder = {
-      'host': socket.gethostname(),
-      'process': os.getpid(),
-      'started': _start_of(os.getpid()),
-      'since': self._since.isoformat(timespec='seconds'),
-      'beat': self._beat,
-      'held': held,
-    }
+    holder = this_process(self._since, self._beat, held)
     text = json.dumps(holder).encode()
     with contextlib.suppress(OSError):  # a full disk is reported by others
       os.pwrite(self._file, text, 0)
@@ -116,6 +102,9 @@ class _Lock:
       self._beat += 1
       self._write(held=True)
 
+  def check(self) -> None:
+    """The kernel keeps the lock for this process as long as it lives."""
+
   def release(self) -> None:
     """Lets another run have the workdir."""
     self._ended.set()
@@ -124,43 +113,50 @@ class _Lock:
     os.close(self._file)
 
 
-def _start_of(process: int) -> str:
-  """When a process of this host began, in the kernel's clock; '' unknown.
-
-  Process numbers are used again: together with this they are not.
-  """
-  try:
-    text = pathlib.Path(f'/proc/{process}/stat').read_text(encoding='utf-8')
-    return text.rpartition(')')[2].split()[19]
-  except (OSError, IndexError):
-    return ''
-
-
-def _is_alive(holder: dict[str, Any]) -> bool:
-  process = holder.get('process')
-  return isinstance(process, int) and (
-    _start_of(process) == holder.get('started') != ''
-  )
-
-
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
+def locked(
+  workdir: Path, say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
   """Keeps other runs out of a workdir; all processes of this run call it.
+
+  Yields:
+    A check, for all processes to call together: WorkdirInUse, in all, where
+    another run has taken the lock meanwhile, as can happen in a bucket.
 
   Raises:
     WorkdirInUse: another run has it; in every process.
   """
-  lock, problem = None, ''
-  if jax.process_index() == 0:
-    try:
-      lock = _Lock(workdir / NAME, say)
-    except WorkdirInUse as error:
-      problem = str(error)
+  lock: FileLock | BucketLock | None = None
+
+  def take() -> None:
+    nonlocal lock
+    path = workdir / NAME
+    if isinstance(path, pathlib.Path):
+      lock = FileLock(path, say)
+    else:
+      lock = BucketLock(path, say)
+
+  def check() -> None:
+    if isinstance(workdir, pathlib.Path):
+      return
+    _on_the_first(lock.check if lock is not None else lambda: None)
+
   try:
-    problem = first_problem(problem)
-    if problem:
-      raise WorkdirInUse(problem)
-    yield
+    _on_the_first(take)
+    yield check
   finally:
     if lock is not None:
       lock.release()
+
+
+def _on_the_first(action: Callable[[], None]) -> None:
+  """Does something in process 0; what it raises there is raised in all."""
+  kind, problem = '', ''
+  if jax.process_index() == 0:
+    try:
+      action()
+    except (WorkdirInUse, OSError) as error:
+      kind, problem = type(error).__name__, str(error)
+  kind, problem = gather([kind, problem])[0]
+  if problem:
+    raise (WorkdirInUse if kind == WorkdirInUse.__name__ else OSError)(problem)

@@ -11,8 +11,9 @@ what is said at the end.
 
 import collections
 import dataclasses
-import pathlib
+import os
 import time
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
@@ -27,12 +28,13 @@ from gated_jax.cli import TryLater
 from gated_jax.config import RunConfig
 from gated_jax.data.batch import arrays_of
 from gated_jax.evals.likelihood import Likelihood
+from gated_jax.paths import Path
+from gated_jax.paths import expand
 from gated_jax.training import commands
 from gated_jax.training import report
 from gated_jax.training.build import RunState
 from gated_jax.training.build import build
 from gated_jax.training.build import check_same_config
-from gated_jax.training.build import check_workdir
 from gated_jax.training.checkpoints import CannotResume
 from gated_jax.training.console import Console
 from gated_jax.training.console import StopRequest
@@ -48,6 +50,7 @@ from gated_jax.training.speed import Profile
 from gated_jax.training.speed import Speed
 from gated_jax.training.step import LossFunction
 from gated_jax.training.step import model_loss
+from gated_jax.training.workdir import check_workdir
 
 # Steps dispatched ahead of the one whose metrics the host has seen: enough to
 # keep the device busy, few enough to notice trouble at once.
@@ -59,10 +62,18 @@ class RunStopped(RuntimeError):
 
 
 class Loop:
-  """The steps of a run, dispatched ahead of what the host has seen."""
+  """The steps of a run, dispatched ahead of what the host has seen.
 
-  def __init__(self, run: RunState):
+  Args:
+    run: what `build` made.
+    check_lock: raises where another run has taken the workdir.
+  """
+
+  def __init__(
+    self, run: RunState, check_lock: Callable[[], None] = lambda: None
+  ):
     self.run = run
+    self._check_lock = check_lock
     self.first = self.done = int(run.state.step)
     self.validation = Likelihood(0.0, 0.0)
     self._validated = -1  # the step it was measured at
@@ -229,6 +240,8 @@ class Loop:
     self._drain()
     fresh = self._validated == self.done
     with run.clock.spent('checkpoint'):
+      self._check_lock()
+      run.metrics.save()  # a run resumed from here has all lines before it
       run.checkpoints.save(
         run.state,
         run.data.state().decode(),
@@ -248,7 +261,7 @@ class Loop:
 
 def run(
   config: RunConfig,
-  workdir: pathlib.Path,
+  workdir: str | os.PathLike[str],
   command: str = '',
   *,
   optimizer: optax.GradientTransformation | None = None,
@@ -261,7 +274,8 @@ def run(
 
   Args:
     config: All settings.
-    workdir: A folder for checkpoints, metrics and figures.
+    workdir: A folder for checkpoints, metrics and figures, on a disk or in a
+      bucket of Google Cloud Storage.
     command: What the user typed, to be shown with other flags.
     optimizer: In place of the config's, with its own clipping and schedule.
     data: Batches of this process's rows, as `gated_jax/data/batch.py` has them,
@@ -285,15 +299,16 @@ def run(
   """
   custom = Custom(optimizer, data, held_out, callbacks, loss)
   console = Console()
-  check_workdir(workdir)
+  folder = expand(workdir)
+  check_workdir(folder)
   check_same_config(config)
-  with locked(workdir, console.say):
+  with locked(folder, console.say) as check_lock:
     try:
-      run_state = build(config, workdir, console, custom)
+      run_state = build(config, folder, console, custom)
     except CannotResume as error:
-      raise ValueError(_way_on(error, command, workdir)) from error
+      raise ValueError(_way_on(error, command, folder)) from error
     try:
-      return _train(run_state, command)
+      return _train(run_state, command, check_lock)
     finally:
       console.stop()
       run_state.metrics.close()
@@ -301,11 +316,13 @@ def run(
       run_state.checkpoints.close()
 
 
-def _train(run_state: RunState, command: str) -> report.RunResult:
+def _train(
+  run_state: RunState, command: str, check_lock: Callable[[], None]
+) -> report.RunResult:
   """Takes all steps, or those until a signal, and says what came out."""
   config, console = run_state.config, run_state.console
   console.say(report.opening(run_state))
-  loop = Loop(run_state)
+  loop = Loop(run_state, check_lock)
   with stop_on_signal() as request, sharding.activate(run_state.mesh):
     console.start(loop.done, config.steps)
     finished = loop.train(request)
@@ -326,7 +343,7 @@ def _train(run_state: RunState, command: str) -> report.RunResult:
   return dataclasses.replace(result, stopped_by=stopped)
 
 
-def _way_on(error: CannotResume, command: str, workdir: pathlib.Path) -> str:
+def _way_on(error: CannotResume, command: str, workdir: Path) -> str:
   """The message of an error with what to do instead."""
   if error.weights is None:
     return f'{error}. Use the same settings or another workdir'

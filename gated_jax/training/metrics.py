@@ -1,28 +1,32 @@
 """Writes a run's numbers: JSON lines first, then whoever else was asked for.
 
 `metrics.jsonl` is the record: one object a line, with `step` and whatever was
-measured there. A run that resumes drops the lines after the step it resumes
-from, so that no step stands there twice. TensorBoard and Weights & Biases get
-the same numbers.
+measured there; `lines.py` says where they lie. A run that resumes drops the
+lines after the step it resumes from, so that no step stands there twice.
+TensorBoard and Weights & Biases get the same numbers.
 """
 
 import contextlib
 import json
 import math
-import os
-import pathlib
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
-from typing import TextIO
 
 import jax
 
 from gated_jax import chips
+from gated_jax import paths
 from gated_jax.config import RunConfig
 from gated_jax.config import to_dict
+from gated_jax.evals import metric_files
+from gated_jax.paths import Path
+from gated_jax.training.lines import BucketLines
+from gated_jax.training.lines import FileLines
+from gated_jax.training.lines import lines_at
 from gated_jax.training.tensorboard import TensorBoard
 
 
@@ -89,16 +93,17 @@ class Metrics:
     after: Lines up to and including this step are kept.
   """
 
-  def __init__(self, workdir: pathlib.Path, config: RunConfig, after: int):
-    self.path = workdir / 'metrics.jsonl'
-    self._file: TextIO | None = None
+  def __init__(self, workdir: Path, config: RunConfig, after: int):
+    self.path = workdir / metric_files.NAME
+    self._lines: FileLines | BucketLines | None = None
     self._tensorboard: TensorBoard | None = None
     self._wandb: Any = None
     self._after, self._written = after, frozenset[str]()
     if jax.process_index():
       return
-    self._written = self._keep_until(after)
-    self._file = self.path.open('a', encoding='utf-8')
+    self._lines = lines_at(self.path, after)
+    last = [record for record in self._lines.kept if record['step'] == after]
+    self._written = frozenset().union(*last)
     if config.tensorboard:
       self._tensorboard = TensorBoard(workdir / 'tensorboard', after)
     if config.wandb:
@@ -110,62 +115,46 @@ class Metrics:
     What an earlier start of the run wrote at the step that this one resumed
     from is not written again: a finished run measures it anew when started.
     """
-    if self._file is None:
+    if self._lines is None:
       return
     if step == self._after:
       values = {k: x for k, x in values.items() if k not in self._written}
     if not values:
       return
     plain = {name: _plain(value) for name, value in values.items()}
-    try:
-      self._file.write(json.dumps({'step': step, **plain}) + '\n')
-      self._file.flush()
-    except OSError as error:
-      raise OSError(f'cannot write {self.path}: {error.strerror}') from error
+    with self._writing():
+      self._lines.add(json.dumps({'step': step, **plain}) + '\n')
     if self._tensorboard is not None:
       self._tensorboard.write(step, plain)
     if self._wandb is not None:
       self._wandb.log(plain, step=step)
 
+  def save(self) -> None:
+    """Brings all that was written to where it outlives this process."""
+    if self._lines is not None:
+      with self._writing():
+        self._lines.save()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Inside, an OSError says which file could not be written."""
+    try:
+      yield
+    except OSError as error:
+      reason = error.strerror or error
+      raise OSError(f'cannot write {self.path}: {reason}') from error
+
   def close(self) -> None:
     """Lets go of all files; what a full disk did not take is dropped."""
-    if self._file is not None:
-      with contextlib.suppress(OSError):
-        self._file.close()
+    if self._lines is not None:
+      self._lines.close()
     if self._tensorboard is not None:
       self._tensorboard.close()
     if self._wandb is not None:
       self._wandb.finish()
 
-  def _keep_until(self, step: int) -> frozenset[str]:
-    """Drops later lines, and one that a kill cut short.
 
-    Returns:
-      What was measured at `step` itself.
-    """
-    if not self.path.exists():
-      return frozenset()
-    records = [record for record in read(self.path) if record['step'] <= step]
-    new = self.path.with_suffix('.jsonl.new')
-    lines = [json.dumps(record) + '\n' for record in records]
-    new.write_text(''.join(lines), encoding='utf-8')
-    os.replace(new, self.path)
-    last = [record for record in records if record['step'] == step]
-    return frozenset().union(*last)
-
-
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a metrics.jsonl, in order, without what is no record."""
-  records = []
-  for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
-      record = json.loads(line)
-      if isinstance(record, dict) and isinstance(record.get('step'), int):
-        records.append(record)
-  return records
-
-
-def _wandb(workdir: pathlib.Path, config: RunConfig) -> Any:
+def _wandb(workdir: Path, config: RunConfig) -> Any:
   try:
     import wandb
   except ImportError:
@@ -174,15 +163,16 @@ def _wandb(workdir: pathlib.Path, config: RunConfig) -> Any:
     ) from None
   # The file makes a run that resumes go on there as well.
   identity = workdir / 'wandb_id'
-  if not identity.exists():
-    identity.write_text(uuid.uuid4().hex, encoding='utf-8')
+  if not paths.exists(identity):
+    paths.write_bytes(identity, uuid.uuid4().hex.encode())
+  in_bucket = paths.in_bucket(workdir)
   try:
     return wandb.init(
       project=config.wandb,
-      name=workdir.absolute().name,
-      dir=str(workdir),
+      name=paths.absolute(workdir).name,
+      dir=tempfile.mkdtemp() if in_bucket else str(workdir),
       config=to_dict(config),
-      id=identity.read_text(encoding='utf-8').strip(),
+      id=paths.read_bytes(identity).decode().strip(),
       resume='allow',
     )
   except Exception as error:  # its own kinds, of which there are many

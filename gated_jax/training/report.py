@@ -3,15 +3,16 @@
 import dataclasses
 import json
 import math
-import pathlib
 import shlex
 from typing import Any
 
 import jax
 
+from gated_jax import paths
 from gated_jax.evals import page
 from gated_jax.evals.likelihood import Likelihood
 from gated_jax.model.abstract import boxed_parameters
+from gated_jax.paths import Path
 from gated_jax.training import commands
 from gated_jax.training.build import RunState
 from gated_jax.training.parts import trained_part
@@ -71,7 +72,7 @@ def _rows(run: RunState, result: RunResult) -> list[tuple[str, str]]:
   return rows
 
 
-def _figures(run: RunState, report: Any) -> tuple[str, list[pathlib.Path]]:
+def _figures(run: RunState, report: Any) -> tuple[str, list[Path]]:
   """Draws them: what is said of them, or why there are none, and the files."""
   if not run.config.figures:
     return 'off (figures=False)', []
@@ -83,21 +84,23 @@ def _figures(run: RunState, report: Any) -> tuple[str, list[pathlib.Path]]:
   try:
     from gated_jax.evals import plot
 
-    paths = plot.figures(run.metrics.path, report, folder)
+    drawn = plot.figures(run.metrics.path, report, folder)
   except ImportError:
     return "none: matplotlib is missing, pip install 'gated_jax[plot]'", []
   except OSError as error:  # the rest of the report is no less true
     return f'none: {error}', []
-  return f'{folder} ({", ".join(path.name for path in paths)})', paths
+  return f'{folder} ({", ".join(path.name for path in drawn)})', drawn
 
 
 def _page(
-  run: RunState, rows: list[tuple[str, str]], figures: list[pathlib.Path]
+  run: RunState, rows: list[tuple[str, str]], figures: list[Path]
 ) -> str:
   """Writes all of it as one page beside the figures; where, or why not."""
   path = run.workdir / 'figures/report.html'
   try:
-    page.write(path, run.workdir.absolute().name, rows, figures, run.config)
+    page.write(
+      path, paths.absolute(run.workdir).name, rows, figures, run.config
+    )
   except OSError as error:
     return f'none: {error}'
   return str(path)
@@ -108,7 +111,7 @@ def _keep_probe(run: RunState, report: Any) -> None:
   if report is None or jax.process_index():
     return
   path = run.workdir / 'probe.json'
-  path.write_text(json.dumps(report.arrays()) + '\n', encoding='utf-8')
+  paths.write_bytes(path, json.dumps(report.arrays()).encode() + b'\n')
 
 
 def _skipped(files: dict[str, str]) -> str:
@@ -118,7 +121,7 @@ def _skipped(files: dict[str, str]) -> str:
   return f'{len(files)}: {", ".join(shown)}{more}'
 
 
-def _sample(run: RunState, checkpoint: pathlib.Path, command: str) -> str:
+def _sample(run: RunState, checkpoint: Path, command: str) -> str:
   """The command that samples from a checkpoint, with text like the data's."""
   prompt = run.evaluation.prompt
   if not prompt and not run.data.is_text:

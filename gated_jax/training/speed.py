@@ -1,7 +1,12 @@
 """How fast a run is and where its time goes, and a profile of some steps."""
 
+import pathlib
+import shutil
+import tempfile
+
 import jax
 
+from gated_jax import paths
 from gated_jax.model.accounting import flops_per_token
 from gated_jax.training.build import RunState
 from gated_jax.training.metrics import utilisation
@@ -76,7 +81,7 @@ class Profile:
 
   def __init__(self, run: RunState):
     self._run = run
-    self._folder = run.workdir / 'profile'
+    self._folder = self._written = run.workdir / 'profile'
     self._running = False
 
   def is_due(self, done: int) -> bool:
@@ -86,7 +91,12 @@ class Profile:
 
   def start(self) -> None:
     """Begins the trace; steps before it should be over."""
-    jax.profiler.start_trace(str(self._folder))
+    # The profiler writes to disks alone.
+    in_bucket = paths.in_bucket(self._folder)
+    self._written = (
+      pathlib.Path(tempfile.mkdtemp()) if in_bucket else self._folder
+    )
+    jax.profiler.start_trace(str(self._written))
     self._running = True
 
   def stop(self, done: int | None = None) -> None:
@@ -97,4 +107,13 @@ class Profile:
       jax.block_until_ready(self._run.state)
       jax.profiler.stop_trace()
       self._running = False
+      if self._written != self._folder:
+        self._bring_to_bucket()
       self._run.console.say(f'profile in {self._folder}')
+
+  def _bring_to_bucket(self) -> None:
+    """Copies the files of the trace to the workdir, and removes them here."""
+    for path in paths.files_below(self._written):
+      name = str(path.relative_to(self._written))
+      paths.write_bytes(self._folder / name, paths.read_bytes(path))
+    shutil.rmtree(self._written)

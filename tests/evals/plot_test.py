@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from gated_jax.evals import metric_files
 from gated_jax.evals.diagnostics import Report
 
 
@@ -107,7 +108,7 @@ def test_curves_leave_out_what_is_no_number(metrics):
   pytest.importorskip('matplotlib')
   from gated_jax.evals import plot
 
-  figure = plot.loss_curve(plot.read_metrics(metrics))
+  figure = plot.loss_curve(metric_files.read(metrics))
   train, held_out = figure.axes[0].lines
   np.testing.assert_array_equal(train.get_xdata(), range(20))
   np.testing.assert_array_equal(held_out.get_ydata(), [3.2])

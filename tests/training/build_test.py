@@ -7,6 +7,7 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
 from gated_jax.config import RunConfig
 from gated_jax.training import build
+from gated_jax.training.workdir import check_workdir
 
 
 @pytest.mark.parametrize(
@@ -47,12 +48,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
   file.write_text('')
   for path, reason in ((file, 'File exists'), (file / 'x', 'Not a directory')):
     with pytest.raises(ValueError, match=f'workdir {path}: {reason}'):
-      build.check_workdir(path)
-  build.check_workdir(tmp_path / 'a' / 'b')
+      check_workdir(path)
+  check_workdir(tmp_path / 'a' / 'b')
   (tmp_path / 'c').mkdir()
   (tmp_path / 'c' / 'checkpoints').write_text('')
   with pytest.raises(ValueError, match='c/checkpoints: File exists'):
-    build.check_workdir(tmp_path / 'c')
+    check_workdir(tmp_path / 'c')
 
 
 def test_a_state_that_restarts_by_document_needs_rows_that_say_where():

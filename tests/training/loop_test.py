@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from gated_jax.training import metrics
+from gated_jax.evals import metric_files
 from gated_jax.training.speed import Speed
 
 # Together most of a minute or more; see CONTRIBUTING.md.
@@ -89,7 +89,7 @@ def wait(process):
 
 
 def losses(workdir):
-  records = metrics.read(workdir / 'metrics.jsonl')
+  records = metric_files.read(workdir / 'metrics.jsonl')
   found = [(r['step'], r['loss']) for r in records if 'loss' in r]
   steps = [step for step, _ in found]
   assert steps == sorted(set(steps)), 'a step stands there twice'
@@ -128,7 +128,7 @@ def test_a_run_ends_with_what_to_know_and_what_to_type(reference):
     r'python train.py --config=configs/base.py .*--config.steps=24',
   ):
     assert re.search(pattern, out), pattern
-  records = metrics.read(workdir / 'metrics.jsonl')
+  records = metric_files.read(workdir / 'metrics.jsonl')
   names = set().union(*records)
   assert {
     'loss',

@@ -10,6 +10,7 @@ import types
 import pytest
 
 from gated_jax.config import RunConfig
+from gated_jax.evals import metric_files
 from gated_jax.training import metrics
 
 
@@ -28,7 +29,7 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path):
   second = open_at(tmp_path, after=3)
   second.write(4, {'loss': 9.0})
   second.close()
-  records = metrics.read(tmp_path / 'metrics.jsonl')
+  records = metric_files.read(tmp_path / 'metrics.jsonl')
   assert [r['step'] for r in records] == [1, 2, 3, 4]
   assert [r['loss'] for r in records] == [1.0, 0.5, 1 / 3, 9.0]
 
@@ -45,7 +46,7 @@ def test_a_finished_run_started_again_writes_nothing_twice(tmp_path):
   again.write(4, {'sink/mean': 0.5})  # not measured the first time
   again.write(5, {'validation/loss': 1.5})
   again.close()
-  assert metrics.read(tmp_path / 'metrics.jsonl')[2:] == [
+  assert metric_files.read(tmp_path / 'metrics.jsonl')[2:] == [
     {'step': 4, 'sink/mean': 0.5},
     {'step': 5, 'validation/loss': 1.5},
   ]
@@ -99,7 +100,7 @@ def test_a_full_disk_costs_tensorboard_and_not_the_run(
   assert [r.getMessage() for r in caplog.records] == [
     'TensorBoard gets no more numbers: No space left on device'
   ]
-  assert len(metrics.read(tmp_path / 'metrics.jsonl')) == 3
+  assert len(metric_files.read(tmp_path / 'metrics.jsonl')) == 3
 
 
 class FakeWandb(types.ModuleType):

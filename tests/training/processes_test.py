@@ -13,14 +13,15 @@ import jax
 import numpy as np
 import pytest
 
+from gated_jax import paths
 from gated_jax import sharding
 from gated_jax.config import MeshConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.data.pipeline import make_pipeline
+from gated_jax.evals import metric_files
 from gated_jax.model.decoder import Decoder
 from gated_jax.training import build
-from gated_jax.training import metrics
 from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices
 
@@ -66,7 +67,7 @@ def free_port():
     return server.getsockname()[1]
 
 
-def start(workdir, settings, processes=(0, 1), flags=()):
+def start(workdir, settings, processes=(0, 1), flags=(), more=()):
   """Both processes of a run, or some; settings: one dict for each."""
   port = free_port()
   return [
@@ -83,7 +84,7 @@ def start(workdir, settings, processes=(0, 1), flags=()):
         *(f'--config.{name}={value}' for name, value in settings[i].items()),
       ],
       cwd=ROOT,
-      env=ENVIRONMENT,
+      env=ENVIRONMENT | dict(more),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -130,7 +131,7 @@ def settings(tmp_path_factory):
 
 
 def losses(workdir):
-  records = metrics.read(workdir / 'metrics.jsonl')
+  records = metric_files.read(workdir / 'metrics.jsonl')
   found = [(r['step'], r['loss']) for r in records if 'loss' in r]
   steps = [step for step, _ in found]
   assert steps == list(range(1, len(steps) + 1)), 'one set of metrics, in order'
@@ -152,6 +153,17 @@ def nested(settings):
   values = smoke.get_config()
   values.update_from_flattened_dict(settings)
   return from_dict(values.to_dict())
+
+
+@pytest.mark.long
+def test_two_processes_share_a_run_in_a_bucket(
+  settings, undisturbed, bucket, storage
+):
+  workdir = f'{bucket}/two'
+  both = start(workdir, [settings, settings], more=storage.environment)
+  for code, _, err in finish(both):
+    assert code == 0, err
+  assert losses(paths.expand(workdir)) == losses(undisturbed[0])
 
 
 @pytest.mark.long

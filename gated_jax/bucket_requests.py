@@ -1,0 +1,104 @@
+"""Requests to buckets that fail: one line in place of what libraries raise.
+
+Read `paths.py` for the operations that make them.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import TypeVar
+
+TRIES = 10  # how often `patiently` asks
+T = TypeVar('T')
+_LOG = logging.getLogger(__name__)
+# Packages that raise errors about requests.
+_LIBRARIES = (
+  'gcsfs',
+  'google',
+  'aiohttp',
+  'aiobotocore',
+  'botocore',
+  'requests',
+  'urllib3',
+)
+
+
+class BucketError(OSError):
+  """A request to a bucket that failed, after repeats where those help."""
+
+
+class BucketRefused(BucketError):
+  """A request for which there is no permission, or no credentials."""
+
+
+def is_of_bucket(error: BaseException) -> bool:
+  """Tells whether the libraries that speak to buckets raised an error."""
+  ours = type(error).__module__.partition('.')[0] in _LIBRARIES
+  # gcsfs raises a plain OSError where it is not allowed to.
+  return ours or str(error).startswith('Forbidden: ')
+
+
+def bucket_error(
+  error: BaseException, path: str | os.PathLike[str]
+) -> BucketError | None:
+  """One line in place of an error of the libraries that speak to buckets.
+
+  None where the error is of another kind: what it says is meant for people, or
+  for programmers.
+  """
+  if not is_of_bucket(error) and not isinstance(error, OSError):
+    return None
+  kind = type(error)
+  text = ' '.join(str(error).split()) or kind.__name__
+  code = str(getattr(error, 'code', ''))
+  anonymous = 'Anonymous caller' in text or 'NoCredentials' in kind.__name__
+  if code == '401' or anonymous:
+    return BucketRefused(
+      f'{path}: no credentials that it accepts: gcloud auth '
+      'application-default login makes some, or aws configure for s3://'
+    )
+  if 'Forbidden' in text or isinstance(error, PermissionError):
+    reason = text.partition('Forbidden: ')[2] or text
+    return BucketRefused(f'{path}: no permission: {reason}')
+  if isinstance(error, TimeoutError):
+    return BucketError(f'{path}: no answer in time, after several tries')
+  return BucketError(
+    f'{path}: the request failed, after several tries where that helps: {text}'
+  )
+
+
+@contextlib.contextmanager
+def requests_to(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Inside, what a bucket's libraries raise becomes a BucketError.
+
+  A missing object stays a FileNotFoundError, and whatever is not about
+  requests stays as it is.
+  """
+  try:
+    yield
+  except (FileNotFoundError, FileExistsError, BucketError):
+    raise
+  except Exception as error:
+    worded = bucket_error(error, path) if '://' in os.fspath(path) else None
+    if worded is None:
+      raise
+    raise worded from error
+
+
+def patiently(action: Callable[[], T], tries: int = TRIES) -> T:
+  """Does what a run cannot do without, also while a bucket is away for minutes.
+
+  Args:
+    action: asks a bucket, and raises BucketError after half a minute or so.
+    tries: how often.
+  """
+  for _ in range(tries - 1):
+    try:
+      return action()
+    except BucketRefused:
+      raise
+    except BucketError as error:
+      _LOG.warning('%s: trying again', error)
+  return action()

@@ -1,0 +1,230 @@
+"""Whole runs in a bucket: the numbers of a run on a disk, also after kills."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gated_jax import checkpoint
+from gated_jax import paths
+from gated_jax.evals import compare
+from gated_jax.evals import metric_files
+from gated_jax.training.workdir import check_workdir
+from tests.storage.proxy import CUT
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = {
+  'steps': 12,
+  'log_every': 1,
+  'eval_every': 4,
+  'eval_batches': 1,
+  'probe_every': 0,
+  'figures': False,
+  'model.vocab': 257,
+  'model.length': 32,
+  'model.depth': 1,
+  'model.scan': False,
+  'model.width': 32,
+  'model.heads': 2,
+  'model.kv_heads': 1,
+  'model.head_dim': 16,
+  'model.mlp_width': 64,
+  'model.dtype': 'float32',
+  'model.dropout': 0.1,
+  'data.batch': 4,
+  'data.length': 32,
+  'optimizer.warmup_steps': 2,
+  'checkpoint.every': 2,
+}
+
+
+@pytest.fixture(scope='module')
+def program(storage, tmp_path_factory):
+  """Starts a program of the project: its words, settings as in TINY."""
+  environment = {
+    **os.environ,
+    **storage.environment,
+    'XLA_FLAGS': '',
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+
+  def start(*words, **settings):
+    chosen = {k.replace('__', '.'): v for k, v in settings.items()}
+    return subprocess.Popen(
+      [
+        sys.executable,
+        *words,
+        *(f'--config.{name}={value}' for name, value in chosen.items()),
+      ],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return start
+
+
+@pytest.fixture(scope='module')
+def train(program):
+  """Starts train.py in a workdir."""
+
+  def start(workdir, **settings):
+    words = ('train.py', '--config=configs/base.py', f'--workdir={workdir}')
+    return program(*words, **TINY | settings)
+
+  return start
+
+
+def ended(process, code=0):
+  """Output and errors of a program that ends as it should."""
+  out, err = process.communicate(timeout=240)
+  assert process.returncode == code, out + err
+  return out, err
+
+
+def losses(workdir):
+  records = metric_files.read(paths.expand(workdir) / metric_files.NAME)
+  found = [(r['step'], r['loss']) for r in records if 'loss' in r]
+  steps = [step for step, _ in found]
+  assert steps == sorted(set(steps)), 'a step stands there twice'
+  return dict(found)
+
+
+def fingerprint(workdir, step):
+  folder = paths.expand(workdir) / f'checkpoints/{step}'
+  return json.loads(paths.read_bytes(folder / checkpoint.RUN))['arrays']
+
+
+def left_in(workdir):
+  """Losses, the steps that were kept and the arrays of the last one."""
+  folder = paths.expand(workdir) / 'checkpoints'
+  steps = checkpoint.steps_in(folder)
+  return losses(workdir), steps, fingerprint(workdir, 12)
+
+
+@pytest.fixture(scope='module')
+def reference(train, tmp_path_factory):
+  """What a run on a disk left that nothing happened to."""
+  workdir = tmp_path_factory.mktemp('reference')
+  ended(train(workdir))
+  return left_in(workdir)
+
+
+@pytest.mark.parametrize(
+  ('workdir', 'words'),
+  [
+    ('gs://absent-bucket/x', 'there is no bucket gs://absent-bucket'),
+    ('gs://forbidden-bucket/x', 'no permission'),
+    ('{bucket}/object', 'is an object: a folder is needed'),
+  ],
+)
+def test_a_workdir_that_cannot_be_is_refused_at_once(workdir, words, bucket):
+  paths.write_bytes(paths.expand(f'{bucket}/object'), b'')
+  with pytest.raises(ValueError, match=words) as error:
+    check_workdir(paths.expand(workdir.format(bucket=bucket)))
+  assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_bucket_that_cannot_be_written_to_is_refused(bucket, storage):
+  storage.proxy.fail('POST', status=403)
+  with pytest.raises(ValueError, match=f'cannot write to workdir {bucket}/x: '):
+    check_workdir(paths.expand(f'{bucket}/x'))
+
+
+@pytest.mark.long
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(
+  program, train, reference, bucket, storage
+):
+  workdir = f'{bucket}/runs/one'
+  for status, after in ((503, 40), (429, 90), (CUT, 120), (503, 200)):
+    storage.proxy.fail('.*', status=status, times=2, after=after)
+  settings = {'profile_start': 5, 'profile_steps': 1, 'tensorboard': True}
+  out, _ = ended(train(workdir, figures=True, **settings))
+  assert not any(fault.left for fault in storage.proxy._faults)
+  assert left_in(workdir) == reference
+  names = {
+    str(p).removeprefix(f'{workdir}/')
+    for p in paths.files_below(paths.expand(workdir))
+  }
+  drawn = {name for name in names if name.startswith('figures/')}
+  assert {'figures/report.html', 'figures/loss.png'} <= drawn
+  assert 'probe.json' in names
+  assert any(name.startswith('tensorboard/events') for name in names)
+  assert any(name.endswith('.xplane.pb') for name in names)
+  assert re.search(
+    rf'^checkpoint +{workdir}/checkpoints/12$', out, re.MULTILINE
+  )
+
+  decode = ('-m', 'gated_jax.decode', f'--checkpoint={workdir}', '--prompt=The')
+  assert ended(program(*decode))[0].startswith('The')
+  figures = f'{bucket}/measured'
+  evals = ('-m', 'gated_jax.evals', f'--checkpoint={workdir}')
+  assert 'perplexity' in ended(program(*evals, f'--figures={figures}'))[0]
+  assert paths.exists(paths.expand(figures) / 'sink.png')
+  ended(train(f'{bucket}/runs/two', steps=2, init_from=workdir))
+  compare.main([f'{bucket}/runs', f'--out={bucket}/both'])
+  text = paths.read_bytes(paths.expand(f'{bucket}/both/comparison.md')).decode()
+  assert '| one |' in text
+  assert '| two |' in text
+
+
+@pytest.mark.long
+def test_a_killed_run_in_a_bucket_goes_on_to_the_bit(
+  train, reference, bucket, storage
+):
+  killed = kill_often(train, f'{bucket}/x', storage.proxy, 2)
+  assert killed == 2
+  assert left_in(f'{bucket}/x') == reference
+
+
+@pytest.mark.nightly
+def test_ten_kills_cost_nothing(train, reference, bucket, storage):
+  assert kill_often(train, f'{bucket}/x', storage.proxy, 10) == 10
+  assert left_in(f'{bucket}/x') == reference
+
+
+def kill_often(train, workdir, proxy, times):
+  """Kills a run that often, each time after other requests; how often."""
+  killed = 0
+  for number in range(times):
+    begun = len(proxy.requests)
+    # A start asks some dozens of times before its first step, a save more.
+    most = 60 + 37 * number
+    process = train(workdir)
+    while process.poll() is None and len(proxy.requests) < begun + most:
+      time.sleep(0.001)
+    killed += process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  ended(train(workdir))
+  return killed
+
+
+@pytest.mark.long
+def test_two_runs_do_not_share_a_workdir(train, bucket):
+  workdir = f'{bucket}/x'
+  first = train(workdir, steps=100_000, checkpoint__every=0, eval_every=0)
+  lock = paths.expand(workdir) / 'lock'
+  while not paths.exists(lock):
+    assert first.poll() is None, first.communicate()
+    time.sleep(0.05)
+  out, err = ended(train(workdir), code=75)
+  (line,) = [x for x in err.splitlines() if x.startswith('error')]
+  assert f'{workdir} is in use by process {first.pid} on' in line
+  first.send_signal(signal.SIGTERM)
+  out, _ = ended(first, code=75)
+  last = out.splitlines()[-1]
+  step = re.match(r'SIGTERM: saved step (\d+) in gs://\S+; go on', last)[1]
+  assert int(step) in checkpoint.steps_in(paths.expand(workdir) / 'checkpoints')
+  assert list(losses(workdir)) == list(range(1, int(step) + 1))
