@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from gated_jax import torus
 from gated_jax.config import MeshConfig
 
 # Logical axes of one array; None is an axis that is never split.
@@ -71,13 +72,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   sizes = _fill(config, len(devices))
   shape = tuple(sizes.values())
   if config.slices == 1:
-    if devices[0].platform == 'tpu':
-      grid = mesh_utils.create_device_mesh(
-        shape, devices, allow_split_physical_axes=True
-      )
-    else:
-      grid = np.array(devices).reshape(shape)
-    return Mesh(grid, tuple(sizes))
+    on_torus = devices[0].platform == 'tpu'
+    grid = _on_torus(sizes, devices) if on_torus else np.array(devices)
+    return Mesh(grid.reshape(shape), tuple(sizes))
   outer = sizes[config.slice_axis]
   if outer % config.slices:
     raise ValueError(
@@ -88,6 +85,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   fast = {name: sizes[name] // slow[name] for name in sizes}
   grid = _hybrid(tuple(fast.values()), tuple(slow.values()), devices)
   return Mesh(grid, tuple(sizes))
+
+
+def _on_torus(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
+  """Devices in the mesh's order: neighbours along its inner axes.
+
+  Experts that nothing else divides get compact blocks (see torus.py); all
+  other meshes are JAX's own.
+  """
+  if sizes['expert'] > 1 and sizes['context'] == sizes['tensor'] == 1:
+    blocks = torus.in_blocks(devices, sizes['expert'])
+    if blocks is not None:
+      return blocks
+  return mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=True
+  )
 
 
 def _hybrid(

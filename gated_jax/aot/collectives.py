@@ -33,8 +33,8 @@ class Collective:
   times: int
   op_name: str
   shape: str
-  # The instruction that starts it on a core of its own, where the compiled text
-  # says when it is waited for; '': it does not.
+  # The instruction that starts it, where the compiled text has another that
+  # waits for its end; '': it has none.
   start: str = ''
 
   @property
@@ -54,7 +54,9 @@ def collectives_of(
   for i in module.computations[computation].values():
     kind = i.op.removesuffix('-start')
     if kind in COLLECTIVES:
-      yield _collective(module, (computation, i), i.op != kind, times)
+      spread = i.op != kind
+      found = _collective(module, (computation, i), spread, times)
+      yield dataclasses.replace(found, start=i.name if spread else '')
     elif i.op == 'call-start':
       for inner_computation, inner in _fused(module, i.attribute('to_apply')):
         where = inner_computation, inner

@@ -5,11 +5,11 @@
 XLA is the compiler's cycles over the clock. A kernel counts at the time its
 matmuls would take on the matrix units, a floor, unless its own cycles are
 given. A collective counts by its bytes over the links that its group spans.
-Synchronous ones are waited for. One that runs on a core of its own, between a
-start and an end, is waited for as long as it outlasts the instructions between
-them, one after the other on the links. Other asynchronous ones are waited for
-only as far as they take longer than all the computing. None of this was
-measured.
+Synchronous ones are waited for. One that runs between a start and an end is
+waited for as long as it outlasts the instructions between them, one after the
+other on the links. Asynchronous ones that are spread over several products are
+waited for only as far as they take longer than all the computing. None of this
+was measured.
 """
 
 import dataclasses
@@ -79,12 +79,21 @@ class Prediction:
     return self.synchronous + max(computing, self.asynchronous)
 
 
-def _extents(group: list[Any]) -> tuple[list[int], int]:
-  """Chips that a group spans in each direction, and its slices."""
+def _extents(group: list[Any]) -> tuple[list[tuple[int, int]], int]:
+  """How a group lies on the torus, and its slices.
+
+  Returns:
+    For each direction that it spans: chips from its first to where the next
+    group like it begins, and chips from one member to the next.
+  """
   coords = np.array([d.coords for d in group])
-  spans = (coords.max(0) - coords.min(0) + 1).tolist()
+  extents = []
+  for places in coords.T:
+    step = int(np.gcd.reduce(places - places[0]))
+    if step:
+      extents.append((int(np.ptp(places)) + step, step))
   slices = {getattr(d, 'slice_index', 0) or 0 for d in group}
-  return [n for n in spans if n > 1], len(slices)
+  return extents, len(slices)
 
 
 def collective_seconds(
@@ -94,24 +103,31 @@ def collective_seconds(
 
   A ring carries both directions at once; a line half of that. Groups that
   span several directions of the torus use them all, and an all-to-all is
-  bound by the bisection of the longest. Between slices, each device sends
-  its share of what the slice holds.
+  bound by the bisection of the longest. Where members are not neighbours, as
+  many groups share each link as there are steps from one to the next. Between
+  slices, each device sends its share of what the slice holds.
   """
   group = [devices[k] for k in collective.groups[0]]
-  spans, slices = _extents(group)
+  extents, slices = _extents(group)
   n = len(group)
   if n == 1 or not collective.payload:
     return 0.0
   # On-chip neighbours (v4's two cores) count as one link.
-  rates = [chip.link * (2 if s >= chip.ring else 1) for s in spans]
-  rates = rates or [chip.link]
+  rates = [
+    chip.link * (2 if reach >= chip.ring else 1) / step
+    for reach, step in extents
+  ] or [chip.link]
   if collective.kind == 'collective-permute':
     return collective.payload / (chip.network if slices > 1 else chip.link)
   if collective.kind in ('all-to-all', 'ragged-all-to-all'):
     within = collective.payload / slices
     crossing = collective.payload - within
     longest = max(
-      (s / rate for s, rate in zip(spans, rates, strict=False)), default=0.0
+      (
+        reach / step / rate
+        for (reach, step), rate in zip(extents, rates, strict=False)
+      ),
+      default=0.0,
     )
     return within * longest / 4 + crossing / chip.network
   # The slices sum up inside first, then exchange shares of that.
@@ -188,7 +204,7 @@ def _stalls(
     if i.name in work:
       free = max(now, free) + work[i.name]
       ends[i.name] = free
-    elif i.op == 'call-done' and i.operands[0] in ends:
+    elif i.op.endswith('-done') and i.operands[0] in ends:
       stalls[i.operands[0]] = max(0.0, ends.pop(i.operands[0]) - now)
       now += stalls[i.operands[0]]
     elif i.target == KERNEL:

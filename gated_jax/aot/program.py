@@ -22,6 +22,7 @@ from gated_jax.aot.collectives import collectives_of
 from gated_jax.aot.hlo import Instruction
 from gated_jax.aot.loops import Loops
 from gated_jax.aot.loops import Scope
+from gated_jax.ops.moe.exchange import FURTHER_ROUNDS
 
 KERNEL = 'tpu_custom_call'
 _COPIES = (
@@ -46,11 +47,15 @@ class Visit:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-  """A loop that runs, in all, `times` times `trips`."""
+  """A loop that runs, in all, `times` times `trips`.
+
+  Where the trips depend on data they are taken to be one; none for the rounds
+  that experts add where their load is uneven.
+  """
 
   name: str
   op_name: str
-  trips: int  # 1 where not known
+  trips: int
   known: bool
   times: int
   cycles: int  # those of one trip
@@ -109,7 +114,10 @@ class Program:
     self, scope: Scope, loop: Instruction, times: int
   ) -> Iterator[Visit]:
     trips = self._loops.trips(scope, loop)
-    total = times * (1 if trips is None else trips)
+    known = trips is not None
+    if trips is None:
+      trips = 0 if FURTHER_ROUNDS in loop.op_name else 1
+    total = times * trips
     visits = [
       visit
       for part in ('body', 'condition')
@@ -120,8 +128,8 @@ class Program:
       Loop(
         loop.name,
         loop.op_name,
-        1 if trips is None else trips,
-        trips is not None,
+        trips,
+        known,
         times,
         cycles,
       )
@@ -247,7 +255,7 @@ class Program:
     kernels: dict[tuple, Kernel] = {}
     for v in self.visits:
       i = v.instruction
-      if i.target == KERNEL:
+      if i.target == KERNEL and v.times:
         kernel = self.kernel(v.computation, i, v.times)
         key = dataclasses.astuple(dataclasses.replace(kernel, calls=0))
         calls = kernels[key].calls if key in kernels else 0
@@ -258,7 +266,7 @@ class Program:
     """The computations that control reaches, and how often each runs."""
     frames: collections.Counter[str] = collections.Counter()
     for v in self.visits:
-      if v.instruction.root:
+      if v.instruction.root and v.times:
         frames[v.computation] += v.times
     return dict(frames)
 

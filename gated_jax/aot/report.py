@@ -236,7 +236,8 @@ def _time(report: Report) -> str:
   notes = ''
   for loop in program.loops:
     if not loop.known:
-      notes += f'\n  counted once, its trips depend on data: {loop.op_name}'
+      counted = 'counted once' if loop.trips else 'not counted'
+      notes += f'\n  {counted}, its trips depend on data: {loop.op_name}'
   missing = program.without_estimate()
   if missing:
     most = sorted(missing.items(), key=lambda item: -item[1])[:6]

@@ -145,6 +145,14 @@ class MoEConfig:
   router_z_loss: float = setting(1e-3, 'execution')
   # Grouped matmul: 'ragged_dot', 'gmm'.
   implementation: str = setting('auto', 'free')
+  # The next two matter where mesh.expert splits the experts. A device's tokens
+  # are worked through in so many parts: rows of one travel to their experts
+  # while those of another are multiplied.
+  chunks: int = setting(2, 'free')
+  # Rows of a buffer that travels, over an even share of them. Nothing is ever
+  # dropped: where the load is less even, what is left follows in further,
+  # smaller rounds, which take their time.
+  slack: float = setting(1.0625, 'free')
 
   def __post_init__(self) -> None:
     finite('moe.', self)
@@ -164,6 +172,8 @@ class MoEConfig:
         'moe.scale': self.scale,
         'moe.groups': self.groups,
         'moe.top_groups': self.top_groups,
+        'moe.chunks': self.chunks,
+        'moe.slack': self.slack,
       }
     )
     choice('moe.score', self.score, ('softmax', 'sigmoid'))

@@ -141,6 +141,8 @@ class MoE(nn.Module):
     split = mesh_axes('experts')
     spec = moe.ExpertSpec(
       implementation=self.config.moe.implementation,
+      slack=self.config.moe.slack,
+      chunks=self.config.moe.chunks,
       limit=self.limit,
       expert_axis=split[0] if split else '',
       token_axes=mesh_axes('batch') + mesh_axes('length'),

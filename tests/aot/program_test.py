@@ -4,6 +4,7 @@ What is expected is counted by hand from the program's own shapes.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from gated_jax.aot.predict import predict
 from gated_jax.aot.program import Program
 from gated_jax.aot.topology import chip_of
 from gated_jax.aot.topology import open_topology
+from gated_jax.ops.moe.exchange import FURTHER_ROUNDS
 
 pytest.importorskip('libtpu')
 N = 1024
@@ -86,15 +88,21 @@ def test_matmuls_take_at_least_the_time_the_matrix_units_need():
   assert floor < program.cycles_by_kind()['matmul'] < 3 * floor
 
 
-def test_a_loop_that_depends_on_data_counts_once_and_says_so():
+@pytest.mark.parametrize(('scope', 'trips'), [('any', 1), (FURTHER_ROUNDS, 0)])
+def test_a_loop_that_depends_on_data_counts_once_and_says_so(scope, trips):
+  """But for the rounds of experts that an even load does not need."""
+
   def run(x, w):
-    return jax.lax.while_loop(
-      lambda x: jnp.sum(x.astype(jnp.float32)) < 1e3, lambda x: x @ w, x
-    )
+    with jax.named_scope(scope):
+      return jax.lax.while_loop(
+        lambda x: jnp.sum(x.astype(jnp.float32)) < 1e3, lambda x: x @ w, x
+      )
 
   program = compiled(run, mesh(x=1), ((N, N), P()), ((N, N), P()))
-  assert [loop.known for loop in program.loops] == [False]
-  assert program.flops == 2 * N**3
+  assert [(loop.known, loop.trips) for loop in program.loops] == [
+    (False, trips)
+  ]
+  assert program.flops == trips * 2 * N**3
 
 
 def test_of_a_conditional_the_costliest_branch_counts():
@@ -262,11 +270,20 @@ ENTRY %main (a: bf16[1024,1024]) -> bf16[1024,1024] {
 """
 
 
+# The same sum between a start and an end that the main core itself issues.
+START_AND_DONE = re.sub(
+  r'call-start\(%a\).*',
+  'all-reduce-start(%a), channel_id=1, replica_groups={{0,1,2,3}}',
+  SPARSE_CORES,
+).replace('call-done', 'all-reduce-done')
+
+
+@pytest.mark.parametrize('text', [SPARSE_CORES, START_AND_DONE])
 @pytest.mark.parametrize('beside', [0, 10_000, 10**9])
-def test_a_call_of_the_sparse_cores_is_waited_for_as_it_outlasts_the_rest(
-  beside,
+def test_what_has_a_start_and_an_end_is_waited_for_as_it_outlasts_the_rest(
+  beside, text
 ):
-  program = Program(SPARSE_CORES.replace('BESIDE', str(beside)))
+  program = Program(text.replace('BESIDE', str(beside)))
   where = mesh(x=4)
   chip = chip_of(devices())
   (c,) = program.collectives()
@@ -367,6 +384,16 @@ def test_collectives_take_bytes_over_links(kind, size, width, slices, seconds):
   chip = chips.TPUS['v5e']
   taken = collective_seconds(c, pod(width, 1, slices), chip)
   assert taken == pytest.approx(seconds)
+
+
+def test_groups_of_chips_that_are_apart_share_their_links():
+  """Every fourth of 16 chips: four such groups go over each link."""
+  four = Collective(
+    'all-gather', ((0, 4, 8, 12),), 10**9, 0.75e9, False, 1, '', ''
+  )
+  chip = chips.TPUS['v5e']
+  taken = collective_seconds(four, pod(16, 1), chip)
+  assert taken == pytest.approx(0.75e9 / (2 * 50e9 / 4))
 
 
 @pytest.mark.parametrize('name', ['v9:2x2', 'v5e:3x5', 'nonsense'])

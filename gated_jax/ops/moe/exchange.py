@@ -1,11 +1,17 @@
-"""Experts that are split over devices: rounds of all-to-all.
+"""Experts that are split over devices: chunks of tokens and all-to-all.
 
-(token, expert) pairs travel in buffers of a fixed size, in as many rounds as
-the fullest pair of devices needs: one round while the load is even
-(`ExpertSpec.slack` above the mean), more when it is not. So no token is
-dropped, memory stays bounded, and no platform needs ragged collectives. The
-loop is written with its own backward pass, which runs the same rounds and
-recomputes them.
+(token, expert) pairs travel in buffers of a fixed size, a little above an even
+share (`ExpertSpec.slack`). Pairs that find no place there follow in further,
+smaller rounds, as many as the fullest pair of devices needs: usually none. So
+no token is dropped, memory stays bounded, and no platform needs ragged
+collectives.
+
+A device's tokens are worked through in `ExpertSpec.chunks` parts that do not
+depend on one another, so that the compiler can move the rows of one part while
+it multiplies those of another.
+
+The backward pass is written by hand: it runs the same rounds and recomputes
+them.
 """
 
 import functools
@@ -26,73 +32,144 @@ from gated_jax.ops.moe.experts import Matrices
 from gated_jax.ops.moe.experts import swiglu
 from gated_jax.ops.moe.grouped_matmul import row_tile
 
+# The scope of the rounds that an even load does not need. `gated_jax/aot`
+# knows their loop by this name.
+FURTHER_ROUNDS = 'further_rounds'
+# Rows of a further round's buffers, over an even share: small, because it is
+# seldom that many are left.
+FURTHER_SHARE = 0.25
+
 
 class _Plan(NamedTuple):
-  """The destinations of this device's choices, not yet cut into rounds."""
+  """Where the choices of one chunk of tokens go."""
 
-  order: Int[Array, ' n']  # choices sorted by expert
+  order: Int[Array, ' n']  # choices sorted by expert, numbered over all chunks
   offset: Int[Array, ' P']  # start of each device's part of them
   counts: Int[Array, ' P']
-  device: Int[Array, 'M k']  # device of each choice
-  position: Int[Array, 'M k']  # each choice's, within its device's part
-  rounds: Int[Array, '']
+  device: Int[Array, 'm k']  # device of each choice
+  position: Int[Array, 'm k']  # each choice's, within its device's part
 
 
-def _plan(
+def _plans(
   choices: Int[Array, 'M k'], local_experts: int, spec: ExpertSpec
-) -> _Plan:
-  """Sorts this device's choices by the device that has their expert."""
-  capacity = _capacity(choices, local_experts, spec)
+) -> list[_Plan]:
+  """Sorts the choices of each chunk by the device that has their expert."""
+  chunks = math.gcd(choices.shape[0], spec.chunks)
   devices = jax.lax.axis_size(spec.expert_axis)
-  flat = choices.reshape(-1)
-  order, rank = order_of_rows.sort(flat)
-  device = flat // local_experts
-  counts = order_of_rows.count(device, devices)
-  offset = jnp.cumsum(counts) - counts
-  rounds = -(-counts.max() // capacity)
-  # Every device of the mesh runs as many rounds as the worst one: a loop
-  # with collectives inside must end everywhere at once.
-  rounds = jax.lax.pmax(rounds, spec.token_axes or (spec.expert_axis,))
-  shape = choices.shape
-  position = rank - jnp.take(offset, device)
-  return _Plan(
-    order,
-    offset,
-    counts,
-    device.reshape(shape),
-    position.reshape(shape),
-    rounds,
-  )
+  plans = []
+  for number, part in enumerate(jnp.split(choices, chunks)):
+    flat = part.reshape(-1)
+    order, rank = order_of_rows.sort(flat)
+    device = flat // local_experts
+    counts = order_of_rows.count(device, devices)
+    offset = jnp.cumsum(counts) - counts
+    position = rank - jnp.take(offset, device)
+    plans.append(
+      _Plan(
+        order + number * flat.size,
+        offset,
+        counts,
+        device.reshape(part.shape),
+        position.reshape(part.shape),
+      )
+    )
+  return plans
 
 
 def _capacity(
-  choices: Int[Array, 'M k'], local_experts: int, spec: ExpertSpec
+  plan: _Plan, local_experts: int, slack: float, spec: ExpertSpec
 ) -> int:
-  """Rows per pair of devices in one round."""
-  tokens, k = choices.shape
-  devices = jax.lax.axis_size(spec.expert_axis)
+  """Rows per pair of devices in one round, `slack` times an even share."""
+  tokens, k = plan.device.shape
+  devices = plan.counts.size
   most = tokens * min(k, local_experts)
-  even = int(-(-tokens * k * spec.slack // devices))
+  wanted = math.ceil(tokens * k * slack / devices)
   # All devices' rows together must be a multiple of the kernel's tile.
-  tile = row_tile(spec.implementation, even * devices)
+  tile = row_tile(spec.implementation, wanted * devices)
   tile = max(8, tile // math.gcd(devices, 64))
-  return -(-min(most, even) // tile) * tile
+  return -(-min(most, wanted) // tile) * tile
 
 
-def _one_round(
-  x: Float[Array, 'M D'],
-  weights: Float[Array, 'M k'],
-  matrices: Matrices,
+class _Result(NamedTuple):
+  """What one round of one chunk gives."""
+
+  product: Array  # the last of those that make `own`
+  own: Any  # adds to the chunk's own arrays; their first axis is its tokens
+  common: Any  # adds to arrays that all rounds add to
+
+
+class _Route(NamedTuple):
+  """The ways there and back of the rows of one chunk in one round.
+
+  On the sender's side a row is a choice of one of its tokens, on the receiver's
+  it stands among the rows of one of its experts.
+  """
+
+  axis: str  # mesh axis of the experts
+  choice: Int[Array, ' R']  # choice that each row is sent for
+  slot: Int[Array, 'm k']  # row of each choice; R where it has none
+  order: Int[Array, ' R']  # received rows sorted by expert, and the inverse
+  rank: Int[Array, ' R']
+  sizes: Int[Array, ' E']  # received rows of each expert
+
+  def send(
+    self, tokens: Float[Array, 'M D'], previous: Array | None
+  ) -> Float[Array, 'R D']:
+    """The received rows, sorted by expert.
+
+    Args:
+      tokens: all of this device's.
+      previous: an array that has to be there before the rows are read.
+    """
+    rows = order_of_rows.spread(tokens, self.choice, self.slot)
+    rows = _swap(rows, self.axis)
+    if previous is not None:
+      rows, _ = jax.lax.optimization_barrier((rows, previous))
+    return order_of_rows.permute(rows, self.order, self.rank)
+
+  def send_weights(self, weights: Float[Array, 'M k']) -> Float[Array, 'R 1']:
+    """The weights of the received rows."""
+    rows = order_of_rows.spread_weights(weights, self.choice, self.slot)
+    return order_of_rows.permute(_swap(rows, self.axis), self.order, self.rank)
+
+  def collect(self, rows: Float[Array, 'R D']) -> Float[Array, 'm D']:
+    """Sends received rows home; the sum of each token's rows."""
+    rows = order_of_rows.permute(rows, self.rank, self.order)
+    return order_of_rows.collect(_swap(rows, self.axis), self.choice, self.slot)
+
+  def collect_weights(self, rows: Float[Array, 'R 1']) -> Float[Array, 'm k']:
+    """Sends what belongs to received rows home, to the choices they are of."""
+    rows = order_of_rows.permute(rows, self.rank, self.order)
+    rows = _swap(rows, self.axis)
+    slot = self.slot.reshape(-1, 1)
+    flat = order_of_rows.collect(rows, self.choice, slot)
+    return flat.reshape(self.slot.shape)
+
+
+def _swap(rows: Array, axis: str) -> Array:
+  """Gives every device of the axis its part of the rows."""
+  return jax.lax.all_to_all(rows, axis, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _route(
   choices: Int[Array, 'M k'],
   plan: _Plan,
-  step: Int[Array, ''],
-  spec: ExpertSpec,
-) -> Float[Array, 'M D']:
-  """Sends up to `capacity` rows to every device and sums what comes back."""
-  local_experts = matrices.down.shape[0]
-  capacity = _capacity(choices, local_experts, spec)
+  first: Int[Array, ''] | int,
+  capacity: int,
+  local_experts: int,
+  axis: str,
+) -> _Route:
+  """The way of up to `capacity` rows to every device.
+
+  Args:
+    choices: experts of all of this device's tokens.
+    plan: of one chunk.
+    first: rows to each device that went in earlier rounds.
+    capacity: as above.
+    local_experts: experts of one device.
+    axis: mesh axis that splits the experts.
+  """
   devices = plan.counts.size
-  first = step * capacity
   place = first + jnp.arange(capacity, dtype=jnp.int32)
   used = place < plan.counts[:, None]
   index = jnp.where(used, plan.offset[:, None] + place, 0)
@@ -104,42 +181,99 @@ def _one_round(
   slot = jnp.where(
     inside, plan.device * capacity + position, devices * capacity
   )
-  swap = functools.partial(
-    jax.lax.all_to_all,
-    axis_name=spec.expert_axis,
-    split_axis=0,
-    concat_axis=0,
-    tiled=True,
-  )
-  rows = swap(order_of_rows.spread(x, choice, slot))
-  row_weights = swap(order_of_rows.spread_weights(weights, choice, slot))
-  ids = swap(expert)
+  ids = _swap(expert, axis)
   order, rank = order_of_rows.sort(ids)
-  y = swiglu(
-    order_of_rows.permute(rows, order, rank),
-    order_of_rows.permute(row_weights, order, rank),
-    matrices,
-    order_of_rows.count(ids, local_experts),
-    spec,
+  sizes = order_of_rows.count(ids, local_experts)
+  return _Route(axis, choice, slot, order, rank, sizes)
+
+
+# From a route, and the product of the chunk before; None: it is the first. Rows
+# that a chunk receives are not read before that product is there: else the
+# compiler exchanges all chunks' rows before the first product, and has no work
+# left to hide them behind.
+_Body = Callable[[_Route, Array | None], _Result]
+
+
+def _run(
+  choices: Int[Array, 'M k'], local_experts: int, spec: ExpertSpec, body: _Body
+) -> tuple[Any, Any]:
+  """All rounds of all chunks.
+
+  Args:
+    choices: experts of this device's tokens.
+    local_experts: experts of one device.
+    spec: static options.
+    body: one round, as above.
+
+  Returns:
+    The chunks' own arrays, one chunk after the other, and the common ones.
+  """
+  plans = _plans(choices, local_experts, spec)
+  axis = spec.expert_axis
+  capacity = _capacity(plans[0], local_experts, spec.slack, spec)
+  rounds: list[_Result] = []
+  for plan in plans:
+    route = _route(choices, plan, 0, capacity, local_experts, axis)
+    rounds.append(body(route, rounds[-1].product if rounds else None))
+  own = jax.tree.map(lambda *parts: _join(parts), *(r.own for r in rounds))
+  common = jax.tree.map(
+    lambda *parts: functools.reduce(jnp.add, parts),
+    *(r.common for r in rounds),
   )
-  back = swap(order_of_rows.permute(y, rank, order))
-  return order_of_rows.collect(back, choice, slot)
+  further = _capacity(plans[0], local_experts, FURTHER_SHARE, spec)
+  fullest = functools.reduce(jnp.maximum, (plan.counts.max() for plan in plans))
+  more = -(-jnp.maximum(fullest - capacity, 0) // further) * len(plans)
+  # Every device of the mesh runs as many rounds as the worst one: a loop
+  # with collectives inside must end everywhere at once.
+  more = jax.lax.pmax(more, spec.token_axes or (axis,))
+  stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *plans)
+
+  def step(carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+    """Adds one further round of one chunk."""
+    i, own, common = carry
+    number = i % len(plans)
+    plan = jax.tree.map(lambda part: part[number], stacked)
+    first = capacity + i // len(plans) * further
+    route = _route(choices, plan, first, further, local_experts, axis)
+    _, added, added_common = body(route, None)
+    own = jax.tree.map(lambda x, part: _add(x, part, number), own, added)
+    return i + 1, own, jax.tree.map(jnp.add, common, added_common)
+
+  with jax.named_scope(FURTHER_ROUNDS):
+    _, own, common = jax.lax.while_loop(
+      lambda carry: carry[0] < more,
+      step,
+      (jnp.int32(0), own, common),
+    )
+  return own, common
 
 
-def _loop(
-  plan: _Plan, body: Callable[[Int[Array, '']], Any], start: Any
-) -> Any:
-  """start + body(0) + ... + body(rounds - 1), leaf by leaf."""
+def _join(parts: tuple[Array, ...]) -> Array:
+  """Parts one after the other, each written in place.
 
-  def step(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-    """Adds one more round."""
-    i, total = carry
-    return i + 1, jax.tree.map(jnp.add, total, body(i))
+  XLA:TPU makes of `concatenate` two more passes over all of them.
+  """
+  if len(parts) == 1:
+    return parts[0]
+  rows = parts[0].shape[0]
+  shape = (len(parts) * rows, *parts[0].shape[1:])
+  whole = jnp.zeros(shape, parts[0].dtype)
+  for number, part in enumerate(parts):
+    whole = jax.lax.dynamic_update_slice_in_dim(whole, part, number * rows, 0)
+  return whole
 
-  _, total = jax.lax.while_loop(
-    lambda carry: carry[0] < plan.rounds, step, (jnp.int32(0), start)
+
+def _add(
+  whole: Float[Array, 'M ...'],
+  part: Float[Array, 'm ...'],
+  number: Int[Array, ''],
+) -> Float[Array, 'M ...']:
+  """Adds to the part of that number."""
+  rows = part.shape[0]
+  old = jax.lax.dynamic_slice_in_dim(whole, number * rows, rows, 0)
+  return jax.lax.dynamic_update_slice_in_dim(
+    whole, old + part, number * rows, 0
   )
-  return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -159,13 +293,15 @@ def exchange(
     matrices: this device's experts.
     spec: static options.
   """
-  plan = _plan(choices, matrices.down.shape[0], spec)
 
-  def body(step: Int[Array, '']) -> Float[Array, 'M D']:
+  def body(route: _Route, previous: Array | None) -> _Result:
     """The outputs of one round."""
-    return _one_round(x, weights, matrices, choices, plan, step, spec)
+    rows = route.send(x, previous)
+    row_weights = route.send_weights(weights)
+    y = swiglu(rows, row_weights, matrices, route.sizes, spec)
+    return _Result(y, route.collect(y), ())
 
-  return _loop(plan, body, jnp.zeros_like(x))
+  return _run(choices, matrices.down.shape[0], spec, body)[0]
 
 
 def _forward(
@@ -179,20 +315,23 @@ def _backward(
   spec: ExpertSpec, saved: Any, grad: Array
 ) -> tuple[Array, Array, None, Matrices]:
   x, weights, choices, matrices = saved
-  plan = _plan(choices, matrices.down.shape[0], spec)
 
-  def body(step: Int[Array, '']) -> Any:
-    """The gradients of one round."""
+  def body(route: _Route, previous: Array | None) -> _Result:
+    """The gradients of one round. `send` and `collect` are each other's."""
 
-    def forward(x: Array, weights: Array, matrices: Matrices) -> Array:
-      """The round that is differentiated, computed again."""
-      return _one_round(x, weights, matrices, choices, plan, step, spec)
+    def forward(rows: Array, weights: Array, matrices: Matrices) -> Array:
+      """The products that are differentiated, computed again."""
+      return swiglu(rows, weights, matrices, route.sizes, spec)
 
-    return jax.vjp(forward, x, weights, matrices)[1](grad)
+    rows, d_y = route.send(x, previous), route.send(grad, previous)
+    row_weights = route.send_weights(weights)
+    pull = jax.vjp(forward, rows, row_weights, matrices)[1]
+    d_rows, d_weights, d_matrices = pull(d_y)
+    own = route.collect(d_rows), route.collect_weights(d_weights)
+    return _Result(d_rows, own, d_matrices)
 
-  zeros = jax.tree.map(jnp.zeros_like, (x, weights, matrices))
-  dx, dweights, dmatrices = _loop(plan, body, zeros)
-  return dx, dweights, None, dmatrices
+  own, d_matrices = _run(choices, matrices.down.shape[0], spec, body)
+  return *own, None, d_matrices
 
 
 exchange.defvjp(_forward, _backward)

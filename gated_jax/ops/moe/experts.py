@@ -43,8 +43,11 @@ class ExpertSpec:
   interpret: bool = False  # runs 'gmm' on a CPU, for tests
   limit: float = 0.0  # of SwiGLU's factors; see gated_jax/ops/swiglu.py
   # Rows of an exchange buffer over the mean. A larger buffer seldom needs a
-  # second round; a smaller one sends fewer padded bytes.
-  slack: float = 1.25
+  # further round; a smaller one sends fewer padded bytes.
+  slack: float = 1.0625
+  # Parts that a device's tokens are worked through in, where experts are split
+  # over devices: rows of one travel while those of another are multiplied.
+  chunks: int = 1
   # Axis names inside shard_map; '' and () where there are none.
   expert_axis: str = ''  # splits the experts, and the tokens as well
   token_axes: tuple[str, ...] = ()  # all that split tokens, expert_axis too
