@@ -57,6 +57,8 @@ def test_settings_survive_json():
 
 
 @hypothesis.given(st.sampled_from(sorted(PATHS)), anything)
+@hypothesis.example(('model', 'init_std'), 2**53 + 1)
+@hypothesis.example(('model', 'init_std'), 10**400)
 def test_any_value_is_taken_as_it_is_or_refused_with_its_name(path, value):
   try:
     config = from_dict(put(path, value))

@@ -11,6 +11,9 @@ from typing import Any
 from gated_jax.config.layers import MoEConfig
 from gated_jax.config.run import RunConfig
 
+# Above it a float cannot hold every whole number.
+_WHOLE = 2**53
+
 # Settings that existed once, and what says the same now.
 _GONE = {
   'model.windows': "model.pattern=('attention:window=128', 'attention')",
@@ -61,6 +64,8 @@ def _as_type_of(old: Any, value: Any, name: str) -> Any:
     like = old[0] if old else ''
     return tuple(_as_type_of(like, item, name) for item in value)
   if kind is float and type(value) is int:
+    if abs(value) > _WHOLE:
+      raise ValueError(f'{name}={value} must be at most {_WHOLE}, or a float')
     return float(value)
   if type(value) is not kind:
     raise ValueError(
