@@ -30,8 +30,8 @@ from gated_jax.ops.delta.pallas_tpu.spec import Spec
 from gated_jax.ops.delta.pallas_tpu.tokens import gradients_of
 from gated_jax.ops.delta.pallas_tpu.tokens import rows_of
 
-# A step of the grid takes so many key heads where they divide.
-KEY_HEADS = 2
+# A step of the grid takes as many key heads as there can be, of these.
+KEY_HEADS = (4, 2, 1)
 # Tokens of a step.
 BLOCK = CHUNKS * CHUNK
 
@@ -133,7 +133,7 @@ class _Arrays(NamedTuple):
     first = pad_tokens(first, pad)
     inputs = Inputs(*(pad_tokens(x, pad) for x in inputs))
     query, key, value = (x.reshape(*x.shape[:2], -1) for x in inputs[:3])
-    keys = KEY_HEADS if key_heads % KEY_HEADS == 0 else 1
+    keys = next(n for n in KEY_HEADS if key_heads % n == 0)
     spec = Spec(keys, inputs.repeats, width, inputs.value.shape[3])
     return cls(query, key, value, rows_of(inputs, first), first, spec)
 

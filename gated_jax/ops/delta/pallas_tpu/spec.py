@@ -6,7 +6,7 @@ from gated_jax.ops.delta.pallas_tpu.products import CHUNK
 from gated_jax.ops.delta.pallas_tpu.products import SUBLANES
 
 # Chunks of a step of the grid.
-CHUNKS = 2
+CHUNKS = 1
 
 
 class Spec(NamedTuple):
