@@ -1,7 +1,9 @@
-"""Windows of rows to batches, and the threads that make both ahead.
+"""Windows to batches, and the thread that makes windows ahead.
 
-A position is where a window begins in every source, and how many of its rows
-are used. Read `gated_jax/data/pipeline.py` next.
+A batch is a view of its window. Making it costs a few microseconds, which is
+less than a thread takes to hand it over, so only windows are made ahead. A
+position is where a window begins in every source, and how many of its rows are
+used. Read `gated_jax/data/pipeline.py` next.
 """
 
 from collections.abc import Sequence
@@ -10,15 +12,9 @@ from typing import Any
 import grain
 import numpy as np
 from grain import experimental
-from jaxtyping import Bool
-from jaxtyping import Int32
 
-from gated_jax.data.packing import Rows
+from gated_jax.data.finish import Arrays
 from gated_jax.data.windows import Window
-from gated_jax.data.windows import join
-from gated_jax.data.windows import some
-
-Arrays = dict[str, np.ndarray]
 
 
 class Batches(grain.DatasetIterator):
@@ -46,22 +42,27 @@ class Batches(grain.DatasetIterator):
     self._used = 0  # rows of the window, or of the one that comes first
 
   def __next__(self) -> tuple[int, Arrays]:
-    pieces: list[Rows] = []
+    pieces: list[Arrays] = []
     missing = self._size
     while missing and self._open_window():
       assert self._window is not None
-      chosen = self._window.order[self._used : self._used + missing]
-      pieces.append(some(self._window.rows, chosen))
-      self._used += len(chosen)
-      missing -= len(chosen)
+      begin = self._used
+      self._used = min(begin + missing, self._window.count)
+      missing -= self._used - begin
+      pieces.append(_between(self._window.arrays, begin, self._used))
     if not pieces:
       raise StopIteration
-    rows = pieces[0] if len(pieces) == 1 else join(pieces)
-    return self._source, finish(_own(rows, self._size, *self._share))
+    arrays = pieces[0]
+    if len(pieces) > 1:
+      arrays = {
+        name: np.concatenate([piece[name] for piece in pieces])
+        for name in arrays
+      }
+    return self._source, _own(arrays, self._size, *self._share)
 
   def _open_window(self) -> bool:
     """Tells whether a window has rows left; opens the next one for them."""
-    while self._window is None or self._used >= len(self._window.order):
+    while self._window is None or self._used >= self._window.count:
       used = self._used if self._window is None else 0
       window = next(self._parent, None)
       if window is None:
@@ -72,7 +73,7 @@ class Batches(grain.DatasetIterator):
   def get_state(self) -> dict[str, Any]:
     """The window's beginning, and how many of its rows are used."""
     window = self._window
-    if window is None or self._used >= len(window.order):
+    if window is None or self._used >= window.count:
       used = self._used if window is None else 0
       return {'start': self._parent.get_state(), 'used': used}
     return {'start': window.start, 'used': self._used}
@@ -83,61 +84,25 @@ class Batches(grain.DatasetIterator):
     self._window, self._used = None, state['used']
 
 
-def _own(rows: Rows, size: int, shard: int, shards: int) -> Rows:
+def _between(arrays: Arrays, begin: int, end: int) -> Arrays:
+  """The rows from one number to another, which are not copied."""
+  return {name: array[begin:end] for name, array in arrays.items()}
+
+
+def _own(arrays: Arrays, size: int, shard: int, shards: int) -> Arrays:
   """This process's rows of a global batch, the last one padded to its size."""
-  count = len(rows.filled)
-  if shards == 1 and count == size:
-    return rows
+  count = len(arrays['tokens'])
   own = size // shards
+  if count == size:
+    return _between(arrays, shard * own, (shard + 1) * own)
   wanted = np.arange(shard * own, (shard + 1) * own)
+  padded = {name: array[wanted % count] for name, array in arrays.items()}
   # Padding repeats rows without their weight. Where documents have no numbers
   # nothing else marks it, so what is measured inside the model is text.
-  padded = some(rows, wanted % count)
-  padded.filled[wanted >= count] = 0
-  if padded.begins is not None:
-    for array in (padded.tokens, padded.targets, padded.begins):
-      array[wanted >= count] = 0
+  marked = padded if 'segments' in padded else ('weights',)
+  for name in marked:
+    padded[name][wanted >= count] = 0
   return padded
-
-
-def finish(rows: Rows) -> Arrays:
-  """The arrays of `gated_jax/data/batch.py`."""
-  shape = rows.tokens.shape
-  arrays = {'tokens': rows.tokens, 'targets': rows.targets}
-  whole = bool((rows.filled == shape[1]).all())
-  used = None if whole else np.arange(shape[1]) < rows.filled[:, None]
-  if rows.begins is not None:
-    segments, positions = _number(rows.begins)
-    if used is not None:
-      segments *= used
-      positions *= used
-    arrays |= {'segments': segments, 'positions': positions}
-  if used is None:
-    weights = np.ones(shape, np.float32)
-  else:
-    weights = used.astype(np.float32)
-  if rows.counts is not None:
-    weights *= rows.counts
-  return {**arrays, 'weights': weights}
-
-
-def _number(
-  begins: Bool[np.ndarray, 'N T'],
-) -> tuple[Int32[np.ndarray, 'N T'], Int32[np.ndarray, 'N T']]:
-  """Segments of each row from 1 on, and positions in each from 0 on."""
-  count, length = begins.shape
-  begins[:, 0] = True  # padding may not
-  starts = np.flatnonzero(begins)
-  sizes = np.empty_like(starts)
-  np.subtract(starts[1:], starts[:-1], out=sizes[:-1])
-  sizes[-1:] = count * length - starts[-1:]
-  per_row = np.count_nonzero(begins, axis=1)
-  before = np.repeat(np.cumsum(per_row) - per_row, per_row)
-  number = (np.arange(1, len(starts) + 1) - before).astype(np.int32)
-  positions = np.arange(count * length, dtype=np.int32)
-  positions -= np.repeat(starts.astype(np.int32), sizes)
-  segments = np.repeat(number, sizes)
-  return segments.reshape(count, length), positions.reshape(count, length)
 
 
 class InTurn(grain.DatasetIterator):

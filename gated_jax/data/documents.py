@@ -60,7 +60,7 @@ def content_hashes(block: Block) -> Iterator[bytes]:
   blake2b = functools.partial(hashlib.blake2b, digest_size=16)
   if isinstance(block, Texts):
     for text in block.texts:
-      yield blake2b(text.encode('utf-8', errors='surrogatepass')).digest()
+      yield blake2b(text.encode('utf-8', 'surrogatepass')).digest()
     return
   content = memoryview(np.ascontiguousarray(block.ids, '<i4')).cast('B')
   begin = 0

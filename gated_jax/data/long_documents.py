@@ -17,6 +17,16 @@ _PIECE = 1 << 48
 Reader = Callable[[Unit, int], Iterator[tuple[int, Document]]]
 
 
+def inside_a_document(cursor: int) -> bool:
+  """Tells whether a cursor lies between two pieces of a document."""
+  return cursor >= _PIECE
+
+
+def may_be_long(text: str, longest: int) -> bool:
+  """Tells whether a text can have more than `longest` bytes."""
+  return len(text) * 4 > longest  # no character has more
+
+
 def cut_long(
   records: Reader, unit: Unit, cursor: int, longest: int
 ) -> Iterator[tuple[int, Document]]:
@@ -31,7 +41,7 @@ def cut_long(
   done, before = divmod(cursor, _PIECE)
   for after, document in records(unit, before):
     raw = b''
-    if len(document.text) * 4 > longest:  # no character has more bytes
+    if may_be_long(document.text, longest):
       raw = document.text.encode('utf-8', errors='surrogatepass')
     if len(raw) <= longest:
       yield after, document

@@ -20,6 +20,7 @@ from gated_jax.data.sources import Unit
 from gated_jax.paths import in_bucket
 
 _FOOTERS = 64  # held for files in buckets; that of a wide table is large
+_DECODER = json.JSONDecoder()
 
 
 class Tables:
@@ -158,10 +159,10 @@ class ParquetSource(Records):
       if row + len(batch) <= cursor:
         row += len(batch)
         continue
-      for value in batch.column(0):
+      for text in batch.column(0).to_pylist():
         row += 1
         if row > cursor:
-          yield row, Document(value.as_py() or '', None, unit.path)
+          yield row, Document(text or '', None, unit.path)
 
 
 def parquet_modules() -> tuple[Any, Any]:
@@ -179,12 +180,24 @@ def parquet_modules() -> tuple[Any, Any]:
 def json_object(line: bytes) -> dict[str, Any]:
   """The JSON object that a line holds."""
   try:
-    record = json.loads(line.decode('utf-8'))
+    record = _decode(line.decode('utf-8'))
   except RecursionError as error:
     raise ValueError('nested too deeply') from error
   if not isinstance(record, dict):
     raise ValueError(f'a JSON {type(record).__name__}, not an object')
   return record
+
+
+def _decode(text: str) -> Any:
+  """`json.loads`, which spends as long on its arguments as on a line of text.
+
+  It is left to say what is wrong, and to read what begins with white space.
+  """
+  try:
+    record, end = _DECODER.raw_decode(text)
+  except ValueError:
+    return json.loads(text)
+  return json.loads(text) if text[end:].strip(' \t\r\n') else record
 
 
 def json_text(line: bytes, column: str) -> str:
@@ -196,6 +209,6 @@ def json_text(line: bytes, column: str) -> str:
     kind = type(record[column]).__name__
     raise ValueError(f'field {column!r} is a {kind}, not a string')
   text = record[column]
-  if b'\\u' in line:
+  if not text.isascii() and b'\\u' in line:
     text.encode('utf-8')  # JSON can spell half of a surrogate pair
   return text

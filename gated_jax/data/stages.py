@@ -24,9 +24,6 @@ from gated_jax.data.documents import DocumentStream
 from gated_jax.data.documents import Reading
 from gated_jax.data.documents import Selection
 from gated_jax.data.encode import Encoded
-from gated_jax.data.encode import digest_of
-from gated_jax.data.encode import encode
-from gated_jax.data.encode import ends_of
 from gated_jax.data.files import find_files
 from gated_jax.data.hub_source import HubSource
 from gated_jax.data.order import Deal
@@ -40,6 +37,8 @@ from gated_jax.data.text_sources import make_text_source
 from gated_jax.data.token_sources import SyntheticSource
 from gated_jax.data.token_sources import TokenSource
 from gated_jax.data.tokenizer import Tokenizer
+from gated_jax.data.tokenizer import digest_of
+from gated_jax.data.tokenizer import ends_of
 from gated_jax.data.whole import WholeRows
 from gated_jax.data.windows import Windows
 
@@ -92,20 +91,22 @@ def batches(
     """Windows of one kind, with this corpus's size and seed."""
     return Windows(streams, weights, size, seed)
 
+  def ahead(made: Windows, batch: int) -> Ahead:
+    """Windows made ahead, as many as the wanted batches have rows."""
+    return Ahead(made, -(-config.prefetch * batch // size))
+
   if view.split == 'train':
     made = [windows(streams, weights)]
     own = config.batch // view.shards
-    iterator: grain.DatasetIterator = Batches(Ahead(made[0], 1), own)
-  else:
-    # Each source is a held-out set of its own.
-    share = (view.shard, view.shards)
-    made = [windows([stream], [1.0]) for stream in streams]
-    each = [
-      Batches(Ahead(one, 1), config.batch, share, source)
-      for source, one in enumerate(made)
-    ]
-    iterator = each[0] if len(each) == 1 else InTurn(each, weights)
-  return Ahead(iterator, config.prefetch), made
+    return Batches(ahead(made[0], own), own), made
+  # Each source is a held-out set of its own.
+  share = (view.shard, view.shards)
+  made = [windows([stream], [1.0]) for stream in streams]
+  each = [
+    Batches(ahead(one, config.batch), config.batch, share, source)
+    for source, one in enumerate(made)
+  ]
+  return each[0] if len(each) == 1 else InTurn(each, weights), made
 
 
 def make_source(part: DataConfig, view: View) -> Source:
@@ -208,7 +209,7 @@ def _encoder(
   def plain(texts: Sequence[str], origins: Sequence[str]) -> Encoded:
     """Text is text wherever it was read."""
     del origins
-    return encode(view.tokenizer, texts, ends)
+    return view.tokenizer.encode_batch(texts, ends)
 
   return plain
 

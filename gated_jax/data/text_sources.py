@@ -15,19 +15,24 @@ from gated_jax.data.array_record_source import ArrayRecordSource
 from gated_jax.data.files import DataFiles
 from gated_jax.data.files import find_files
 from gated_jax.data.long_documents import cut_long
+from gated_jax.data.long_documents import inside_a_document
+from gated_jax.data.long_documents import may_be_long
 from gated_jax.data.long_documents import piece_end
 from gated_jax.data.record_sources import ParquetSource
 from gated_jax.data.record_sources import json_text
+from gated_jax.data.sources import Block
 from gated_jax.data.sources import Document
 from gated_jax.data.sources import Records
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
+from gated_jax.data.sources import Texts
 from gated_jax.data.sources import Unit
 from gated_jax.data.sources import byte_ranges
 from gated_jax.data.sources import byte_units
 
 _RANGE = 16 << 20  # bytes of a text or JSONL file that are one unit
 _LINE = 64 << 10  # bytes behind a unit that its last line most likely ends in
+_LINES = 1 << 18  # bytes of lines that are read at once
 # Folders of the standard library that not every system installs, or that hold
 # other people's packages.
 _NOT_LIBRARY = frozenset(
@@ -106,17 +111,43 @@ class JsonLinesSource(Lines):
     """See `Source`."""
     return cut_long(self._records, unit, cursor, self._max_document)
 
+  def blocks(self, unit: Unit, cursor: int) -> Iterator[Block]:
+    """See `Source`; many lines at once, up to one that has to be cut."""
+    if inside_a_document(cursor):
+      yield from super().blocks(unit, cursor)
+      return
+    for ends, texts in self._texts(unit, cursor):
+      if may_be_long(max(texts, key=len, default=''), self._max_document):
+        yield from super().blocks(unit, cursor)
+        return
+      if texts:
+        yield Texts(ends, texts, [unit.path] * len(texts))
+        cursor = ends[-1]
+
   def _records(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
-    for end, line in lines_of(self.files, unit, cursor):
-      if not line.strip():
-        continue
-      try:
-        text = json_text(line, self._column)
-      except ValueError as error:
-        where = f'{unit.path} (line ending at byte {end})'
-        self.skipped.add(where, error)
-        continue
-      yield end, Document(text, None, unit.path)
+    for ends, texts in self._texts(unit, cursor):
+      for end, text in zip(ends, texts, strict=True):
+        yield end, Document(text, None, unit.path)
+
+  def _texts(
+    self, unit: Unit, cursor: int
+  ) -> Iterator[tuple[list[int], list[str]]]:
+    """The places after blocks of documents, and what these say."""
+    for place, lines in _line_blocks(self.files, unit, cursor):
+      ends: list[int] = []
+      texts: list[str] = []
+      for line in lines:
+        place += len(line)
+        if line.isspace():
+          continue
+        try:
+          texts.append(json_text(line, self._column))
+        except ValueError as error:
+          where = f'{unit.path} (line ending at byte {place})'
+          self.skipped.add(where, error)
+        else:
+          ends.append(place)
+      yield ends, texts
 
 
 def ranges_of(files: DataFiles, path: str) -> list[Unit]:
@@ -155,10 +186,10 @@ def _refuse_truncated(place: int, unit: Unit) -> None:
     )
 
 
-def lines_of(
+def _line_blocks(
   files: DataFiles, unit: Unit, cursor: int
-) -> Iterator[tuple[int, bytes]]:
-  """Lines that start inside the unit, each with the place after it."""
+) -> Iterator[tuple[int, list[bytes]]]:
+  """Lines that start inside the unit, with the place before the first."""
   with files.open(unit.path, *stretch(unit)) as file:
     if cursor:
       file.seek(cursor)
@@ -166,9 +197,23 @@ def lines_of(
       _to_first_line(file, unit)
     place = file.tell()
     while place < unit.end:
-      line = file.readline()
-      if not line:
+      lines = file.readlines(min(_LINES, unit.end - place))
+      if not lines:
         _refuse_truncated(place, unit)
+      after = place + sum(map(len, lines))
+      # Lines that fill the size exactly are followed by one more.
+      if after - len(lines[-1]) >= unit.end:
+        after -= len(lines.pop())
+      yield place, lines
+      place = after
+
+
+def lines_of(
+  files: DataFiles, unit: Unit, cursor: int
+) -> Iterator[tuple[int, bytes]]:
+  """Lines that start inside the unit, each with the place after it."""
+  for place, lines in _line_blocks(files, unit, cursor):
+    for line in lines:
       place += len(line)
       yield place, line
 

@@ -26,9 +26,6 @@ import numpy as np
 import tqdm
 
 from gated_jax.data import corpus
-from gated_jax.data.encode import digest_of
-from gated_jax.data.encode import encode
-from gated_jax.data.encode import ends_of
 from gated_jax.data.files import find_files
 from gated_jax.data.sources import Skipped
 from gated_jax.data.sources import Source
@@ -36,6 +33,8 @@ from gated_jax.data.sources import Unit
 from gated_jax.data.text_sources import stdlib_files
 from gated_jax.data.text_sources import text_source
 from gated_jax.data.tokenizer import Tokenizer
+from gated_jax.data.tokenizer import digest_of
+from gated_jax.data.tokenizer import ends_of
 from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.data.train_tokenizer import train_tokenizer
 from gated_jax.paths import Path
@@ -239,7 +238,7 @@ def make_array(work: Work, units: Sequence[Unit], number: int) -> Counts:
   counts = Counts()
   with _whole_file(path) as file:
     for texts in _blocks(_texts(source, units)):
-      encoded = encode(tokenizer, texts, ends)
+      encoded = tokenizer.encode_batch(texts, ends)
       file.write(encoded.ids.astype(dtype.newbyteorder('<')).tobytes())
       size = sum(len(text.encode()) for text in texts)
       counts += Counts(len(texts), len(encoded.ids), size)

@@ -10,6 +10,7 @@ Read `gated_jax/data/tokenizer_files.py` for the two kinds of files,
 `gated_jax/data/documents.py` next.
 """
 
+import hashlib
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Protocol
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool
 from jaxtyping import Int32
 
+from gated_jax.data.encode import Encoded
 from gated_jax.data.text_stream import ByteStream
 from gated_jax.data.text_stream import TextStream
 from gated_jax.data.tokenizer_files import HuggingFaceTokenizer
@@ -28,6 +30,7 @@ from gated_jax.paths import check_bucket
 from gated_jax.paths import expand
 from gated_jax.paths import is_file
 from gated_jax.paths import is_folder
+from gated_jax.paths import read_bytes
 
 
 @runtime_checkable
@@ -52,11 +55,17 @@ class Tokenizer(Protocol):
   def encode(self, text: str) -> Int32[np.ndarray, ' T']:
     """Ids of `text` alone, without the ends of a document."""
 
-  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' _']]:
-    """`encode` of each text, outside Python's lock where it can."""
+  def encode_batch(
+    self, texts: Sequence[str], ends: tuple[int, int]
+  ) -> Encoded:
+    """`encode` of each text, between the two ends of a document.
+
+    It is done outside Python's lock where it can, so that several threads
+    encode while others read. An empty text has no ids, not even for its ends.
+    """
 
   def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
-    """`encode_batch`, with the characters that each token stands for."""
+    """Ids of each text, with the characters that each token stands for."""
 
   def spelling(self, i: int) -> str:
     """Text that becomes this id where special tokens are read; '': none."""
@@ -118,6 +127,25 @@ def make_tokenizer(name: str, special_tokens: bool = False) -> Tokenizer:
   return ByteTokenizer() if name == 'bytes' else SentencePieceTokenizer(path)
 
 
+def ends_of(tokenizer: Tokenizer, end_to_end: bool) -> tuple[int, int]:
+  """Ids that open and close a document; -1: none.
+
+  Args:
+    tokenizer: says which ones its vocabulary has.
+    end_to_end: documents stand one after the other. Where one token serves
+      both ends, the one that closes a document then opens the next.
+  """
+  shared = end_to_end and tokenizer.bos == tokenizer.eos
+  return -1 if shared else tokenizer.bos, tokenizer.eos
+
+
+def digest_of(tokenizer: Tokenizer) -> str:
+  """A number that tells tokenizers apart, whatever their files are called."""
+  if tokenizer.name == 'bytes':
+    return 'bytes'
+  return hashlib.sha256(read_bytes(expand(tokenizer.name))).hexdigest()
+
+
 def document(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, ' T']:
   """Ids of a whole document: its text between its two ends."""
   ids = tokenizer.encode(text)
@@ -145,9 +173,27 @@ class ByteTokenizer:
     raw = text.encode('utf-8', errors='surrogatepass')
     return np.frombuffer(raw, np.uint8).astype(np.int32)
 
-  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' _']]:
+  def encode_batch(
+    self, texts: Sequence[str], ends: tuple[int, int]
+  ) -> Encoded:
     """See `Tokenizer`."""
-    return [self.encode(text) for text in texts]
+    raw = [t.encode('utf-8', errors='surrogatepass') for t in texts if t]
+    # No UTF-8 has this byte, so it can stand for the ends until all of the
+    # bytes are ids.
+    opening, closing = (b'\xff' * (i >= 0) for i in ends)
+    between = closing + opening
+    joined = (opening + between.join(raw) + closing) if raw else b''
+    ids = np.frombuffer(joined, np.uint8).astype(np.int32)
+    lengths = np.fromiter(map(len, raw), np.int64, len(raw)) + len(between)
+    after = np.cumsum(lengths)
+    if opening:
+      ids[after - lengths] = ends[0]
+    if closing:
+      ids[after - 1] = ends[1]
+    has_text = np.fromiter(map(bool, texts), bool, len(texts))
+    of_all = np.zeros(len(texts), np.int64)
+    of_all[has_text] = lengths
+    return Encoded(ids, of_all)
 
   def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
     """See `Tokenizer`."""

@@ -18,6 +18,8 @@ from jaxtyping import Bool
 from jaxtyping import Int32
 from jaxtyping import Int64
 
+from gated_jax.data.encode import Encoded
+from gated_jax.data.encode import lay_out
 from gated_jax.data.text_stream import PieceStream
 from gated_jax.data.text_stream import TextStream
 from gated_jax.data.text_stream import unsettled_pieces
@@ -179,19 +181,20 @@ class HuggingFaceTokenizer:
       unknown.add(self._tokenizer.token_to_id(model['unk_token']))
     return np.isin(np.arange(self.vocab), list(self._special - unknown))
 
-  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' _']]:
+  def encode_batch(
+    self, texts: Sequence[str], ends: tuple[int, int]
+  ) -> Encoded:
     """See `Tokenizer`."""
     # The package holds Python's lock for single texts, and not for a batch.
     encodings = self._tokenizer.encode_batch_fast(
       list(texts), add_special_tokens=False
     )
     rows = [np.array(encoding.ids, np.int32) for encoding in encodings]
-    if self._reads_special:
-      return rows
-    return [
-      self.encode(text) if self._spellable[ids].any() else ids
-      for text, ids in zip(texts, rows, strict=True)
-    ]
+    if not self._reads_special:
+      for place, ids in enumerate(rows):
+        if self._spellable[ids].any():
+          rows[place] = self.encode(texts[place])
+    return lay_out(rows, texts, ends)
 
   def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
     """See `Tokenizer`."""
@@ -305,10 +308,12 @@ class SentencePieceTokenizer:
     """See `Tokenizer`."""
     return np.asarray(self._processor.encode(text), np.int32)
 
-  def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, ' _']]:
+  def encode_batch(
+    self, texts: Sequence[str], ends: tuple[int, int]
+  ) -> Encoded:
     """See `Tokenizer`."""
-    rows = self._processor.encode(list(texts), num_threads=1)
-    return [np.array(ids, np.int32) for ids in rows]
+    rows = self._processor.encode(list(texts), num_threads=1, out_type='numpy')
+    return lay_out(rows, texts, ends)
 
   def encode_spans(self, texts: Sequence[str]) -> list[Spans]:
     """See `Tokenizer`."""

@@ -1,8 +1,9 @@
 """Rows of several sources in a mixture, shuffled within windows.
 
 A long document fills many rows in succession, so rows are shuffled within a
-window before they become batches. A window is one array of each kind: what
-costs a microsecond is paid for a window, and not for a row.
+window before they become batches. A window is one array of each kind, from
+which batches are cut: what costs a microsecond is paid for a window, and not
+for a row or a batch.
 
 Read `gated_jax/data/batches.py` next.
 """
@@ -16,6 +17,8 @@ import grain
 import numpy as np
 from jaxtyping import Int64
 
+from gated_jax.data.finish import Arrays
+from gated_jax.data.finish import finish
 from gated_jax.data.order import permutation
 from gated_jax.data.packing import Position
 from gated_jax.data.packing import Rows
@@ -32,11 +35,15 @@ class Start(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """Rows, and the order in which they are given out."""
+  """Rows in the order in which they are given out."""
 
-  rows: Rows
-  order: Int64[np.ndarray, ' N']
+  arrays: Arrays
   start: Start
+
+  @property
+  def count(self) -> int:
+    """Rows in the window."""
+    return len(self.arrays['tokens'])
 
 
 @dataclasses.dataclass
@@ -87,20 +94,25 @@ class Windows(grain.DatasetIterator):
       stream.take(count)
       for stream, count in zip(self._streams, counts, strict=True)
     ]
-    rows = parts[0] if len(parts) == 1 else _interleave(parts, sources)
+    rows = parts[0] if len(parts) == 1 else _join(parts)
+    del parts
     count = len(rows.filled)
     if not count:
       raise StopIteration
-    if self._seed < 0:
-      order = np.arange(count)
-    else:
-      order = permutation(count, self._seed + self._window)[::-1]
+    places = np.arange(count)
+    if len(counts) > 1:  # each row where its source was chosen
+      places = np.argsort(np.argsort(sources, kind='stable'))
+    if self._seed >= 0:
+      places = places[permutation(count, self._seed + self._window)[::-1]]
+    if len(counts) > 1 or self._seed >= 0:
+      rows = _some(rows, places)
     self._window += 1
     self._mixed += count
     self.speed.tokens += int(rows.filled.sum())
     self.speed.places += rows.tokens.size
+    arrays = finish(rows)
     self.speed.seconds += time.perf_counter() - began
-    return Window(rows, order, start)
+    return Window(arrays, start)
 
   def get_state(self) -> Start:
     """The beginning of the next window."""
@@ -144,14 +156,7 @@ def choose(
   return sources
 
 
-def _interleave(
-  parts: Sequence[Rows], sources: Int64[np.ndarray, ' N']
-) -> Rows:
-  """Rows of all sources, each where its source was chosen."""
-  return some(join(parts), np.argsort(np.argsort(sources, kind='stable')))
-
-
-def some(rows: Rows, chosen: Int64[np.ndarray, ' M']) -> Rows:
+def _some(rows: Rows, chosen: Int64[np.ndarray, ' M']) -> Rows:
   """Rows by their numbers."""
   begins, counts = rows.begins, rows.counts
   return Rows(
@@ -163,7 +168,7 @@ def some(rows: Rows, chosen: Int64[np.ndarray, ' M']) -> Rows:
   )
 
 
-def join(parts: Sequence[Rows]) -> Rows:
+def _join(parts: Sequence[Rows]) -> Rows:
   """Rows one after the other."""
   begins = [part.begins for part in parts if part.begins is not None]
   counts: list[np.ndarray] = []

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from gated_jax.data.batches import finish
 from gated_jax.data.documents import Chunk
+from gated_jax.data.finish import finish
 from gated_jax.data.packing import CutRows
 from gated_jax.data.packing import JoinedRows
 

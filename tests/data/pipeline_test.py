@@ -14,8 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from gated_jax.config import DataConfig
-from gated_jax.data import stages
 from gated_jax.data.pipeline import make_pipeline
+from gated_jax.data.tokenizer import ByteTokenizer
 
 SMALL = {'batch': 4, 'length': 32, 'shuffle_tokens': 256, 'prefetch': 2}
 MARK = re.compile(r'<(\d+)>')
@@ -468,13 +468,13 @@ def test_synthetic_documents_repeat_after_their_span():
 
 
 def test_a_caller_slower_than_the_data_does_not_wait(tmp_path, monkeypatch):
-  real = stages.encode
+  real = ByteTokenizer.encode_batch
 
   def slow(*args, **kwargs):
     time.sleep(0.02)
     return real(*args, **kwargs)
 
-  monkeypatch.setattr(stages, 'encode', slow)
+  monkeypatch.setattr(ByteTokenizer, 'encode_batch', slow)
   config = _config(_write_corpus(tmp_path), shuffle=False)
   with make_pipeline(config, 'train') as pipeline:
     next(pipeline)

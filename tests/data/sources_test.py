@@ -108,6 +108,54 @@ def test_every_record_is_read_once_and_from_any_cursor(
   assert not len(source.skipped)
 
 
+# A line, and the texts that it gives: none where it is skipped.
+LINES = [
+  ('{"text": "one"}\n', ['one']),
+  ('\n', []),
+  (' \t{"text": "led by white space"}  \r\n', ['led by white space']),
+  ('{"text": "no end\n', []),
+  ('{"text": "a"} {"text": "b"}\n', []),
+  ('{"text": "' + 'five\\n' * 30 + '"}\n', ['five\n' * 16, 'five\n' * 14]),
+  ('{"text": "\\ud800 is half of a pair"}\n', []),
+  ('{"text": "\\u00e9 é", "more": NaN}\n', ['é é']),
+  ('[1]\n', []),
+  ('{"text": 7}\n', []),
+  ('{"text": "last, without an end of its line"}', ['last, without an end of its line']),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('at_once', [1, 60, 1 << 18])
+@pytest.mark.parametrize('size', [1, 16, 90, 1 << 20])
+def test_blocks_of_lines_hold_each_document_once_from_any_cursor(
+  tmp_path, monkeypatch, at_once, size
+):
+  monkeypatch.setattr(text_sources, '_LINES', at_once)
+  monkeypatch.setattr(text_sources, '_RANGE', size)
+  (tmp_path / 'a').write_text(''.join(line for line, _ in LINES))
+  source = _source('jsonl', tmp_path / 'a', max_document=80)
+  expected = [text for _, texts in LINES for text in texts]
+
+  def read(unit, cursor):
+    """Cursors and texts of the blocks of a unit."""
+    blocks = list(source.blocks(unit, cursor))
+    assert all(block.texts for block in blocks)
+    return [
+      pair for b in blocks for pair in zip(b.cursors, b.texts, strict=True)
+    ]
+
+  for unit in source.units:
+    documents = read(unit, 0)
+    for i, (cursor, _) in enumerate(documents):
+      assert read(unit, cursor) == documents[i + 1 :]
+    assert [text for _, text in documents] == expected[: len(documents)]
+    expected = expected[len(documents) :]
+  assert not expected
+  # A line is skipped once, however often it is read.
+  assert len(source.skipped) == sum(
+    not texts and bool(line.strip()) for line, texts in LINES
+  )
+
+
 def test_text_files_are_documents_whole(tmp_path):
   for i, text in enumerate(TEXTS):
     (tmp_path / f'{i:02d}.txt').write_text(text)

@@ -93,6 +93,25 @@ def test_the_ends_of_a_document_are_no_text(tokenizer):
   assert tokenizer.byte_lengths()[tokenizer.eos] == 0
 
 
+@pytest.mark.parametrize('ends', [(-1, -1), (7, -1), (-1, 8), (7, 8), (9, 9)])
+def test_many_documents_at_once_are_each_of_them_between_its_ends(
+  tokenizer, ends
+):
+  texts = ['', 'abc', TEXT, '', 'x', '\n', '']
+  expected = [
+    [*ends[:1], *tokenizer.encode(text).tolist(), *ends[1:]] if text else []
+    for text in texts
+  ]
+  expected = [[i for i in ids if i >= 0] for ids in expected]
+  ids, lengths, counts = tokenizer.encode_batch(texts, ends)
+  assert lengths.tolist() == [len(ids) for ids in expected]
+  assert ids.tolist() == [i for ids in expected for i in ids]
+  assert ids.dtype == np.int32 and counts is None
+  for nothing in ([], ['']):
+    ids, lengths, _ = tokenizer.encode_batch(nothing, ends)
+    assert not len(ids) and lengths.tolist() == [0] * len(nothing)
+
+
 def test_a_stream_never_prints_half_a_character(tokenizer):
   stream = tokenizer.stream()
   parts = [stream.feed(int(i)) for i in document(tokenizer, TEXT)]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from gated_jax.data.batches import finish
 from gated_jax.data.documents import Chunk
+from gated_jax.data.finish import finish
 from gated_jax.data.packing import Position
 from gated_jax.data.whole import WholeRows
 from gated_jax.data.whole import best_fit
