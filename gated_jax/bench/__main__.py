@@ -54,7 +54,7 @@ COLUMNS = {
   'peer': ('model', 'gate', 'batch', 'ours', 'peer', 'ratio'),
   'data': (
     'source', 'tokenizer', 'mean', 'files', 'ours', 'loop', 'floor', 'library',
-    'ratio', 'first_s',
+    'ratio', 'least', 'most', 'first_s',
   ),
 }  # fmt: skip
 FORMS = {
@@ -63,6 +63,8 @@ FORMS = {
   'spread': '.1%',
   'overhead': '+.2%',
   'ratio': '.3f',
+  'least': '.3f',
+  'most': '.3f',
 }
 
 

@@ -6,8 +6,8 @@ said, the layout is our own: the first character of a document is predicted as
 well, from a token for the beginning or, in a vocabulary without one, from the
 end-of-document token.
 
-Read `gated_jax/data/tokenizer_files.py` for the two kinds of files,
-`gated_jax/data/documents.py` next.
+Read `gated_jax/data/tokenizer_files.py` and `gated_jax/data/sentence_piece.py`
+for the two kinds of files, `gated_jax/data/documents.py` next.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ from jaxtyping import Bool
 from jaxtyping import Int32
 
 from gated_jax.data.encode import Encoded
+from gated_jax.data.sentence_piece import SentencePieceTokenizer
 from gated_jax.data.text_stream import ByteStream
 from gated_jax.data.text_stream import TextStream
 from gated_jax.data.tokenizer_files import HuggingFaceTokenizer
-from gated_jax.data.tokenizer_files import SentencePieceTokenizer
 from gated_jax.data.tokenizer_files import Spans
 from gated_jax.paths import check_bucket
 from gated_jax.paths import expand

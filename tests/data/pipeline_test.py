@@ -52,7 +52,9 @@ def _texts(batches):
   """Text per segment, with ids above the bytes left out."""
   texts = []
   for batch in batches:
-    for row, segments in zip(batch['tokens'], batch['segments'], strict=True):
+    joined = np.ones_like(batch['tokens'])
+    numbers = batch.get('segments', joined)
+    for row, segments in zip(batch['tokens'], numbers, strict=True):
       for number in range(1, segments.max() + 1):
         ids = row[segments == number]
         texts.append(bytes(i for i in ids.tolist() if i < 256).decode())
@@ -114,15 +116,19 @@ def _texts_of_bytes(batches):
       yield bytes(i for i in row.tolist() if i < 256).decode(errors='replace')
 
 
+@pytest.mark.parametrize('rows', ['cut', 'joined', 'whole'])
 @pytest.mark.parametrize('writer', ['files', 'lines'])
 def test_training_and_validation_share_no_document_and_miss_none(
-  tmp_path, writer
+  tmp_path, writer, rows
 ):
+  changes = {'validation': 0.3, 'rows': rows}
+  if rows == 'whole':  # documents of more than a row alone are refused
+    changes['length'] = 128
   if writer == 'files':
-    config = _config(_write_corpus(tmp_path), validation=0.3)
+    config = _config(_write_corpus(tmp_path), **changes)
   else:
     paths = _write_lines(tmp_path / 'a.jsonl')
-    config = _config(paths, 'jsonl', validation=0.3)
+    config = _config(paths, 'jsonl', **changes)
   held = _numbers(_take(make_pipeline(config, 'validation'), 10_000))
   seen = _numbers(_take(make_pipeline(config, 'train'), 200))
   assert not held & seen
