@@ -91,10 +91,12 @@ class DataConfig:
   max_document: int = 1 << 20  # bytes of text, or ids; longer ones are cut
   shuffle: bool = True
   # Tokens whose rows are shuffled among each other, beside the order of files.
-  # Resuming packs that many again, and memory holds them twice, 20 bytes each.
+  # Resuming packs that many again, and memory holds them three times, 20 bytes
+  # each: in use, ready, and in the making.
   shuffle_tokens: int = 1 << 20
   seed: int = 0
-  prefetch: int = setting(4, 'free')  # batches made ahead of the step
+  # Batches made ahead of the step; more of them where a window holds more.
+  prefetch: int = setting(4, 'free')
   workers: int = setting(4, 'free')  # blocks of text tokenised at once
 
   def __post_init__(self) -> None:

@@ -13,10 +13,10 @@ The stages, each in a file of its own:
     windows.py    a mixture of rows, shuffled within a window
     batches.py    batches
 
-Grain's threads make windows and batches ahead of the caller. Training repeats
-for ever. Validation is one pass in a fixed order, and every process makes the
-same global batches and takes its own rows of them, so all see the same number
-of batches, and the loss does not depend on how many there are.
+A thread of Grain's makes windows ahead of the caller. Training repeats for
+ever. Validation is one pass in a fixed order, and every process makes the same
+global batches and takes its own rows of them, so all see the same number of
+batches, and the loss does not depend on how many there are.
 """
 
 import concurrent.futures
