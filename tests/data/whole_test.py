@@ -140,6 +140,13 @@ def test_documents_that_are_all_longer_than_a_row_are_refused():
     ValueError, match=r'longer than data\.length=16, and keep'
   ):
     stream.take(8)
+  # The first documents of a source may be held out.
+  later = Documents([2, 40, 50, 60], 1)
+  next(later)
+  later.seek = lambda place, cursor: None
+  stream = WholeRows(later, 16)
+  with pytest.raises(ValueError, match=r'longer than data\.length=16'):
+    stream.take(8)
   # One that fits is enough, and of later windows nothing is asked.
   stream = WholeRows(Documents([40, 10, *[60] * 40], 1), 16)
   assert len(stream.take(4).filled) == 4
