@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from gated_jax import paths
 from gated_jax import sharding
 from gated_jax.config import MeshConfig
 from gated_jax.config import RunConfig
@@ -67,7 +66,7 @@ def free_port():
     return server.getsockname()[1]
 
 
-def start(workdir, settings, processes=(0, 1), flags=(), more=()):
+def start(workdir, settings, processes=(0, 1), flags=()):
   """Both processes of a run, or some; settings: one dict for each."""
   port = free_port()
   return [
@@ -84,7 +83,7 @@ def start(workdir, settings, processes=(0, 1), flags=(), more=()):
         *(f'--config.{name}={value}' for name, value in settings[i].items()),
       ],
       cwd=ROOT,
-      env=ENVIRONMENT | dict(more),
+      env=ENVIRONMENT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -153,17 +152,6 @@ def nested(settings):
   values = smoke.get_config()
   values.update_from_flattened_dict(settings)
   return from_dict(values.to_dict())
-
-
-@pytest.mark.long
-def test_two_processes_share_a_run_in_a_bucket(
-  settings, undisturbed, bucket, storage
-):
-  workdir = f'{bucket}/two'
-  both = start(workdir, [settings, settings], more=storage.environment)
-  for code, _, err in finish(both):
-    assert code == 0, err
-  assert losses(paths.expand(workdir)) == losses(undisturbed[0])
 
 
 @pytest.mark.long
