@@ -27,9 +27,12 @@ NAMES = (
   'gated_headwise',
   *(
     pytest.param(name, marks=pytest.mark.long)
+    for name in ('qwen3_next_moe', 'laguna')
+  ),
+  *(
+    pytest.param(name, marks=pytest.mark.nightly)
     for name in (
-      'qwen3', 'gated_elementwise', 'qwen3_next_moe', 'qwen3_5_moe', 'laguna',
-      'step', 'trinity',
+      'qwen3', 'gated_elementwise', 'qwen3_5_moe', 'step', 'trinity',
     )
   ),
 )  # fmt: skip

@@ -83,14 +83,19 @@ print(*sorted(set(re.findall(r'gated_delta_[a-z]+ward', compiled.as_text()))))
 
 KINDS = ('v5e', 'v5p', 'v6e', 'tpu7x')
 FORWARD, BOTH = ['forward'], ['backward', 'forward']
+# Each takes a minute of a core; these have both kernels.
+OFTEN = [('v5e', 'gradients', BOTH), ('v6e', 'gradients', BOTH)]
 
 
 @pytest.mark.parametrize(
   ('kind', 'part', 'kernels'),
   [
-    *[(kind, 'forward', FORWARD) for kind in KINDS],
-    *[(kind, 'gradients', BOTH) for kind in KINDS],
-    ('v5p', 'parts', BOTH),
+    pytest.param(*case, marks=() if case in OFTEN else pytest.mark.nightly)
+    for case in (
+      *[(kind, 'forward', FORWARD) for kind in KINDS],
+      *[(kind, 'gradients', BOTH) for kind in KINDS],
+      ('v5p', 'parts', BOTH),
+    )
   ],
 )
 def test_they_compile(kind, part, kernels):
