@@ -79,8 +79,6 @@ EVERY_RUN = [
   *itertools.product(HARD, GATES),
   *((mesh, BEST) for mesh in MESHES if mesh not in HARD),
 ]
-# Those that the README's command runs; the others take most of a minute each.
-QUICK_PAIRS = [('fsdp_expert_tensor', BEST)]
 ALL = list(itertools.product(MESHES, GATES))
 
 # Programs of this size take longer to optimise than to run.
@@ -194,10 +192,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize(
   ('mesh', 'gate'),
-  [
-    pair if pair in QUICK_PAIRS else pytest.param(*pair, marks=pytest.mark.long)
-    for pair in EVERY_RUN
-  ],
+  [pytest.param(*pair, marks=pytest.mark.long) for pair in EVERY_RUN],
 )
 def test_a_mesh_computes_what_one_device_computes(mesh, gate):
   config = model_config(mesh, gate)

@@ -46,6 +46,7 @@ def run(tmp_path_factory, params):
   return save(tmp_path_factory.mktemp('run'), params)
 
 
+@pytest.mark.long
 def test_the_command_prints_prompt_and_text_the_same_each_time(run, capsys):
   flags = [f'--checkpoint={run}', '--prompt=def f', '--max_tokens=12']
   draw = [*flags, '--temperature=0.9', '--top_p=0.9', '--seed=7', '--stop=300']

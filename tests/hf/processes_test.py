@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from gated_jax.hf import convert
 
 PROGRAM = """
@@ -31,6 +33,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.long
 def test_every_process_has_a_part_and_the_first_one_writes(
   cases, make_params, tmp_path
 ):

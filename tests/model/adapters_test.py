@@ -102,6 +102,7 @@ def test_the_first_step_is_the_bases_to_the_bit(params):
   } == {'float32'}  # fmt: skip
 
 
+@pytest.mark.long
 def test_every_matrix_becomes_what_the_equation_says(params):
   config, merged = adapters.merge(BASE, params)
   assert not config.lora.rank

@@ -164,6 +164,7 @@ def test_its_parameters_and_flops_are_counted():
   assert flops['average'] == 3 * 2 * 2 * 16 * 3
 
 
+@pytest.mark.long
 def test_it_shows_its_own_probe_beside_those_of_other_layers():
   model, params = contract.made(PATTERN)
   tokens = contract.tokens_of(1)

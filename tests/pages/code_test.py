@@ -23,7 +23,7 @@ def test_what_is_no_code_is_little_and_calls_nothing():
 
 
 # What takes more than a few seconds.
-SLOW = ("decode.load('runs/smoke'",)
+SLOW = ("decode.load('runs/smoke'", 'vocab=257')
 
 
 @pytest.mark.parametrize('block', [

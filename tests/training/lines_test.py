@@ -22,7 +22,8 @@ def steps(path):
 @pytest.fixture(params=['disk', 'bucket'])
 def path(request, tmp_path):
   if request.param == 'disk':
-    return tmp_path / metric_files.NAME
+    (tmp_path / 'run').mkdir()
+    return tmp_path / 'run' / metric_files.NAME
   bucket = request.getfixturevalue('bucket')
   return paths.expand(f'{bucket}/run/{metric_files.NAME}')
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec
 
 from gated_jax.ops.attention.context import zigzag
@@ -36,6 +37,7 @@ def random(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.long
 def test_outputs_and_gradients_are_those_of_one_device():
   query, key = (random(2, LENGTH, 2, 4, seed=i) for i in (0, 1))
   inputs = Inputs(

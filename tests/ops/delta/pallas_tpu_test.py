@@ -76,11 +76,12 @@ PRECISIONS = pytest.mark.parametrize(
   ('dtype', 'tolerance'),
   [
     ('float32', 2e-6),
-    pytest.param('bfloat16', 1e-2, marks=pytest.mark.long),
+    ('bfloat16', 1e-2),
   ],
 )
 
 
+@pytest.mark.long
 @PRECISIONS
 def test_outputs_and_the_last_state_are_those_of_plain_arrays(dtype, tolerance):
   expected = jax.jit(plain)(*arrays(dtype))
