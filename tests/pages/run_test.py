@@ -108,7 +108,13 @@ def clear(program, words, folder):
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize('page', RUN_PAGES)
+@pytest.mark.parametrize('page', [
+  # Their programs have tests of their own.
+  pytest.param(page, marks=pytest.mark.nightly)
+  if page in ('data.md', 'train.md')
+  else page
+  for page in RUN_PAGES
+])  # fmt: skip
 def test_the_commands_of_a_page_run_in_turn(page, small, tmp_path, monkeypatch):
   """In the order in which they stand, each with what those before it made."""
   folder = tmp_path / 'work'
