@@ -42,19 +42,15 @@ class ArrayRecordSource(Records):
     self._column = column
     self._max_document = max_document
     self.files = DataFiles.of(files)
-    self.units = []
-    for path, look in self.files.each(self._count):
-      try:
-        total = look()
-      except (OSError, ValueError, RuntimeError) as error:
-        skipped.add(path, error)
-        continue
-      if not total:
-        skipped.add(path, 'empty')
-      self.units += [
-        Unit(path, begin, min(begin + _RECORDS, total))
-        for begin in range(0, total, _RECORDS)
-      ]
+    errors = (OSError, ValueError, RuntimeError)
+    self.units = self.units_of_files(self._units, errors)
+
+  def _units(self, path: str) -> list[Unit]:
+    total = self._count(path)
+    return [
+      Unit(path, begin, min(begin + _RECORDS, total))
+      for begin in range(0, total, _RECORDS)
+    ]
 
   def _count(self, path: str) -> int:
     """How many records a file has."""

@@ -35,16 +35,7 @@ class ConversationSource(Records):
     self.skipped = skipped
     self.files = DataFiles.of(files)
     self._tables = Tables(self.files, lambda schema: columns_in(schema.names))
-    self.units = []
-    for path, look in self.files.each(self._units):
-      try:
-        units = look()
-      except (OSError, ValueError) as error:
-        skipped.add(path, error)
-        continue
-      if not units:
-        skipped.add(path, 'empty')
-      self.units += units
+    self.units = self.units_of_files(self._units)
 
   def _units(self, path: str) -> list[Unit]:
     if path.endswith('.parquet'):

@@ -123,16 +123,7 @@ class ParquetSource(Records):
     self._max_document = max_document
     self.files = DataFiles.of(files)
     self._tables = Tables(self.files, self._columns)
-    self.units = []
-    for path, look in self.files.each(self._tables.units):
-      try:
-        units = look()
-      except (OSError, ValueError) as error:
-        skipped.add(path, error)
-        continue
-      if not units:
-        skipped.add(path, 'empty')
-      self.units += units
+    self.units = self.units_of_files(self._tables.units)
 
   def _columns(self, schema: Any) -> list[str]:
     """The column; ValueError where there is none, or none of strings."""

@@ -16,6 +16,7 @@ found and opened by `gated_jax/data/files.py`. Text is
 
 import logging
 import threading
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -94,6 +95,30 @@ class Records:
   """Blocks for a source that reads documents one by one."""
 
   files: DataFiles
+  skipped: 'Skipped'
+
+  def units_of_files(
+    self,
+    look: Callable[[str], list[Unit]],
+    errors: tuple[type[Exception], ...] = (OSError, ValueError),
+  ) -> list[Unit]:
+    """The units of all files; damaged and empty files are noted.
+
+    Args:
+      look: the units of one file.
+      errors: what a damaged file raises.
+    """
+    units = []
+    for path, result in self.files.each(look):
+      try:
+        of_file = result()
+      except errors as error:
+        self.skipped.add(path, error)
+        continue
+      if not of_file:
+        self.skipped.add(path, 'empty')
+      units += of_file
+    return units
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """See `Source`."""

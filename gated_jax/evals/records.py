@@ -25,6 +25,7 @@ from gated_jax.paths import Path
 POINTS = 100
 # Metrics kept over training: numbers, and lists by layer under a shorter name.
 _OVER_TRAINING = ('step', 'validation/loss', 'attention_logit/max', 'gate/mean')
+_BY_LAYER = {'sink/layer_': 'sink', 'activation/layer_': 'activation'}
 # What tables and figures read of the last look inside a model.
 _DRAWN = (
   'first_token',
@@ -34,7 +35,6 @@ _DRAWN = (
   'gate_mean',
   'gate_histogram',
 )
-_BY_LAYER = {'sink/layer_': 'sink', 'activation/layer_': 'activation'}
 # A loss is a spike where it lies so many nats above the running median, and so
 # many times as far as losses around it usually do (small batches vary).
 SPIKE = 0.3

@@ -17,36 +17,14 @@ from gated_jax.evals import compare
 from gated_jax.evals import metric_files
 from gated_jax.training.workdir import check_workdir
 from tests.storage.proxy import CUT
+from tests.training import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
-TINY = {
-  'steps': 12,
-  'log_every': 1,
-  'eval_every': 4,
-  'eval_batches': 1,
-  'probe_every': 0,
-  'figures': False,
-  'model.vocab': 257,
-  'model.length': 32,
-  'model.depth': 1,
-  'model.scan': False,
-  'model.width': 32,
-  'model.heads': 2,
-  'model.kv_heads': 1,
-  'model.head_dim': 16,
-  'model.mlp_width': 64,
-  'model.dtype': 'float32',
-  'model.dropout': 0.1,
-  'data.batch': 4,
-  'data.length': 32,
-  'optimizer.warmup_steps': 2,
-  'checkpoint.every': 2,
-}
 
 
 @pytest.fixture(scope='module')
 def program(storage, tmp_path_factory):
-  """Starts a program of the project: its words, settings as in TINY."""
+  """Starts a program of the project: its words, settings as in `tiny.py`."""
   environment = {
     **os.environ,
     **storage.environment,
@@ -81,7 +59,7 @@ def train(program):
 
   def start(workdir, **settings):
     words = ('train.py', '--config=configs/base.py', f'--workdir={workdir}')
-    return program(*words, **TINY | settings)
+    return program(*words, **tiny.TINY | settings)
 
   return start
 

@@ -19,6 +19,7 @@ import pytest
 
 from gated_jax.evals import metric_files
 from gated_jax.training.speed import Speed
+from tests.training import tiny
 
 # Together most of a minute or more; see CONTRIBUTING.md.
 pytestmark = pytest.mark.long
@@ -26,30 +27,7 @@ pytestmark = pytest.mark.long
 ROOT = pathlib.Path(__file__).parents[2]
 # Most of a tiny run is compilation, and most runs here compile the same.
 COMPILED = tempfile.TemporaryDirectory()
-TINY = {
-  'steps': 12,
-  'log_every': 1,
-  'eval_every': 4,
-  'eval_batches': 1,
-  'probe_every': 0,
-  'figures': False,
-  'model.vocab': 257,
-  'model.length': 32,
-  'model.depth': 1,
-  'model.scan': False,
-  'model.width': 32,
-  'model.heads': 2,
-  'model.kv_heads': 1,
-  'model.head_dim': 16,
-  'model.mlp_width': 64,
-  'model.dtype': 'float32',
-  'model.dropout': 0.1,
-  'data.batch': 4,
-  'data.length': 32,
-  'optimizer.warmup_steps': 2,
-  'optimizer.accumulate': 2,
-  'checkpoint.every': 2,
-}
+TINY = tiny.TINY | {'optimizer.accumulate': 2}
 
 
 def environment():

@@ -1,0 +1,25 @@
+"""Settings of the smallest whole run."""
+
+TINY = {
+  'steps': 12,
+  'log_every': 1,
+  'eval_every': 4,
+  'eval_batches': 1,
+  'probe_every': 0,
+  'figures': False,
+  'model.vocab': 257,
+  'model.length': 32,
+  'model.depth': 1,
+  'model.scan': False,
+  'model.width': 32,
+  'model.heads': 2,
+  'model.kv_heads': 1,
+  'model.head_dim': 16,
+  'model.mlp_width': 64,
+  'model.dtype': 'float32',
+  'model.dropout': 0.1,
+  'data.batch': 4,
+  'data.length': 32,
+  'optimizer.warmup_steps': 2,
+  'checkpoint.every': 2,
+}
