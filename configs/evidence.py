@@ -13,6 +13,7 @@ for a CPU.
 
     sinks           12 layers: attention on the first token, activations, loss
     longer          the same with 32 rows, rate 1.5e-3 and decay 0.5: more of it
+    sinks_qk        the same with QK-norm at two larger rates, decay 0.1
     variants        shorter: the losses of every arm of Tables 1 and 3, and of
                     three that are not in the paper: exclusive self-attention,
                     a logit without a value for each head, a learnable key
@@ -223,12 +224,13 @@ CLAIMS = {
   ),
   'context': Claim(_PAIR, ('1e-3',), steps=3000, length=512),
   'longer': Claim(
-    dict.fromkeys(('baseline', 'elementwise', *_PAIR), 1),
+    dict.fromkeys(('baseline', 'elementwise', *_PAIR), 2),
     ('1.5e-3',),
     steps=13_000,
     tokens=32_768,
     decay=0.5,
   ),
+  'sinks_qk': Claim(_PAIR, ('2e-3', '4e-3'), decay=0.1),
   'ungated': Claim({'baseline': 3}, ('1e-3',), steps=6000),
   'gates_first': Claim({'added_first': 3}, ('1e-3',), steps=500),
   'add_gate': Claim(
