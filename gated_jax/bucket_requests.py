@@ -30,14 +30,14 @@ class BucketError(OSError):
 
 
 class BucketRefused(BucketError):
-  """A request for which there is no permission, or no credentials."""
+  """A request that no repeat helps: without permission, or of a wrong name."""
 
 
 def is_of_bucket(error: BaseException) -> bool:
   """Tells whether the libraries that speak to buckets raised an error."""
   ours = type(error).__module__.partition('.')[0] in _LIBRARIES
-  # gcsfs raises a plain OSError where it is not allowed to.
-  return ours or str(error).startswith('Forbidden: ')
+  # gcsfs raises a plain OSError or ValueError of these.
+  return ours or str(error).startswith(('Forbidden: ', 'Bad Request: '))
 
 
 def bucket_error(
@@ -62,6 +62,9 @@ def bucket_error(
   if 'Forbidden' in text or isinstance(error, PermissionError):
     reason = text.partition('Forbidden: ')[2] or text
     return BucketRefused(f'{path}: no permission: {reason}')
+  if code == '400' or text.startswith('Bad Request: '):
+    reason = str(error).partition('\n')[2] or text
+    return BucketRefused(f'{path}: the bucket refuses: {reason}')
   if isinstance(error, TimeoutError):
     return BucketError(f'{path}: no answer in time, after several tries')
   return BucketError(

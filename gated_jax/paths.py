@@ -9,11 +9,12 @@ same methods; the functions below are for what is different in a bucket:
 - an object appears whole or not at all, and none can be appended to;
 - every operation is a request, which takes tens of milliseconds and can fail.
 
-Requests that are refused for a moment (429, 5xx), time out or break off are
-repeated with back-off by the libraries below: half a minute by gcsfs and s3fs,
-longer by TensorStore, which carries checkpoints. What fails after that, or is
-refused for good, is a BucketError of one line; `requests_to` makes one of
-whatever those libraries raise.
+Requests that are refused for a moment (429, 5xx), break off, or bring no byte
+for PATIENCE seconds are repeated with back-off by the libraries below: half a
+minute by gcsfs and s3fs and as often where each has to time out, longer by
+TensorStore, which carries checkpoints. What fails after that, or is refused for
+good, is a BucketError of one line; `requests_to` makes one of whatever those
+libraries raise.
 """
 
 import argparse
@@ -39,8 +40,8 @@ Path: TypeAlias = pathlib.Path | epath.Path
 
 # What each scheme needs: the extra of setup.py that brings it.
 EXTRAS = {'gs': 'gcs', 's3': 's3'}
-# Seconds after which a request that got no answer counts as failed.
-PATIENCE = 60.0
+# Seconds without a byte after which a request counts as failed.
+PATIENCE = 30
 
 
 class NotAPath(ValueError, argparse.ArgumentTypeError):
@@ -112,7 +113,17 @@ def _configure(backend: str) -> None:
   # was made earlier says little.
   settings.setdefault('use_listings_cache', False)
   if backend == 'gcsfs':
-    settings.setdefault('requests_timeout', PATIENCE)
+    import aiohttp
+
+    # A bound on the whole request, as a number would be, would fail large
+    # objects on slow lines, and gcsfs repeats none of those requests.
+    silence = aiohttp.ClientTimeout(sock_connect=PATIENCE, sock_read=PATIENCE)
+    settings.setdefault('requests_timeout', silence)
+  # TensorStore waits for ever, unless these are set before its first request.
+  os.environ.setdefault(
+    'TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', f'{PATIENCE}'
+  )
+  os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
   # They print stack traces of errors that are raised all the same, and each way
   # to find credentials that found none.
   for name in (backend, 'google.auth._default'):

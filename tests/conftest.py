@@ -72,6 +72,16 @@ def bucket(storage):
 
 
 @pytest.fixture
+def impatient(storage, monkeypatch):
+  """A request that brings no byte for a fifth of a second has failed."""
+  import aiohttp
+  from fsspec.config import conf
+
+  silence = aiohttp.ClientTimeout(sock_read=0.2)
+  monkeypatch.setitem(conf['gcs'], 'requests_timeout', silence)
+
+
+@pytest.fixture
 def at_once(monkeypatch):
   """Repeats of a request come without the wait between them."""
   import gcsfs.retry

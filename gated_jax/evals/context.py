@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +46,7 @@ from gated_jax.evals.retrieval import Form
 from gated_jax.evals.retrieval import recall
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.decoder import Decoder
+from gated_jax.paths import Path
 from gated_jax.platform import skip_absent_tpu
 
 ROWS = 4  # Rows of a batch, at every length
@@ -148,12 +148,13 @@ def table(figures: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def add(path: pathlib.Path, name: str, figures: dict[str, Any]) -> None:
+def add(path: Path, name: str, figures: dict[str, Any]) -> None:
   """Puts the figures under their name into a JSON file, which may be there."""
-  known = json.loads(path.read_text('utf-8')) if path.is_file() else {}
-  path.parent.mkdir(parents=True, exist_ok=True)
+  known = json.loads(paths.read_bytes(path)) if paths.is_file(path) else {}
+  if not paths.in_bucket(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(known | {name: figures}, separators=(',', ':'))
-  path.write_text(text + '\n', encoding='utf-8')
+  paths.write_bytes(path, f'{text}\n'.encode())
 
 
 def _lengths(text: str) -> list[int]:
@@ -177,7 +178,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--lengths', required=True, help='1024,2048')
   parser.add_argument('--rows', type=int, default=16)
   parser.add_argument('--name', default='as trained')
-  parser.add_argument('--out', type=paths.local)
+  parser.add_argument('--out', type=paths.expand)
   options, words = parser.parse_known_args(argv)
   lengths = _lengths(options.lengths)
   if options.rows < 1:
@@ -189,6 +190,8 @@ def main(argv: list[str]) -> None:
       f'data.rows={config.data.rows!r}: a place in a row is a distance from '
       "the beginning of the text only where data.rows='joined'"
     )
+  if options.out:
+    paths.check_bucket(options.out)
   figures = measure(config, lengths, options.rows, options.checkpoint)
   print(table(figures))
   if options.out:

@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from gated_jax import cli
 from gated_jax import paths
 from gated_jax.evals.puzzles import FILLER
 from gated_jax.evals.puzzles import TASKS
+from gated_jax.paths import Path
 
 Encode = Callable[[str], Sequence[int] | np.ndarray]
 
@@ -177,7 +177,7 @@ def _read(
   return correct, jnp.sum(costs, where=asked) / jnp.sum(asked)
 
 
-def write(path: pathlib.Path, documents: int, least: int, most: int) -> None:
+def write(path: Path, documents: int, least: int, most: int) -> None:
   """Writes texts of all tasks as JSONL, one with its answer in each line.
 
   Args:
@@ -185,16 +185,18 @@ def write(path: pathlib.Path, documents: int, least: int, most: int) -> None:
     documents: how many.
     least, most: characters of a text, drawn evenly in between.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(0)
   tasks = list(TASKS)
-  with path.open('w', encoding='utf-8') as file:
-    for number in range(documents):
-      length = int(rng.integers(least, most + 1))
-      form = Form(tasks[number % len(tasks)])
-      texts = hide(lambda x: x.encode(), length, rng.random(), 1, rng, form)
-      text = bytes(texts.tokens[0].tolist()).decode() + '.\n'
-      file.write(json.dumps({'text': text}) + '\n')
+  lines = []
+  for number in range(documents):
+    length = int(rng.integers(least, most + 1))
+    form = Form(tasks[number % len(tasks)])
+    texts = hide(lambda x: x.encode(), length, rng.random(), 1, rng, form)
+    text = bytes(texts.tokens[0].tolist()).decode() + '.\n'
+    lines.append(json.dumps({'text': text}) + '\n')
+  if not paths.in_bucket(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  paths.write_bytes(path, ''.join(lines).encode())
 
 
 def main(argv: Sequence[str]) -> None:
@@ -203,7 +205,7 @@ def main(argv: Sequence[str]) -> None:
     prog='python -m gated_jax.evals.retrieval',
     description='Writes texts of the tasks, to be mixed into training text.',
   )
-  parser.add_argument('--out', type=paths.local, required=True)
+  parser.add_argument('--out', type=paths.expand, required=True)
   parser.add_argument('--documents', type=int, default=10_000)
   parser.add_argument('--least', type=int, default=400, help='characters')
   parser.add_argument('--most', type=int, default=1600, help='characters')
@@ -213,6 +215,7 @@ def main(argv: Sequence[str]) -> None:
       f'--documents={options.documents} must be positive, and '
       f'--least={options.least} between 1 and --most={options.most}'
     )
+  paths.check_bucket(options.out)
   write(options.out, options.documents, options.least, options.most)
   print(options.out)
 

@@ -9,8 +9,8 @@ Each run is `train.py` in a process of its own that sees one device (on CPUs:
 its share of the cores), with a folder of its own under --runs. A run whose
 metrics reach its last step is done and is left alone; one that was cut resumes
 from its checkpoint. When the budget is spent, runs save and stop, and the same
-command goes on with them. Flags after `--` are given to every run:
-`-- --config.data.paths='runs/text/*.npy'`.
+command goes on with them. --runs may lie in a bucket, too. Flags after `--` are
+given to every run: `-- --config.data.paths='runs/text/*.npy'`.
 
 A config file may define `runs(words)`, the words of every run that its words
 stand for, and `about(words)`, what a report wants to know of one run; see
@@ -36,6 +36,8 @@ from gated_jax import paths
 from gated_jax.evals import metric_files
 from gated_jax.evals.records import DIVERGED
 from gated_jax.evals.records import last_line
+from gated_jax.evals.run_log import RunLog
+from gated_jax.paths import Path
 
 # Seconds that a stopped run has to save its checkpoint.
 SAVING = 90
@@ -48,7 +50,7 @@ class Run:
   """One configuration and its folder."""
 
   config: str  # FILE:WORDS
-  folder: pathlib.Path
+  folder: Path
   steps: int
   about: dict[str, Any]
 
@@ -80,7 +82,7 @@ class Run:
     )
 
 
-def expand(config: str, folder: pathlib.Path) -> list[Run]:
+def expand(config: str, folder: Path) -> list[Run]:
   """The runs that FILE:WORDS stands for."""
   path, _, words = config.partition(':')
   if not pathlib.Path(path).is_file():
@@ -140,12 +142,14 @@ class Worker:
     self._device, self._devices = device, devices
     self._flags = list(flags)
     self._process: subprocess.Popen[bytes] | None = None
+    self._log: RunLog | None = None
 
   def start(self, run: Run) -> None:
     """Begins the run, or goes on with it."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    if not paths.in_bucket(run.folder):
+      run.folder.mkdir(parents=True, exist_ok=True)
     about = json.dumps({'config': run.config, **run.about}, indent=1)
-    (run.folder / 'run.json').write_text(about + '\n', encoding='utf-8')
+    paths.write_bytes(run.folder / 'run.json', f'{about}\n'.encode())
     command = [
       sys.executable,
       'train.py',
@@ -153,15 +157,15 @@ class Worker:
       f'--workdir={run.folder}',
       *self._flags,
     ]
-    with (run.folder / 'log.txt').open('ab') as log:
-      process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        env=environment(self._device, self._devices),
-        start_new_session=True,  # Ctrl-C goes to us, who stop it in order
-      )
+    self._log = RunLog(run.folder / 'log.txt')
+    process = subprocess.Popen(
+      command,
+      stdin=subprocess.DEVNULL,
+      stdout=self._log.file,
+      stderr=self._log.file,
+      env=environment(self._device, self._devices),
+      start_new_session=True,  # Ctrl-C goes to us, who stop it in order
+    )
     # Accelerators leave the cores to whoever needs them.
     cpu = os.environ.get('JAX_PLATFORMS', '').startswith('cpu')
     if cpu and hasattr(os, 'sched_setaffinity'):
@@ -172,8 +176,19 @@ class Worker:
     """Tells whether a run has ended since this was last asked."""
     if self._process is None or self._process.poll() is None:
       return False
-    self._process = None
+    self._ended()
     return True
+
+  def _ended(self) -> None:
+    self._process = None
+    if self._log is not None:
+      self._log.close()
+      self._log = None
+
+  def save_log(self) -> None:
+    """Brings what the run has printed so far to where it is to be read."""
+    if self._log is not None:
+      self._log.save()
 
   @property
   def busy(self) -> bool:
@@ -194,7 +209,7 @@ class Worker:
     except subprocess.TimeoutExpired:
       self._process.kill()
       self._process.wait()
-    self._process = None
+    self._ended()
 
 
 def sweep(
@@ -223,6 +238,8 @@ def sweep(
         break
       if time.monotonic() - heard > PROGRESS:
         heard = time.monotonic()
+        for worker in workers:
+          worker.save_log()
         _say(' | '.join(run.progress() for run in active))
       time.sleep(0.5)
   finally:  # the budget, Ctrl-C, or an error of ours
@@ -298,7 +315,8 @@ def main(argv: Sequence[str]) -> int:
   if options.devices < 1:
     raise ValueError(f'--devices={options.devices} must be at least 1')
   seconds = duration(options.budget)
-  folder = paths.local(options.runs)
+  folder = paths.expand(options.runs)
+  paths.check_bucket(folder)
   # One that is named twice runs once, where it is named first.
   named = [run for text in options.configs for run in expand(text, folder)]
   runs = list({run.folder: run for run in named}.values())

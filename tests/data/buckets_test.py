@@ -24,6 +24,9 @@ from gated_jax.data.tokenize import tokenize
 from gated_jax.data.tokenizer import make_tokenizer
 from gated_jax.data.watch import FilesChangedError
 from gated_jax.data.watch import FilesOutOfReachError
+from tests.storage.proxy import CUT
+from tests.storage.proxy import SILENT
+from tests.storage.proxy import STALL
 
 TEXTS = [f'<{i:03d}> ' + 'some words of a text ' * (i % 40) for i in range(300)]
 PER_FILE = 100
@@ -201,26 +204,32 @@ def test_a_file_that_changes_ends_the_run_with_its_name(
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('status', [429, 503, 0])
+@pytest.mark.parametrize('status', [429, 503, CUT, STALL, SILENT])
 def test_requests_that_fail_for_a_moment_change_nothing(
-  tmp_path, status, bucket, storage, small_units, at_once
+  tmp_path, status, bucket, storage, small_units, at_once, impatient
 ):
   here, there = put(tmp_path / 'd', 'jsonl', bucket)
   wanted, _ = batches_of(config_of(here, 'jsonl'), 60)
   with make_pipeline(config_of(there, 'jsonl'), 'train') as pipeline:
     storage.proxy.fail('GET /download', status=status, times=4)
     assert_same([next(pipeline) for _ in range(60)], wanted)
+  assert storage.proxy.struck()
 
 
+@pytest.mark.parametrize(
+  ('status', 'reason'), [(503, '503'), (STALL, 'no answer in time')]
+)
 def test_a_bucket_that_stays_away_ends_the_run_in_one_line(
-  tmp_path, bucket, storage, small_units, at_once
+  tmp_path, status, reason, bucket, storage, small_units, at_once, impatient
 ):
   _, there = put(tmp_path / 'd', 'jsonl', bucket)
   with make_pipeline(config_of(there, 'jsonl'), 'train') as pipeline:
     next(pipeline)
     state = pipeline.state()
-    storage.proxy.fail('GET /download', status=503)
-    with pytest.raises(FilesOutOfReachError, match=r'\.jsonl: .*503') as error:
+    storage.proxy.fail('GET /download', status=status)
+    with pytest.raises(
+      FilesOutOfReachError, match=rf'\.jsonl: .*{reason}'
+    ) as error:
       for _ in range(1000):
         next(pipeline)
     assert '\n' not in str(error.value)

@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 
 from gated_jax import cli
+from gated_jax import paths
 from gated_jax.evals import context
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -51,11 +52,13 @@ def test_bins_name_their_last_place_and_leave_out_what_is_unknown():
   assert context.binned(values[:2], 32) == [[1, 1.0], [2, 3.0]]
 
 
-def test_figures_of_several_rotations_share_a_file(tmp_path):
-  path = tmp_path / 'new' / 'context.json'
+@pytest.mark.parametrize('place', ['tmp_path', 'bucket'])
+def test_figures_of_several_rotations_share_a_file(place, request):
+  folder = paths.expand(request.getfixturevalue(place))
+  path = folder / 'new' / 'context.json'
   context.add(path, 'trained', {'loss': [[1, 2.0]]})
   context.add(path, 'yarn', {'loss': []})
-  known = json.loads(path.read_text())
+  known = json.loads(paths.read_bytes(path))
   assert known == {'trained': {'loss': [[1, 2.0]]}, 'yarn': {'loss': []}}
 
 

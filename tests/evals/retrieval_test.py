@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from gated_jax import cli
+from gated_jax import paths
 from gated_jax.config import ModelConfig
 from gated_jax.evals import retrieval
 from gated_jax.model.decoder import Decoder
@@ -158,13 +159,16 @@ def test_a_variable_leads_to_its_number_through_two_others():
     assert values[asked[1]] == asked[2]
 
 
-def test_texts_to_train_on_hold_every_task_with_its_answer(tmp_path, capsys):
-  path = tmp_path / 'new/texts.jsonl'
+@pytest.mark.parametrize('place', ['tmp_path', 'bucket'])
+def test_texts_to_train_on_hold_every_task_with_its_answer(
+  place, request, capsys
+):
+  path = paths.expand(request.getfixturevalue(place)) / 'new/texts.jsonl'
   retrieval.main(
     [f'--out={path}', '--documents=9', '--least=300', '--most=500']
   )
   assert capsys.readouterr().out.strip() == str(path)
-  lines = [json.loads(x)['text'] for x in path.read_text().splitlines()]
+  lines = [json.loads(x)['text'] for x in paths.read_bytes(path).splitlines()]
   assert len(lines) == 9
   assert all(300 < len(x) < 510 and x.endswith('.\n') for x in lines)
   for question in ('the pass key', r'the \w+ key', r'\w'):

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from gated_jax import cli
+from gated_jax import paths
 from gated_jax.evals import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,6 +23,9 @@ flags = dict(a.removeprefix('--').split('=', 1) for a in sys.argv[1:])
 folder, words = pathlib.Path(flags['workdir']), flags['config'].split(':')[1]
 saved = folder / 'saved'
 stop = []
+if '://' in flags['workdir']:
+  print('a start')
+  sys.exit('error: loss or gradient was not finite in 10 steps in a row')
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 with (folder / 'starts').open('a') as file:
   file.write(os.environ['CUDA_VISIBLE_DEVICES'] + flags.get('extra', '') + ' ')
@@ -100,6 +104,20 @@ def test_done_and_diverged_runs_are_left_alone_and_failed_ones_are_not(
   assert 'diverges: diverged before' in printed
   assert 'bad: failed' in printed
   assert 'data.paths matches nothing' in printed
+
+
+def test_what_runs_in_a_bucket_print_is_there(folder, bucket, capsys):
+  log = paths.expand(f'{bucket}/runs/a/log.txt')
+  paths.write_bytes(log, b'an earlier start\n')
+  there = f'--runs={bucket}/runs'
+  assert command('a', there) == cli.DONE
+  first, second, last = paths.read_bytes(log).decode().splitlines()
+  assert (first, second) == ('an earlier start', 'a start')
+  assert 'not finite' in last
+  about = json.loads(paths.read_bytes(log.with_name('run.json')))
+  assert about['config'] == 'config.py:a'
+  assert command('a', there) == cli.DONE
+  assert 'a: diverged before' in capsys.readouterr().out
 
 
 def test_a_spent_budget_saves_and_the_same_command_goes_on(folder):

@@ -9,7 +9,8 @@ processes that wrote them and end with this one.
     python emulator.py        # prints the port that it listens on
 
 A bucket exists from its first `POST /storage/v1/b`. Every request to one whose
-name begins with `forbidden` is refused, as without permission.
+name begins with `forbidden` is refused, as without permission, and a name of one
+or two letters is no name.
 """
 
 import base64
@@ -52,6 +53,8 @@ class Store:
   def objects(self, bucket):
     if bucket.startswith('forbidden'):
       raise Refused(403, f'no permission on bucket {bucket}')
+    if len(bucket) < 3:
+      raise Refused(400, f"Invalid bucket name: '{bucket}'")
     if bucket not in self._buckets:
       raise Refused(404, 'The specified bucket does not exist.')
     return self._buckets[bucket]

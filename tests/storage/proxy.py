@@ -5,7 +5,12 @@
       proxy.rate = 100e6  # bytes a second of each answer; 0: as fast as can be
       proxy.fail('GET .*/o/shard', status=503, times=2)
       proxy.fail('PUT', status=CUT)  # the connection ends in the answer's midst
+      proxy.fail('GET', status=STALL)  # half of the answer, and then no more
+      proxy.fail('POST .*lock', status=SILENT)  # taken, and never answered
       proxy.requests  # 'METHOD path' of all that came, in order
+
+The name of an object that is written stands at the end of its request, also
+where the client sends it in the body.
 
 It runs in threads of the test's own process, so that a test can set what is
 wrong while another process works.
@@ -19,7 +24,12 @@ import time
 
 from tests.storage.emulator import Server
 
-CUT = 0  # in place of a status: half of the answer, then the end
+# In place of a status:
+CUT = 0  # half of the answer, then the end
+STALL = -1  # half of the answer, then nothing until `heal`
+SILENT = -2  # no answer until `heal`, and the storage does not hear of it
+LOST = -3  # the storage does what is asked, but its answer never comes
+NAME = re.compile(rb'"name": ?"([^"]+)"')
 CHUNK = 1 << 16
 
 
@@ -62,8 +72,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     proxy = self.server.proxy
     body = self.body()
     time.sleep(proxy.delay)
-    status = proxy.fault_for(f'{self.command} {self.path}')
-    if status:
+    written = NAME.search(body[:1000]) if 'multipart' in self.path else None
+    name = f' {written[1].decode()}' if written else ''
+    status = proxy.fault_for(f'{self.command} {self.path}{name}')
+    if status == SILENT:
+      proxy.healed.wait()
+      self.close_connection = True
+      return
+    if status and status > 0:
       self.send(status, {}, b'{"error": {"message": "a fault of the test"}}')
       return
     headers = {
@@ -73,7 +89,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.there.request(self.command, self.path, body, headers)
     answer = self.there.getresponse()
     headers = {k: v for k, v in answer.getheaders() if k != 'Content-Length'}
-    self.send(answer.status, headers, answer.read(), cut=status == CUT)
+    data = answer.read()
+    if status == LOST:
+      proxy.healed.wait()
+      self.close_connection = True
+      return
+    self.send(answer.status, headers, data, status)
 
   do_GET = do_PUT = do_POST = do_DELETE = do_PATCH = handle_any
 
@@ -87,7 +108,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.rfile.readline()
     return body
 
-  def send(self, status, headers, data, cut=False):
+  def send(self, status, headers, data, fault=None):
     self.send_response_only(status)
     for name, value in headers.items():
       self.send_header(name, value)
@@ -95,9 +116,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.end_headers()
     if status == 304:
       return
-    if cut:
+    if fault in (CUT, STALL):
       self.wfile.write(data[: len(data) // 2])
       self.wfile.flush()
+      if fault == STALL:
+        self.server.proxy.healed.wait()
       self.close_connection = True
       return
     rate = self.server.proxy.rate
@@ -114,6 +137,7 @@ class Proxy:
     self.port = port
     self.delay = self.rate = 0.0
     self.requests = []
+    self.healed = threading.Event()
     self._faults = []
     self._lock = threading.Lock()
     self._server = Server(('127.0.0.1', 0), Handler)
@@ -128,6 +152,7 @@ class Proxy:
     return self
 
   def __exit__(self, *args):
+    self.healed.set()
     self._server.shutdown()
     self._server.server_close()
 
@@ -138,12 +163,19 @@ class Proxy:
     """
     with self._lock:
       self._faults.append(Fault(pattern, status, times, after))
+      self.healed.clear()
 
   def heal(self):
     """No faults any more."""
     with self._lock:
       self._faults.clear()
       self.delay = self.rate = 0.0
+      self.healed.set()
+
+  def struck(self):
+    """Whether every fault with a number of times has happened so often."""
+    with self._lock:
+      return not any(fault.left for fault in self._faults)
 
   def fault_for(self, request):
     """The status that a request is to fail with; None: none."""

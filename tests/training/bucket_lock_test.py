@@ -114,7 +114,7 @@ def test_a_holder_that_lost_the_lock_is_told(path):
 def test_an_answer_that_was_lost_does_not_cost_the_lock(path, storage):
   with locked(path.parent, print) as check:
     storage.proxy.fail('POST .*lock', status=CUT, times=1)
-    while any(fault.left for fault in storage.proxy._faults):
+    while not storage.proxy.struck():
       time.sleep(0.01)
     time.sleep(1.5)  # TensorStore waits before it repeats
     check()

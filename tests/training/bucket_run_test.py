@@ -17,6 +17,8 @@ from gated_jax.evals import compare
 from gated_jax.evals import metric_files
 from gated_jax.training.workdir import check_workdir
 from tests.storage.proxy import CUT
+from tests.storage.proxy import LOST
+from tests.storage.proxy import SILENT
 from tests.training import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -104,6 +106,7 @@ def reference(train, tmp_path_factory):
   [
     ('gs://absent-bucket/x', 'there is no bucket gs://absent-bucket'),
     ('gs://forbidden-bucket/x', 'no permission'),
+    ('gs://b/x', 'the bucket refuses: Invalid bucket name'),
     ('{bucket}/object', 'is an object: a folder is needed'),
   ],
 )
@@ -129,7 +132,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(
     storage.proxy.fail('.*', status=status, times=2, after=after)
   settings = {'profile_start': 5, 'profile_steps': 1, 'tensorboard': True}
   out, _ = ended(train(workdir, figures=True, **settings))
-  assert not any(fault.left for fault in storage.proxy._faults)
+  assert storage.proxy.struck()
   assert left_in(workdir) == reference
   names = {
     str(p).removeprefix(f'{workdir}/')
@@ -187,6 +190,42 @@ def kill_often(train, workdir, proxy, times):
     process.communicate()
   ended(train(workdir))
   return killed
+
+
+# Requests in whose midst a run is killed, and how many of them pass before.
+SENT = r'POST .*name=\S*checkpoints'  # arrays of a checkpoint
+KILLED_IN = (
+  (SENT, SILENT, 0),
+  (SENT, LOST, 3),
+  (r'POST .*checkpoints/\d+/run/', SILENT, 0),
+  (r'POST .*checkpoints/\d+/params/commit_success', SILENT, 1),
+  (r'POST .*checkpoints/\d+/commit_success', SILENT, 0),
+  (r'POST .*checkpoints/\d+/commit_success', LOST, 0),
+  (r'POST .*metrics\.jsonl/\d+/000000', SILENT, 0),
+  (r'POST .*metrics\.jsonl/\d+/000000', LOST, 0),
+  (r'DELETE .*metrics\.jsonl', SILENT, 0),
+  (r'POST .*metrics\.jsonl/\d+/000001', SILENT, 0),
+  (r'POST .*metrics\.jsonl/\d+/000001', LOST, 1),
+  (r'DELETE .*checkpoints', LOST, 0),
+  (r'DELETE .*checkpoints', SILENT, 2),
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_kills_during_uploads_cost_nothing(train, reference, bucket, storage):
+  workdir = f'{bucket}/x'
+  for pattern, fault, after in KILLED_IN:
+    storage.proxy.fail(pattern, status=fault, times=1, after=after)
+    process = train(workdir)
+    while not storage.proxy.struck():
+      assert process.poll() is None, (pattern, process.communicate())
+      time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    storage.proxy.heal()
+  ended(train(workdir))
+  assert left_in(workdir) == reference
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ from gated_jax import paths
 from gated_jax.bucket_requests import BucketError
 from gated_jax.evals import metric_files
 from gated_jax.training import lines
+from tests.storage.proxy import SILENT
 
 
 def line(step):
@@ -55,21 +56,23 @@ def test_parts_are_joined_in_their_order(bucket, monkeypatch):
   assert len(paths.files_below(path)) > 10
 
 
+@pytest.mark.parametrize(
+  ('status', 'reason'), [(503, '503'), (SILENT, 'no answer in time')]
+)
 def test_lines_come_on_a_schedule_and_wait_while_the_bucket_is_away(
-  bucket, storage, monkeypatch, caplog, at_once
+  status, reason, bucket, storage, monkeypatch, caplog, at_once, impatient
 ):
-  del at_once
   monkeypatch.setattr(lines, 'EVERY', 0.0)
   path = paths.expand(f'{bucket}/run/{metric_files.NAME}')
   writer = lines.lines_at(path, 0)
   writer.add(line(1))
   assert steps(path) == [1]
-  storage.proxy.fail('POST', status=503)
+  storage.proxy.fail('POST', status=status)
   writer.add(line(2))
   (record,) = caplog.records
   assert record.getMessage().startswith('metrics wait to be written: gs://')
-  with pytest.raises(BucketError, match='503'):
-    writer.save()
+  with pytest.raises(BucketError, match=reason):
+    writer.save(tries=1)
   storage.proxy.heal()
   writer.save()
   assert steps(path) == [1, 2]

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from gated_jax import checkpoint
+from gated_jax import paths
 from gated_jax import sharding
 from gated_jax.config import MeshConfig
 from gated_jax.config import RunConfig
@@ -23,6 +25,7 @@ from gated_jax.model.decoder import Decoder
 from gated_jax.training import build
 from gated_jax.training.rows import rows_of_process
 from gated_jax.training.rows import to_devices
+from tests.storage.proxy import SILENT
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
@@ -66,7 +69,7 @@ def free_port():
     return server.getsockname()[1]
 
 
-def start(workdir, settings, processes=(0, 1), flags=()):
+def start(workdir, settings, processes=(0, 1), flags=(), more=()):
   """Both processes of a run, or some; settings: one dict for each."""
   port = free_port()
   return [
@@ -83,7 +86,7 @@ def start(workdir, settings, processes=(0, 1), flags=()):
         *(f'--config.{name}={value}' for name, value in settings[i].items()),
       ],
       cwd=ROOT,
-      env=ENVIRONMENT,
+      env=ENVIRONMENT | dict(more),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -152,6 +155,33 @@ def nested(settings):
   values = smoke.get_config()
   values.update_from_flattened_dict(settings)
   return from_dict(values.to_dict())
+
+
+def arrays(workdir):
+  """Sums of all arrays of the last step."""
+  return checkpoint.read_run(workdir / f'checkpoints/{STEPS}')['arrays']
+
+
+@pytest.mark.nightly
+def test_two_processes_share_a_run_in_a_bucket_also_when_killed(
+  settings, undisturbed, bucket, storage
+):
+  workdir = f'{bucket}/two'
+  mark = 'POST .*checkpoints/4/commit_success'
+  storage.proxy.fail(mark, status=SILENT, times=1)
+  both = start(workdir, [settings, settings], more=storage.environment)
+  while not storage.proxy.struck():
+    assert all(process.poll() is None for process in both), finish(both)
+    time.sleep(0.01)
+  end(both)
+  storage.proxy.heal()
+  both = start(workdir, [settings, settings], more=storage.environment)
+  (code, said, err), (other_code, _, other_err) = finish(both)
+  assert code == other_code == 0, err + other_err
+  assert 'resuming after step 2' in said
+  there = paths.expand(workdir)
+  assert losses(there) == losses(undisturbed[0])
+  assert arrays(there) == arrays(undisturbed[0])
 
 
 @pytest.mark.long
