@@ -41,7 +41,7 @@ EXTRAS = {
     'datasets>=4',  # data sets of the Hugging Face hub
   ],
   'gcs': ['gcsfs>=2025.5'],  # gs:// for runs, data and checkpoints
-  's3': ['s3fs>=2025.5'],  # s3:// for data and weights
+  's3': ['s3fs>=2025.5'],  # s3:// for data, tokenizers and weights
   'eval': ['lm-eval>=0.4.9,<0.5'],  # tasks for evals/harness.py
   'plot': ['matplotlib>=3.9'],  # figures at the end of a run
   'docs': [
@@ -58,6 +58,9 @@ EXTRAS = {
     'accelerate>=1.10',  # lm-evaluation-harness's own adapter imports it
     'basedpyright>=1.28',  # Pyright, with the Node that runs it
     'equinox>=0.11',  # the guide has a module of it
+    's3fs>=2025.5',  # s3:// as users have it, whose botocore fits moto's
+    'moto[s3]>=5.1',  # a server of S3 on loopback, for tests of s3://
+    'flask-cors>=5',  # that server imports it
   ],
 }
 EXTRAS['dev'] = [

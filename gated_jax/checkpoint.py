@@ -94,9 +94,22 @@ def is_whole(folder: Path) -> bool:
   return paths.exists(folder / COMMIT)
 
 
+def check_place(path: Path) -> None:
+  """ValueError where no checkpoint can lie: Orbax has no such storage.
+
+  It opens TensorStore's driver of Cloud Storage for gs://, and takes any other
+  address for a relative path of a disk.
+  """
+  if paths.in_bucket(path) and not os.fspath(path).startswith('gs://'):
+    raise ValueError(
+      f'{path}: Orbax writes and reads checkpoints on disks and in gs:// alone'
+    )
+
+
 def find(path: str | os.PathLike[str]) -> Path:
   """A step's folder, given it, its `checkpoints` folder or the workdir."""
   given = expand(path)
+  check_place(given)
   if paths.is_folder(given / 'params') and is_whole(given):
     return given
   for folder in (given / 'checkpoints', given):
@@ -267,6 +280,7 @@ def save_parameters(
     config: Settings of the run; its model is the one of the parameters.
   """
   folder = paths.absolute(expand(path))
+  check_place(folder)
   paths.check_bucket(folder)
   if paths.exists(folder):
     raise ValueError(f'{path} exists; choose another name or remove it')

@@ -175,8 +175,9 @@ def check_bucket(path: Path) -> None:
     with requests_to(path):
       if scheme == 'gs':
         system.ls(bucket, detail=False, max_results=1)
-      elif not system.exists(bucket):
-        raise FileNotFoundError(bucket)
+      else:  # `exists` takes one that forbids for one that is not there
+        name = bucket.partition('://')[2]
+        system.call_s3('list_objects_v2', Bucket=name, MaxKeys=1)
   except FileNotFoundError:
     raise ValueError(f'{path}: there is no bucket {bucket}') from None
   except BucketRefused as error:

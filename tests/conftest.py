@@ -2,14 +2,18 @@
 
 `bucket` is the fixture to take: the address of a new, empty bucket. The proxy of
 `tests/storage/proxy.py` stands before it, as `storage.proxy`, to put faults in;
-programs that a test starts need `storage.environment`.
+programs that a test starts need `storage.environment`. `s3_bucket` and `s3` are
+the same of another kind of storage, which fewer tests need.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 import types
 import urllib.request
 
@@ -69,6 +73,62 @@ def bucket(storage):
   storage.number = number + 1
   yield storage.make_bucket(f'test-bucket-{number}')
   storage.proxy.heal()
+
+
+@pytest.fixture(scope='session')
+def s3(tmp_path_factory):
+  """A server that speaks S3, and this process's clients set to it.
+
+  Like `storage`; a request that brings no byte for 0.3 s has failed.
+  """
+  pytest.importorskip('s3fs', reason="pip install -e '.[compare]'")
+  pytest.importorskip('moto', reason="pip install -e '.[compare]'")
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, '-m', 'moto.server', '-H127.0.0.1', f'-p{port}']
+  log = (tmp_path_factory.mktemp('s3') / 'log').open('w+')
+  with subprocess.Popen(command, stdout=log, stderr=log) as process:
+    while process.poll() is None:
+      with (
+        contextlib.suppress(OSError),
+        socket.create_connection(('127.0.0.1', port)),
+      ):
+        break
+      time.sleep(0.02)
+    assert process.poll() is None, log.seek(0) or log.read()
+    with Proxy(port) as proxy:
+      environment = {
+        'AWS_ENDPOINT_URL': proxy.address,
+        'AWS_ACCESS_KEY_ID': 'test',
+        'AWS_SECRET_ACCESS_KEY': 'test',
+        'AWS_DEFAULT_REGION': 'us-east-1',
+        'AWS_EC2_METADATA_DISABLED': 'true',
+      }
+      os.environ.update(environment)
+      from fsspec.config import conf
+
+      times = {'read_timeout': 0.3, 'retries': {'max_attempts': 1}}
+      conf.setdefault('s3', {})['config_kwargs'] = times
+
+      def make_bucket(name):
+        place = urllib.request.Request(f'{proxy.address}/{name}', method='PUT')
+        urllib.request.urlopen(place).close()
+        return f's3://{name}'
+
+      yield types.SimpleNamespace(
+        proxy=proxy, environment=environment, make_bucket=make_bucket
+      )
+    process.terminate()
+
+
+@pytest.fixture
+def s3_bucket(s3):
+  """The address of a new bucket of S3, without a slash at its end."""
+  number = getattr(s3, 'number', 0)
+  s3.number = number + 1
+  yield s3.make_bucket(f'test-bucket-{number}')
+  s3.proxy.heal()
 
 
 @pytest.fixture

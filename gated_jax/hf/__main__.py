@@ -219,6 +219,8 @@ def run(args: argparse.Namespace) -> None:
   apart = args.command == 'export' and args.peft
   if args.command == 'export':
     _check_peft(args)
+  else:
+    checkpoint.check_place(target)
   config, params, files = read(args)
   if apart and not config.model.lora.rank:
     raise ValueError(f'{args.source} has no adapters, which --peft would write')

@@ -1,11 +1,11 @@
 """Whether a folder takes a run, asked before anything is compiled."""
 
-import os
 import pathlib
 import tempfile
 import uuid
 
 from gated_jax import paths
+from gated_jax.checkpoint import check_place
 from gated_jax.paths import Path
 
 
@@ -27,12 +27,8 @@ def check_workdir(workdir: Path) -> None:
 
 def check_bucket_of(workdir: Path) -> None:
   """ValueError where a bucket takes no run."""
+  check_place(workdir)
   paths.check_bucket(workdir)
-  if not os.fspath(workdir).startswith('gs://'):
-    raise ValueError(
-      f'workdir {workdir}: runs are written to gs:// and to disks alone, as '
-      'checkpoints need writes that name the version they replace'
-    )
   probe = workdir / f'probe-{uuid.uuid4().hex}'
   try:
     with paths.requests_to(workdir):

@@ -9,6 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from gated_jax import paths
 from gated_jax.config import DataConfig
 from gated_jax.data import buckets
 from gated_jax.data import ranges
@@ -107,18 +108,18 @@ def put(folder, kind, bucket):
   for number in range(len(TEXTS) // PER_FILE):
     texts = TEXTS[PER_FILE * number : PER_FILE * (number + 1)]
     write(folder / f'{number}.{suffix}', texts)
-  files = fsspec.filesystem('gs')
   for path in folder.iterdir():
-    files.pipe_file(f'{bucket}/d/{path.name}', path.read_bytes())
+    place = paths.expand(f'{bucket}/d/{path.name}')
+    paths.write_bytes(place, path.read_bytes())
   return f'{folder}/*.{suffix}', f'{bucket}/d/*.{suffix}'
 
 
-def config_of(paths, kind, **changes):
+def config_of(where, kind, **changes):
   source = KINDS[kind][0]
   settings = {'batch': 2, 'length': 64, 'shuffle_tokens': 512, **changes}
   if kind == 'npy':
     settings['eos'] = EOS
-  return DataConfig(source=source, paths=paths, **settings)
+  return DataConfig(source=source, paths=where, **settings)
 
 
 def batches_of(config, count, state=None):
@@ -240,7 +241,7 @@ def test_a_bucket_that_stays_away_ends_the_run_in_one_line(
 
 
 @pytest.mark.parametrize(
-  ('paths', 'message'),
+  ('where', 'message'),
   [
     ('gs://no-such-bucket/d/*', 'there is no bucket gs://no-such-bucket'),
     ('gs://forbidden/d/*', 'gs://forbidden/d.*no permission'),
@@ -251,10 +252,10 @@ def test_a_bucket_that_stays_away_ends_the_run_in_one_line(
   ],
 )
 def test_what_is_not_there_is_said_in_one_line(
-  tmp_path, bucket, paths, message
+  tmp_path, bucket, where, message
 ):
   put(tmp_path / 'd', 'jsonl', bucket)
-  config = config_of(paths.format(bucket=bucket), 'jsonl')
+  config = config_of(where.format(bucket=bucket), 'jsonl')
   with pytest.raises(ValueError, match=message) as error:
     make_pipeline(config, 'train')
   assert '\n' not in str(error.value)

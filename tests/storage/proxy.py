@@ -88,7 +88,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     headers['Content-Length'] = str(len(body))
     self.there.request(self.command, self.path, body, headers)
     answer = self.there.getresponse()
-    headers = {k: v for k, v in answer.getheaders() if k != 'Content-Length'}
+    headers = dict(answer.getheaders())
     data = answer.read()
     if status == LOST:
       proxy.healed.wait()
@@ -96,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       return
     self.send(answer.status, headers, data, status)
 
-  do_GET = do_PUT = do_POST = do_DELETE = do_PATCH = handle_any
+  do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = handle_any
 
   def body(self):
     if self.headers.get('Transfer-Encoding', '').lower() != 'chunked':
@@ -111,10 +111,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def send(self, status, headers, data, fault=None):
     self.send_response_only(status)
     for name, value in headers.items():
-      self.send_header(name, value)
-    self.send_header('Content-Length', str(len(data)))
+      if name != 'Content-Length' or self.command == 'HEAD':
+        self.send_header(name, value)
+    if self.command != 'HEAD' or 'Content-Length' not in headers:
+      self.send_header('Content-Length', str(len(data)))
     self.end_headers()
-    if status == 304:
+    if status == 304 or self.command == 'HEAD':
       return
     if fault in (CUT, STALL):
       self.wfile.write(data[: len(data) // 2])
