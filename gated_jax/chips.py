@@ -61,6 +61,7 @@ class Tpu(Chip):
 
   topology: str  # the smallest slice that the compiler knows
   memory: float  # bytes that the compiler lets a program use
+  bandwidth: float  # bytes per second of that memory, as published
   clock: float  # cycles per second
   flops_per_cycle: int  # bfloat16, on the matrix units
   link: float  # bytes per second over one link in one direction
@@ -124,6 +125,7 @@ _TPUS = (
     275e12,
     topology='v4:2x2x1',
     memory=30.5 * GIB,
+    bandwidth=1228e9,
     clock=1.05e9,
     flops_per_cycle=262_144,
     link=50e9,
@@ -138,6 +140,7 @@ _TPUS = (
     197e12,
     topology='v5e:2x2',
     memory=15.75 * GIB,
+    bandwidth=819e9,
     clock=1.5e9,
     flops_per_cycle=131_072,
     link=50e9,
@@ -158,6 +161,7 @@ _TPUS = (
     459e12,
     topology='v5p:2x2x1',
     memory=95.74 * GIB,
+    bandwidth=2765e9,
     clock=1.75e9,
     flops_per_cycle=262_144,
     link=100e9,
@@ -174,6 +178,7 @@ _TPUS = (
     918e12,
     topology='v6e:2x2',
     memory=31.25 * GIB,
+    bandwidth=1640e9,
     clock=1.75e9,
     flops_per_cycle=524_288,
     link=100e9,
@@ -190,6 +195,7 @@ _TPUS = (
     1153.5e12,
     topology='tpu7x:2x2x1',
     memory=94.75 * GIB,
+    bandwidth=3690e9,
     clock=2.2e9,
     flops_per_cycle=524_288,
     link=50e9,

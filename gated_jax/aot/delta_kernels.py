@@ -1,10 +1,14 @@
-"""Cycles of the gated delta rule's kernels, by their schedules.
+"""Cycles of the kernels of a Gated DeltaNet layer, by their schedules.
 
-A figure is that of one token and value head on a device, whose cores share the
-key heads. Waiting for memory is not in it.
+A figure of the rule is that of one token and value head on a device, whose
+cores share the key heads; waiting for memory is not in it. A figure of what
+stands around the rule is that of one token and 128 channels, and as long as
+memory takes for its arrays where that is longer.
 """
 
+import math
 import pathlib
+import re
 from typing import Any
 from typing import NamedTuple
 
@@ -16,13 +20,24 @@ from gated_jax.aot import counts
 from gated_jax.aot import schedule
 from gated_jax.aot.attention_kernels import compiling_for
 from gated_jax.aot.attention_kernels import device_of
+from gated_jax.aot.program import Kernel
 from gated_jax.chips import LANES
 from gated_jax.config import RunConfig
 from gated_jax.ops.delta import rule
+from gated_jax.ops.delta.filtering import filtered_heads
+from gated_jax.ops.delta.gated_norm import gated_norm
 from gated_jax.ops.delta.inputs import Inputs
 
-# The pass that a kernel belongs to.
-PASSES = {'gated_delta_forward': 0, 'gated_delta_backward': 1}
+RULE = ('gated_delta_forward', 'gated_delta_backward')
+# What stands around it, each with the arrays that it reads and writes.
+AROUND = {
+  'delta_filter_forward': 2,
+  'delta_filter_backward': 3,
+  'delta_unit_filter_forward': 2,
+  'delta_unit_filter_backward': 3,
+  'delta_norm_forward': 3,
+  'delta_norm_backward': 5,
+}
 
 
 class Sizes(NamedTuple):
@@ -54,8 +69,8 @@ class Sizes(NamedTuple):
 
 def estimate(
   kind: str, sizes: Sizes, length: int, folder: pathlib.Path
-) -> list[float]:
-  """Cycles of one token and value head, forward and backward.
+) -> dict[str, float]:
+  """Cycles of each kernel, by its name.
 
   Args:
     kind: name of a TPU.
@@ -64,34 +79,97 @@ def estimate(
     folder: where libtpu writes schedules.
   """
   chip, device = chips.TPUS[kind], device_of(kind)
+  arguments = _arguments(sizes, length, device)
+  before = set(folder.iterdir())
+  with compiling_for(device):
+    jax.jit(_both_passes).lower(*arguments).compile()
+  cycles = {}
+  for kernel in counts.kernels(_both_passes, *arguments):
+    (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
+    stretches = schedule.read(path, chip.core)
+    if kernel.body.inside:
+      total = schedule.estimate(stretches, kernel, chip.core).cycles
+    else:  # no branches: it runs once for each step of the grid
+      total = sum(s.cycles for s in stretches) * kernel.body.runs
+    total /= length * chip.cores
+    if kernel.name in RULE:
+      cycles[kernel.name] = total / sizes.value_heads
+      continue
+    heads, channels = (
+      (sizes.key_heads, sizes.width)
+      if 'unit' in kernel.name
+      else (sizes.value_heads, sizes.channels)
+    )
+    registers = heads * channels / LANES
+    traffic = AROUND[kernel.name] * LANES * 2 / (chip.bandwidth / chip.clock)
+    cycles[kernel.name] = max(total / registers, traffic)
+  return cycles
+
+
+def _arguments(sizes: Sizes, length: int, device: Any) -> list[Any]:
+  """Arrays of a row's tokens that are not there, for `_both_passes`."""
   place = jax.sharding.SingleDeviceSharding(device)
 
   def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    """An array of a row's tokens that is not there."""
-    return jax.ShapeDtypeStruct((1, length, *shape), dtype, sharding=place)
+    """One of them."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-  def run(inputs: Inputs, slope: jax.Array) -> Inputs:
-    """Gradients of all inputs."""
+  keys = array(1, length, sizes.key_heads, sizes.width)
+  values = array(1, length, sizes.value_heads, sizes.channels)
+  rates = array(1, length, sizes.value_heads, dtype=jnp.float32)
+  taps = 4
+  filters = (array(taps, *x.shape[2:]) for x in (keys, values))
+  scale = array(sizes.channels, dtype=jnp.float32)
+  return [Inputs(keys, keys, values, rates, rates), *filters, scale]
 
-    def output(inputs: Inputs) -> jax.Array:
-      """The rule from a state of zeros."""
-      return rule.delta_rule(inputs, None, None, 'pallas_tpu').output
 
-    return jax.vjp(output, inputs)[1](slope)[0]
+def _both_passes(
+  inputs: Inputs, key_filters: Any, value_filters: Any, scale: Any
+) -> Any:
+  """Every kernel of a layer once, with its gradients."""
+  kernels, eps = 'pallas_tpu', 1e-6
+  first = jnp.arange(inputs.key.shape[1])[None] == 0
+  calls = {
+    'unit_filter': (
+      lambda x, w: filtered_heads(x, w, (None, first), 1.0, kernels),
+      (inputs.key, key_filters),
+    ),
+    'filter': (
+      lambda x, w: filtered_heads(x, w, (None, first), 0.0, kernels),
+      (inputs.value, value_filters),
+    ),
+    'rule': (
+      lambda x: rule.delta_rule(x, None, None, kernels).output,
+      (inputs,),
+    ),
+    'norm': (
+      lambda x, z, s: gated_norm(x, z, s, eps, 'silu', kernels),
+      (inputs.value, inputs.value, scale),
+    ),
+  }
+  results = {}
+  for name, (call, arrays) in calls.items():
+    y, pull = jax.vjp(call, *arrays)
+    results[name] = pull(y)
+  return results
 
-  keys = array(sizes.key_heads, sizes.width)
-  values = (sizes.value_heads, sizes.channels)
-  rates = array(sizes.value_heads, dtype=jnp.float32)
-  inputs = Inputs(keys, keys, array(*values), rates, rates)
-  arguments = inputs, array(*values, dtype=jnp.float32)
-  before = set(folder.iterdir())
-  with compiling_for(device):
-    jax.jit(run).lower(*arguments).compile()
-  cycles = [0.0, 0.0]
-  for kernel in counts.kernels(run, *arguments):
-    (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
-    stretches = schedule.read(path, chip.core)
-    total = schedule.estimate(stretches, kernel, chip.core).cycles
-    heads = length * sizes.value_heads * chip.cores
-    cycles[PASSES[kernel.name]] = total / heads
-  return cycles
+
+def price(kernel: Kernel, known: dict[str, float]) -> float | None:
+  """Cycles of a call; None: it is none of a layer's kernels, or not known.
+
+  Args:
+    kernel: of a compiled program.
+    known: what `estimate` gave.
+  """
+  if kernel.name not in known:
+    return None
+  if kernel.name in RULE:
+    # Numbers of each token in rows, which both passes have.
+    sizes = re.search(r'f32\[(\d+),(\d+),8,(\d+)\]', ' '.join(kernel.operands))
+    share = 1.0
+  else:
+    sizes = re.search(r'\[(\d+),(\d+),(\d+)\]', kernel.operands[0])
+    share = 1 / LANES
+  if not sizes:
+    return None
+  return math.prod(map(int, sizes.groups())) * share * known[kernel.name]

@@ -10,7 +10,6 @@ Waiting for memory is not in them.
 
 import argparse
 import json
-import math
 import pathlib
 import re
 import subprocess
@@ -91,8 +90,8 @@ def price(
   Args:
     kernel: of a compiled program.
     known: cycles of one head in `attention`, of a token and so many heads in
-      `rotation`, of a token and value head in `delta`, each forward and
-      backward.
+      `rotation`, each forward and backward, and what `delta_kernels.estimate`
+      gave in `delta`.
     whole: length of a sequence that is split over devices; 0: it is not.
   """
   if kernel.name in ATTENTION:
@@ -103,12 +102,10 @@ def price(
       rows, heads, queries = map(int, sizes.groups())
       calls = rows * heads * (_share(kernel, queries, whole) if whole else 1)
       return calls * known['attention'][ATTENTION[kernel.name]]
-  if kernel.name in delta_kernels.PASSES and 'delta' in known:
-    # Numbers of each token in rows, which both passes have.
-    sizes = re.search(r'f32\[(\d+),(\d+),8,(\d+)\]', ' '.join(kernel.operands))
-    if sizes:
-      tokens = math.prod(map(int, sizes.groups()))
-      return tokens * known['delta'][delta_kernels.PASSES[kernel.name]]
+  if 'delta' in known:
+    cycles = delta_kernels.price(kernel, known['delta'])
+    if cycles is not None:
+      return cycles
   if kernel.name in ROTATION:
     sizes = re.search(r'\[(\d+),(\d+),(\d+)\]', kernel.operands[0])
     each = known['rotation'].get(
@@ -229,7 +226,8 @@ def run(arguments: list[str]) -> int:
     default='',
     type=_delta_sizes,
     help='key heads, value heads and channels of each, like 16,32,128,128: '
-    'cycles of a token and value head in the gated delta rule, too',
+    'cycles of a token and value head in the gated delta rule, too, and of a '
+    'token and 128 channels in the kernels around it',
   )
   parser.add_argument('--dumps', default='', help=argparse.SUPPRESS)
   flags = parser.parse_args(arguments)

@@ -46,7 +46,8 @@ def test_kernels_cost_what_their_calls_and_heads_say():
 
 def test_the_delta_rule_costs_its_tokens_and_value_heads():
   rows, heads, tokens = 2, 32, 512
-  known = {'attention': (0.0, 0.0), 'rotation': {}, 'delta': [5.0, 7.0]}
+  delta = {'gated_delta_forward': 5.0, 'gated_delta_backward': 7.0}
+  known = {'attention': (0.0, 0.0), 'rotation': {}, 'delta': delta}
   for name, cycles in (('forward', 5.0), ('backward', 7.0)):
     kernel = types.SimpleNamespace(
       name=f'gated_delta_{name}',
@@ -62,6 +63,16 @@ def test_the_delta_rule_costs_its_tokens_and_value_heads():
     assert (
       kernels.price(kernel, {'attention': (0.0, 0.0), 'rotation': {}}) is None
     )
+
+
+def test_kernels_around_the_delta_rule_cost_their_tokens_and_channels():
+  known = {'rotation': {}, 'delta': {'delta_norm_forward': 1.5}}
+  kernel = types.SimpleNamespace(
+    name='delta_norm_forward',
+    operands=['bf16[2,512,4096]{2,1,0:T(8,128)(2,1)}'] * 2 + ['f32[8,128]'],
+    output='',
+  )
+  assert kernels.price(kernel, known) == 1.5 * 2 * 512 * 32
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from typing import Any
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
@@ -11,10 +10,12 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from gated_jax import sharding
+from gated_jax.config import ModelConfig
 from gated_jax.model.mixer import Context
 from gated_jax.ops.delta import context
 from gated_jax.ops.delta import rule
-from gated_jax.ops.delta.convolution import convolve
+from gated_jax.ops.delta.filtering import filtered_heads
+from gated_jax.ops.delta.gated_norm import gated_norm
 from gated_jax.ops.delta.inputs import Inputs
 
 KEY = ('kv_heads', 'head_dim')
@@ -49,7 +50,7 @@ def delta_on_mesh(
   state: DeltaState | None,
   implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N H V'] | None]:
-  """Computes what each token reads, in float32, and the new memory.
+  """Computes what each token reads, in the model's dtype, and the new memory.
 
   Args:
     arrays: made of the layer's input.
@@ -81,13 +82,15 @@ def delta_on_mesh(
       last = segments[:, -1]
       before = context.previous_parts(last, axis) if axis else None
       first = rule.first_tokens(segments, before)
-    query, key, value = _filtered(raw, filters, history, first)
+    query, key, value = _filtered(
+      (raw, filters), history, first, implementation
+    )
     inputs = Inputs(query, key, value, log_decay, beta).without_padding(valid)
     if axis:
       output = context.delta_rule_in_parts(inputs, first, axis, implementation)
-      return context.from_rows(output), None
+      return context.from_rows(output).astype(value.dtype), None
     output, new = rule.delta_rule(inputs, memory, first, implementation)
-    return output, None if memory is None else new
+    return output.astype(value.dtype), None if memory is None else new
 
   heads = [axes[0] for axes in FILTERED.values()]
   heads_of_tokens = (*_ROWS, 'heads')
@@ -104,20 +107,43 @@ def delta_on_mesh(
   )
 
 
+def gated_norm_on_mesh(
+  y: Float[Array, 'B T N V'],
+  logits: Float[Array, 'B T N V'],
+  scale: Float[Array, ' V'],
+  config: ModelConfig,
+) -> Float[Array, 'B T N V']:
+  """What heads read, normed and gated, on each device's heads and tokens."""
+  sizes = config.delta
+
+  def run(*shards: Array) -> Array:
+    """The norm and the gate on the shard of one device."""
+    return gated_norm(
+      *shards,
+      eps=config.norm_eps,
+      activation=sizes.gate,
+      implementation=sizes.implementation,
+    )
+
+  heads = (*_ROWS, 'heads', None)
+  return sharding.per_device(run, (heads, heads, (None,)), heads)(
+    y, logits, scale
+  )
+
+
 def _filtered(
-  raw: tuple[Array, ...],
-  filters: tuple[Array, ...],
+  arrays: tuple[tuple[Array, ...], tuple[Array, ...]],
   history: tuple[Array | None, ...],
   first: Bool[Array, 'B T'] | None,
-) -> tuple[Array, Array, Array]:
+  implementation: str,
+) -> tuple[Array, ...]:
   """Query, key and value as the rule takes them, in the model's dtype."""
-  query, key, value = (
-    jax.nn.silu(convolve(x, w, before, first))
-    for x, w, before in zip(raw, filters, history, strict=True)
+  raw, filters = arrays
+  scales = raw[0].shape[-1] ** -0.5, 1.0, 0.0
+  return tuple(
+    filtered_heads(x, w, (before, first), scale, implementation)
+    for x, w, before, scale in zip(raw, filters, history, scales, strict=True)
   )
-  query = rule.normalize(query, query.shape[-1] ** -0.5)
-  key, dtype = rule.normalize(key, 1.0), raw[0].dtype
-  return query.astype(dtype), key.astype(dtype), value.astype(dtype)
 
 
 def _one_key_head_each(arrays: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -25,7 +25,6 @@ from gated_jax import sharding
 from gated_jax.config import LayerSpec
 from gated_jax.config import ModelConfig
 from gated_jax.model.gate import LOGITS_NAME
-from gated_jax.model.layers import rms_norm
 from gated_jax.model.linear import Kernel
 from gated_jax.model.linear import project
 from gated_jax.model.mixer import Context
@@ -35,12 +34,11 @@ from gated_jax.model.mixers.delta_on_mesh import VALUE
 from gated_jax.model.mixers.delta_on_mesh import DeltaArrays
 from gated_jax.model.mixers.delta_on_mesh import DeltaState
 from gated_jax.model.mixers.delta_on_mesh import delta_on_mesh
+from gated_jax.model.mixers.delta_on_mesh import gated_norm_on_mesh
 from gated_jax.model.parameters import Kind
 from gated_jax.model.parameters import parameter
 from gated_jax.ops.attention.spec import OUTPUT_NAME
 from gated_jax.ops.delta import convolution
-
-ACTIVATIONS = {'silu': jax.nn.silu, 'sigmoid': jax.nn.sigmoid}
 
 
 class GatedDeltaNet(nn.Module):
@@ -68,9 +66,7 @@ class GatedDeltaNet(nn.Module):
     scale = self._vector(
       'output_scale', sizes.value_dim, Kind.VECTOR, nn.initializers.ones
     )
-    y = rms_norm(y, scale, c.norm_eps)
-    y = y * ACTIVATIONS[sizes.gate](logits.astype(jnp.float32))
-    y = y.astype(jnp.dtype(c.dtype))
+    y = gated_norm_on_mesh(y, logits, scale, c)
     out = Kernel(
       (*y.shape[2:], c.width),
       (*VALUE, 'embed'),

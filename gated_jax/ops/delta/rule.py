@@ -59,19 +59,22 @@ def delta_rule(
   state = inputs.empty_state() if state is None else state
   if inputs.query.shape[1] == 1:
     return Result(*recurrence(inputs, state, first))
-  if _takes_kernels(inputs, implementation):
+  if takes_kernels(implementation, refusal(inputs)):
     return Result(*by_kernel(inputs, state, first))
   return Result(*by_chunks(inputs, state, first))
 
 
-def _takes_kernels(inputs: Inputs, implementation: str) -> bool:
-  """True where TPU kernels compute a call."""
+def takes_kernels(implementation: str, refused: str) -> bool:
+  """True where TPU kernels compute a call.
+
+  Args:
+    implementation: as the settings name it.
+    refused: the reason why kernels cannot do this; '' where they can.
+  """
   if implementation == 'auto':
-    return jax.default_backend() == 'tpu' and not refusal(inputs)
-  if implementation == 'pallas_tpu' and refusal(inputs):
-    raise NotImplementedError(
-      f'the gated delta rule by pallas_tpu: {refusal(inputs)}'
-    )
+    return jax.default_backend() == 'tpu' and not refused
+  if implementation == 'pallas_tpu' and refused:
+    raise NotImplementedError(f'the gated delta rule by pallas_tpu: {refused}')
   return implementation == 'pallas_tpu'
 
 
@@ -122,14 +125,3 @@ def first_tokens(
     before = jnp.zeros_like(segments[:, 0])
   previous = jnp.concatenate([before[:, None], segments[:, :-1]], axis=1)
   return (segments != previous) & (segments != 0)
-
-
-def normalize(x: Float[Array, '... H'], scale: float) -> Float[Array, '... H']:
-  """scale x / |x| over the last axis, computed in float32.
-
-  The epsilon stands inside the root and is no setting: released models were
-  trained with this one.
-  """
-  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
-  return (wide * jax.lax.rsqrt(squares + 1e-6) * scale).astype(x.dtype)

@@ -11,6 +11,7 @@ from gated_jax.ops.delta import context
 from gated_jax.ops.delta import rule
 from gated_jax.ops.delta.convolution import convolve
 from gated_jax.ops.delta.inputs import Inputs
+from gated_jax.ops.delta.norm import normalize
 
 PARTS, LENGTH = 4, 32
 AXIS = 'context'
@@ -42,7 +43,7 @@ def test_outputs_and_gradients_are_those_of_one_device():
   query, key = (random(2, LENGTH, 2, 4, seed=i) for i in (0, 1))
   inputs = Inputs(
     query,
-    np.asarray(rule.normalize(key, 1.0)),
+    np.asarray(normalize(key, 1.0)),
     random(2, LENGTH, 4, 3, seed=2),
     -0.1 * np.abs(random(2, LENGTH, 4, seed=3)),
     jax.nn.sigmoid(random(2, LENGTH, 4, seed=4)),

@@ -28,6 +28,8 @@ from gated_jax.aot.topology import open_topology
 from gated_jax.chips import TPUS
 from gated_jax.ops.delta import context
 from gated_jax.ops.delta import rule
+from gated_jax.ops.delta.filtering import filtered_heads
+from gated_jax.ops.delta.gated_norm import gated_norm
 from gated_jax.ops.delta.inputs import Inputs
 
 device = device_of(sys.argv[1])
@@ -63,8 +65,20 @@ def in_parts(inputs, first):
   )(*inputs, first)
 
 
+def around(inputs, first):
+  # What stands before and after the rule.
+  filters = jnp.ones((4, *inputs.key.shape[2:]), jnp.bfloat16)
+  key = filtered_heads(inputs.key, filters, (None, first), 1.0, 'pallas_tpu')
+  filters = jnp.ones((4, *inputs.value.shape[2:]), jnp.bfloat16)
+  value = filtered_heads(inputs.value, filters, (None, first), 0.0, 'pallas_tpu')
+  scale = key[0, 0, 0].astype(jnp.float32)
+  return gated_norm(value, inputs.value, scale, 1e-6, 'silu', 'pallas_tpu')
+
+
 def run(inputs, first, slope):
   def output(inputs):
+    if sys.argv[2] == 'around':
+      return around(inputs, first).astype(jnp.float32)
     if sys.argv[2] == 'parts':
       return in_parts(inputs, first)
     return rule.delta_rule(inputs, None, first, 'pallas_tpu').output
@@ -77,12 +91,21 @@ def run(inputs, first, slope):
 slope = array(*heads[2].shape, dtype=jnp.float32)
 with compiling_for(device):
   compiled = jax.jit(run).lower(inputs, first, slope).compile()
-print(*sorted(set(re.findall(r'gated_delta_[a-z]+ward', compiled.as_text()))))
+names = re.findall(r'(?:gated_)?delta_[a-z_]*?(?:for|back)ward', compiled.as_text())
+print(*sorted(set(names)))
 """
 
 
 KINDS = ('v5e', 'v5p', 'v6e', 'tpu7x')
-FORWARD, BOTH = ['forward'], ['backward', 'forward']
+FORWARD, BOTH = (
+  ['gated_delta_forward'],
+  ['gated_delta_backward', 'gated_delta_forward'],
+)
+AROUND = [
+  f'delta_{name}_{way}'
+  for name in ('filter', 'norm', 'unit_filter')
+  for way in ('backward', 'forward')
+]
 # Each takes a minute of a core; these have both kernels.
 OFTEN = [('v5e', 'gradients', BOTH), ('v6e', 'gradients', BOTH)]
 
@@ -94,6 +117,7 @@ OFTEN = [('v5e', 'gradients', BOTH), ('v6e', 'gradients', BOTH)]
     for case in (
       *[(kind, 'forward', FORWARD) for kind in KINDS],
       *[(kind, 'gradients', BOTH) for kind in KINDS],
+      *[(kind, 'around', AROUND) for kind in KINDS],
       ('v5p', 'parts', BOTH),
     )
   ],
@@ -107,4 +131,4 @@ def test_they_compile(kind, part, kernels):
     check=False,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  assert done.stdout.split() == [f'gated_delta_{name}' for name in kernels]
+  assert done.stdout.split() == kernels
