@@ -9,6 +9,7 @@ memory takes for its arrays where that is longer.
 import math
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -129,7 +130,7 @@ def _both_passes(
   """Every kernel of a layer once, with its gradients."""
   kernels, eps = 'pallas_tpu', 1e-6
   first = jnp.arange(inputs.key.shape[1])[None] == 0
-  calls = {
+  calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     'unit_filter': (
       lambda x, w: filtered_heads(x, w, (None, first), 1.0, kernels),
       (inputs.key, key_filters),

@@ -2,6 +2,7 @@
 
 Files say them in two ways: `rope_parameters`, for all layers or by type of
 layer, and the older `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
+Where no base is said it is 10,000, as in the classes of transformers.
 """
 
 import reprlib
@@ -31,7 +32,7 @@ def read_rope(keys: Keys, length: int, fraction: float) -> dict[str, Any]:
   if not isinstance(scaling, dict) or not isinstance(inside, dict):
     raise ValueError(f'{keys.where}: rope parameters are no object')
   rope = Keys(scaling or inside, f'rope parameters of {keys.where}')
-  base = keys.number('rope_theta', None)
+  base = keys.number('rope_theta', RopeConfig().base)
   fraction = keys.number('partial_rotary_factor', fraction)
   values = _read(rope, length, base, fraction)
   keys.refused += rope.refused
@@ -39,12 +40,12 @@ def read_rope(keys: Keys, length: int, fraction: float) -> dict[str, Any]:
 
 
 def _read(
-  rope: Keys, length: int, base: float | None, fraction: float
+  rope: Keys, length: int, base: float, fraction: float
 ) -> dict[str, Any]:
   """The settings of one rotary embedding; defaults as the callers have them."""
   kind = rope.take('rope_type', rope.take('type', 'default'))
   values = {
-    'base': rope.number('rope_theta', *([] if base is None else [base])),
+    'base': rope.number('rope_theta', base),
     'fraction': rope.number('partial_rotary_factor', fraction),
     'scaling': 'none' if kind == 'default' else kind,
   }

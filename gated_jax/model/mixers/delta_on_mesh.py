@@ -116,14 +116,10 @@ def gated_norm_on_mesh(
   """What heads read, normed and gated, on each device's heads and tokens."""
   sizes = config.delta
 
-  def run(*shards: Array) -> Array:
+  def run(y: Array, logits: Array, scale: Array) -> Array:
     """The norm and the gate on the shard of one device."""
-    return gated_norm(
-      *shards,
-      eps=config.norm_eps,
-      activation=sizes.gate,
-      implementation=sizes.implementation,
-    )
+    how = config.norm_eps, sizes.gate, sizes.implementation
+    return gated_norm(y, logits, scale, *how)
 
   heads = (*_ROWS, 'heads', None)
   return sharding.per_device(run, (heads, heads, (None,)), heads)(

@@ -1,4 +1,4 @@
-"""What becomes of queries, keys and values before the rule: filter, SiLU, norm.
+"""The way of queries, keys and values to the rule: filter, SiLU, norm.
 
     z = filter(x)      a = silu(z)      out = a,  or  scale a / |a| by head
 

@@ -1,4 +1,4 @@
-"""What becomes of what heads read: a norm by head, times a gate.
+"""The outputs of heads, normed one by one and gated.
 
     out = scale y / sqrt(mean(y^2) + eps) * act(z)
 

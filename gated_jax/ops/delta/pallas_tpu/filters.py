@@ -34,7 +34,7 @@ from gated_jax.ops.delta.pallas_tpu.products import SUBLANES
 
 PIECE = 128  # tokens that are computed together
 HALO = 16  # tokens before a step: rows of a tile of bfloat16
-PIECES = 2  # of a step
+PIECES = 2  # a step takes so many, where they divide the row
 LANES_OF_STEP = 512
 
 
@@ -43,11 +43,11 @@ class FilterSpec(NamedTuple):
 
   width: int  # channels of a head
   taps: int  # inputs that a filter sums
-  scale: float  # of normed heads; 0: there is no norm
+  scale: float  # the length that heads get; 0: they keep their own
 
   @property
   def name(self) -> str:
-    """Of its kernels."""
+    """Names its kernels."""
     return 'delta_unit_filter' if self.scale else 'delta_filter'
 
 
@@ -101,7 +101,7 @@ def _forward(
   age: Array | None,
   spec: FilterSpec,
   interpret: bool,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, tuple[Array | None, ...]]:
   arrays = (x, x, history, weights, *([] if age is None else [age]))
   grid, blocks = _grid(x, spec), _blocks(x, spec)
   given = [
@@ -128,7 +128,7 @@ def _forward(
 def _backward(
   spec: FilterSpec,
   interpret: bool,
-  saved: tuple[Array, ...],
+  saved: tuple[Any, ...],
   d_output: Float[Array, 'B L C'],
 ) -> tuple[Array, Array, Array, None]:
   x, weights, history, age = saved
@@ -187,7 +187,7 @@ def _grid(x: Float[Array, 'B L C'], spec: FilterSpec) -> tuple[int, int, int]:
 def _blocks(
   x: Float[Array, 'B L C'], spec: FilterSpec, backwards: bool = False
 ) -> dict[str, pl.BlockSpec]:
-  """Where the arrays of a step lie."""
+  """The block of each array that a step reads or writes."""
   tokens, lanes = _tokens(x), _lanes(x, spec)
   last = x.shape[1] // tokens - 1
   halos = tokens // HALO
@@ -268,7 +268,9 @@ class _Inputs(NamedTuple):
 def _forward_kernel(*arrays: Any, spec: FilterSpec, masked: bool) -> None:
   """Some tokens of some heads."""
   *given, output = arrays
-  inputs = _Inputs(*given[:4], given[4] if masked else None)
+  x, before, history, weights = given[:4]
+  age = given[4] if masked else None
+  inputs = _Inputs(x, before, history, weights, age)
   at_start = pl.program_id(2) == 0
   for piece in inputs.pieces(spec):
     z = inputs.filtered(piece, inputs.lagged(piece, spec.taps, at_start))
@@ -281,7 +283,9 @@ def _forward_kernel(*arrays: Any, spec: FilterSpec, masked: bool) -> None:
 def _backward_kernel(*arrays: Any, spec: FilterSpec, masked: bool) -> None:
   """Gradients of some tokens of some heads, and of their filters."""
   *given, d_output, d_x, d_weights, d_history, handed_on = arrays
-  inputs = _Inputs(*given[:4], given[4] if masked else None)
+  x, before, history, weights = given[:4]
+  age = given[4] if masked else None
+  inputs = _Inputs(x, before, history, weights, age)
   step = pl.program_id(2)
 
   @pl.when(step == 0)

@@ -1,4 +1,4 @@
-"""The norm and the gate of what heads read, in one pass, and back.
+"""The norm and the gate on the outputs of heads, in one pass, and back.
 
     out = scale r y act(z)            r = 1 / sqrt(mean(y^2) + eps) by head
 
