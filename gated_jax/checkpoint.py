@@ -4,8 +4,9 @@ A checkpoint holds `params`, arrays that Orbax writes, and `run`, a JSON file
 with the config of the run, dtype, shape and sum of every array, and a digest of
 all that. Whoever reads arrays compares their sums, so a file that was damaged
 without becoming unreadable is found: for decoding, exporting and measuring as
-for a run that goes on. A training run keeps its optimizer and its place in the
-data beside them: see gated_jax/training/checkpoints.py.
+for a run that goes on. What did not train may lie in another checkpoint, the
+base: see gated_jax/base.py. A training run keeps its optimizer and its place in
+the data beside them: see gated_jax/training/checkpoints.py.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import logging
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +27,13 @@ from etils import epath
 
 from gated_jax import damage
 from gated_jax import paths
+from gated_jax.base import Base
+from gated_jax.base import NoBase
+from gated_jax.base import base_in
+from gated_jax.base import digest_of
+from gated_jax.base import divide
+from gated_jax.base import join
+from gated_jax.base import locate
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.config import to_dict
@@ -286,7 +295,7 @@ def save_parameters(
     raise ValueError(f'{path} exists; choose another name or remove it')
   run = {'config': to_dict(config), 'arrays': records(params, 'params')}
   args = ocp.args.Composite(
-    params=ocp.args.StandardSave(params),
+    params=ocp.args.PyTreeSave(params),
     run=ocp.args.JsonSave(seal(run)),
   )
   try:
@@ -308,7 +317,7 @@ def _one_by_one(params: Tree) -> ocp.CompositeCheckpointHandler:
   write: Any = 1.1 * largest / 10**9
   read: Any = 2 * largest / 10**9
   return ocp.CompositeCheckpointHandler(
-    params=ocp.StandardCheckpointHandler(
+    params=ocp.PyTreeCheckpointHandler(
       save_concurrent_gb=write, restore_concurrent_gb=read
     ),
     run=ocp.JsonCheckpointHandler(),
@@ -319,6 +328,7 @@ def read_arrays(
   folder: Path,
   items: Mapping[str, Tree],
   handler: ocp.CompositeCheckpointHandler | None = None,
+  partial: bool = False,
 ) -> dict[str, Tree]:
   """The arrays of some items of a checkpoint, unchecked.
 
@@ -329,9 +339,17 @@ def read_arrays(
     folder: the checkpoint.
     items: item to shapes, dtypes and shardings of its arrays.
     handler: which reads them; None: one that reads them all at once.
+    partial: True: the items may hold other arrays too.
   """
   handler = handler or ocp.CompositeCheckpointHandler()
-  args = {k: ocp.args.StandardRestore(tree) for k, tree in items.items()}
+  args = {
+    item: ocp.args.PyTreeRestore(
+      tree,
+      ocp.checkpoint_utils.construct_restore_args(tree),
+      partial_restore=partial,
+    )
+    for item, tree in items.items()
+  }
   try:
     restored = handler.restore(
       epath.Path(paths.absolute(folder)), args=ocp.args.Composite(**args)
@@ -357,12 +375,18 @@ def load_parameters(
     CheckpointError: it is damaged, or holds numbers that are not finite.
   """
   folder = find(path)
-  recorded = read_run(folder).get('arrays')
-  stored = recorded or _from_orbax(folder)
+  run = read_run(folder)
+  stored = run.get('arrays') or _from_orbax(folder)
   _check_shapes(folder, stored, abstract)
-  # Sums are of the dtype that was saved, so that one is read.
+  params = _read_parameters(folder, run, _as_stored(stored, abstract), sparing)
+  check_finite(folder, params)
+  return jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract)
+
+
+def _as_stored(stored: Records, abstract: Tree) -> Tree:
+  """The same arrays in the dtypes that were saved, which their sums are of."""
   names = iter(array_names(abstract, 'params'))
-  exact = jax.tree.map(
+  return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape,
       jnp.dtype(stored[next(names)][0]),
@@ -370,14 +394,134 @@ def load_parameters(
     ),
     abstract,
   )
+
+
+def _read_parameters(
+  folder: Path,
+  run: Mapping[str, Any],
+  exact: Tree,
+  sparing: bool,
+  partial: bool = False,
+) -> Tree:
+  """Parameters of a checkpoint and its base, compared with their sums.
+
+  Args:
+    folder: of the checkpoint.
+    run: its `run` file.
+    exact: shapes, dtypes as saved, and shardings.
+    sparing: reads one array after the other.
+    partial: True: `exact` may lack some of the parameters.
+  """
+  recorded = run.get('arrays')
+  base = base_in(run)
+  own, rest = divide(exact, base)
   try:
-    handler = _one_by_one(exact) if sparing else None
-    params = read_arrays(folder, {'params': exact}, handler)['params']
+    handler = _one_by_one(own) if sparing or partial else None
+    params = read_arrays(folder, {'params': own}, handler, partial)['params']
   except Exception as error:
     raise damaged(folder, error) from error
   check_arrays(folder, records(params, 'params'), recorded)
-  check_finite(folder, params)
-  return jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract)
+  if base is None or not rest:
+    return params
+  place = find_base(folder, run)
+  return join(params, read_base(folder, run, rest, place, sparing))
+
+
+def read_base(
+  folder: Path,
+  run: Mapping[str, Any],
+  exact: Tree,
+  place: Path,
+  sparing: bool = False,
+) -> Tree:
+  """The parameters that a checkpoint leaves with its base.
+
+  Args:
+    folder: of the checkpoint.
+    run: its `run` file.
+    exact: shapes, dtypes as the run had them, and shardings.
+    place: folder of the base, from `find_base`.
+    sparing: reads one array after the other.
+
+  Raises:
+    NoBase: the base is another one.
+    CheckpointError: it is damaged.
+  """
+  there = read_run(place)
+  stored = there.get('arrays') or _from_orbax(place)
+  lacks = sorted(set(array_names(exact, 'params')) - set(stored))
+  if lacks:
+    raise NoBase(f'{place} is not the base of {folder}: it lacks {lacks[0]}')
+  params = _read_parameters(
+    place, there, _as_stored(stored, exact), sparing, partial=True
+  )
+  params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, exact)
+  recorded = run['arrays']
+  for name, x in records(params, 'params').items():
+    if recorded[name] != x:
+      raise NoBase(
+        f'{place} is not the base of {folder}: {name} differs from what was '
+        'trained on'
+      )
+  return params
+
+
+def find_base(
+  folder: Path, run: Mapping[str, Any], also: Iterable[str] = ()
+) -> Path:
+  """The folder of a checkpoint's base; NoBase where it is not there.
+
+  Args:
+    folder: of the checkpoint.
+    run: its `run` file, which names a base.
+    also: where to look first.
+  """
+  base = base_in(run)
+  assert base is not None, f'{folder} is whole'
+  return locate(base, folder, also, _digest_at)
+
+
+def _digest_at(path: str) -> tuple[Path, str]:
+  """The checkpoint at a path, and the digest of its parameters."""
+  folder = find(path)
+  return folder, digest_of(read_run(folder).get('arrays'))
+
+
+def base_for(
+  path: str | os.PathLike[str], arrays: Records, still: Iterable[str]
+) -> Base | None:
+  """The base of a run that started from a checkpoint; None: it has none.
+
+  It is left what the run holds as it lies there, name by name. A base that
+  leaves all of that with its own is passed over.
+
+  Args:
+    path: where the run started from.
+    arrays: records of the run's parameters.
+    still: names of those that do not train.
+  """
+  folder = find(path)
+  run = read_run(folder)
+  recorded = run.get('arrays')
+  stored = recorded or _from_orbax(folder)
+
+  def lies_there(name: str) -> bool:
+    """True for an array of the same shape, and the same sum if it can be."""
+    there, here = stored.get(name), list(arrays[name])
+    if there is None or list(there[1]) != here[1]:
+      return False
+    return there[0] != here[0] or not recorded or there[2] == here[2]
+
+  names = tuple(sorted(name for name in still if lies_there(name)))
+  if not names:
+    return None
+  under = base_in(run)
+  same = all(stored[name][0] == arrays[name][0] for name in names)
+  if under and same and set(names) <= set(under.arrays):
+    folder, recorded = find_base(folder, run), None
+    recorded = read_run(folder).get('arrays')
+  place = os.fspath(paths.absolute(folder))
+  return Base(place, '', digest_of(recorded), names)
 
 
 def _from_orbax(folder: Path) -> Records:

@@ -137,6 +137,8 @@ class CheckpointConfig:
   keep_last: int = 2
   keep_best: int = 1  # best by validation loss
   asynchronous: bool = True
+  # Holds what does not train too; otherwise that is left where init_from is.
+  whole: bool = False
 
   def __post_init__(self) -> None:
     not_negative(

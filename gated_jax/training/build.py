@@ -55,6 +55,7 @@ from gated_jax.training.step import TrainState
 from gated_jax.training.step import make_init
 from gated_jax.training.step import make_step
 from gated_jax.training.step import state_shardings
+from gated_jax.training.warm_start import base_of_start
 from gated_jax.training.warm_start import load_start
 
 
@@ -157,6 +158,9 @@ def build(
       if config.init_from:
         params = load_start(config, abstract.params, mesh, state.params)
         state = state.replace(params=params)
+        boxed = boxed_parameters(config.model, config.data.length)
+        part = trained_part(config.optimizer.train, boxed)
+        checkpoints.base = base_of_start(config, params, part)
     else:
       state, position, changed = restored
       _restore_data(data, position, checkpoints.path(int(state.step)))

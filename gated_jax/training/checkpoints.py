@@ -2,13 +2,15 @@
 
 A step's folder holds `params`, `rest` (optimizer, step, PRNG key, counters)
 and `run` (the config, each process's place in the data, the held-out loss, the
-sum of every array). Orbax writes beside it and renames when all is on disk; in
-a bucket it writes there at once, and an object that says so at last. Either way
-a killed save leaves the earlier steps as they were. What was read is compared
-with the sums: gated_jax/checkpoint.py says how.
+sum of every array). What a run never changes may lie in another checkpoint, the
+base: see gated_jax/base.py. Orbax writes beside it and renames when all is on
+disk; in a bucket it writes there at once, and an object that says so at last.
+Either way a killed save leaves the earlier steps as they were. What was read is
+compared with the sums: gated_jax/checkpoint.py says how.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -25,13 +27,20 @@ from orbax.checkpoint import checkpoint_managers
 
 from gated_jax import damage
 from gated_jax import paths
+from gated_jax.base import Base
+from gated_jax.base import NoBase
+from gated_jax.base import base_in
+from gated_jax.base import divide
+from gated_jax.base import join
 from gated_jax.checkpoint import COMMIT
 from gated_jax.checkpoint import CheckpointError
 from gated_jax.checkpoint import array_names
 from gated_jax.checkpoint import check_arrays
 from gated_jax.checkpoint import damaged
+from gated_jax.checkpoint import find_base
 from gated_jax.checkpoint import one_line
 from gated_jax.checkpoint import read_arrays
+from gated_jax.checkpoint import read_base
 from gated_jax.checkpoint import read_run
 from gated_jax.checkpoint import records
 from gated_jax.checkpoint import seal
@@ -160,6 +169,8 @@ class Checkpoints:
     self._config = config
     self._say = say
     self._broken = False
+    self.base: Base | None = None  # where arrays lie that are not written here
+    self._records_of_base: dict[str, Any] = {}
     self._started = -1  # the step whose save was begun last
     self._unlisted: set[int] = set()  # steps that have no list of files yet
     self._finish_removals()
@@ -228,15 +239,20 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     trees = _split(state)
-    arrays: dict[str, Any] = {}
+    trees['params'], rest = divide(trees['params'], self.base)
+    if rest and not self._records_of_base:  # these arrays never change
+      self._records_of_base = records(rest, 'params')
+    arrays = dict(self._records_of_base)
     for item, tree in trees.items():
       arrays |= records(tree, item)
-    run = {
+    run: dict[str, Any] = {
       'config': to_dict(self._config),
       'data': gather(data),
       'loss': loss if math.isfinite(loss) else None,
       'arrays': arrays,
     }
+    if self.base is not None:
+      run['base'] = self.base.seen_from(self.path(step))
     self._best.losses[step] = loss
     try:
       self._manager.save(
@@ -298,6 +314,7 @@ class Checkpoints:
     Raises:
       CannotResume: this run has other settings.
       CheckpointError: there are steps, and none of them can be read.
+      NoBase: what they leave with their base is not there.
     """
     for step in reversed(self.steps):
       path = self.path(step)
@@ -313,7 +330,7 @@ class Checkpoints:
           path,
         )
       _check_same_arrays(abstract, run.get('arrays'), path)
-      state = self._read_state(step, abstract, run.get('arrays'))
+      state = self._read_state(step, abstract, run)
       if state is None:
         continue
       return state, run['data'][jax.process_index()], changed
@@ -326,27 +343,55 @@ class Checkpoints:
     return None
 
   def _read_state(
-    self, step: int, abstract: TrainState, recorded: Any
+    self, step: int, abstract: TrainState, run: Mapping[str, Any]
   ) -> TrainState | None:
     """The state of a step; None where it was put aside."""
-
-    trees = self._together(
-      step, lambda: read_arrays(self.path(step), _split(abstract))
-    )
+    path, base = self.path(step), base_in(run)
+    shapes = _split(abstract)
+    shapes['params'], rest = divide(shapes['params'], base)
+    trees = self._together(step, lambda: read_arrays(path, shapes))
     if trees is None:
       return None
     sums: dict[str, Any] = {}
-    for item in _split(abstract):
-      sums |= records(trees[item], item)
+    for item, tree in trees.items():
+      sums |= records(tree, item)
 
     def check() -> bool:
       """Compares what was read with the sums written beside it."""
-      check_arrays(self.path(step), sums, recorded)
+      check_arrays(path, sums, run.get('arrays'))
       return True
 
     if not self._together(step, check):
       return None
-    return TrainState(params=trees['params'], **trees['rest'])
+    params = trees['params']
+    if base is not None:
+      params = join(params, self._read_base(path, run, rest))
+    return TrainState(params=params, **trees['rest'])
+
+  def _read_base(self, path: Path, run: Mapping[str, Any], rest: Tree) -> Tree:
+    """What a step leaves with its base, which is no fault of the step.
+
+    Raises:
+      NoBase: the base is gone, or is another one.
+      CheckpointError: it is damaged.
+    """
+    start = self._config.init_from
+    place, params, problem, missing = path, None, '', False
+    try:
+      place = find_base(path, run, [start] if start else [])
+      params = read_base(path, run, rest, place)
+    except Exception as error:
+      problem, missing = str(error), isinstance(error, NoBase)
+    problem = first_problem(problem)
+    if problem and missing:
+      raise NoBase(f'{problem}, or give it as --config.init_from')
+    if problem:
+      raise CheckpointError(f'the base of {path}: {problem}')
+    base = base_in(run)
+    if base is not None and not self._config.checkpoint.whole:
+      here = os.fspath(paths.absolute(place))
+      self.base = dataclasses.replace(base, path=here)
+    return params
 
   def _together(self, step: int, read: Callable[[], Any]) -> Any:
     """Reads in all processes; None where one could not, and the step went."""

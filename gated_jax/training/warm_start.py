@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from gated_jax import checkpoint
 from gated_jax import sharding
+from gated_jax.base import Base
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import different_function
@@ -24,6 +25,7 @@ from gated_jax.model import additions
 from gated_jax.model import tree
 from gated_jax.model.abstract import abstract_parameters
 from gated_jax.model.patterns import Path
+from gated_jax.training.parts import Part
 
 Tree = Any
 
@@ -91,9 +93,7 @@ def _load(
   mesh: jax.sharding.Mesh,
 ) -> Tree:
   """Parameters of one model as another of the same function holds them."""
-  if _layout(there) == _layout(here) and (
-    not there.lora.rank or here.lora.rank
-  ):
+  if _same_arrays(there, here):
     return checkpoint.load_parameters(path, abstract)
   as_there = abstract_parameters(there, mesh)
   places = jax.tree.map(lambda x: x.sharding, abstract)
@@ -140,6 +140,39 @@ def check_same_function(there: ModelConfig, config: RunConfig) -> None:
     f'as --config=configs/start_from.py:{config.init_from} does, or allow '
     f'them to change with --config.init_changes="{allowed}"'
   )
+
+
+def _same_arrays(there: ModelConfig, here: ModelConfig) -> bool:
+  """True where arrays of one name are the same ones in both models."""
+  merged = there.lora.rank and not here.lora.rank
+  return _layout(there) == _layout(here) and not merged
+
+
+def base_of_start(config: RunConfig, params: Tree, part: Part) -> Base | None:
+  """The base that the checkpoints of a new run leave what is frozen with.
+
+  Args:
+    config: Settings of the run.
+    params: Its parameters before the first step.
+    part: Those of them that train.
+
+  Returns:
+    None where checkpoints have to hold everything.
+  """
+  if not config.init_from or config.checkpoint.whole or part.paths is None:
+    return None
+  there = checkpoint.load_config(config.init_from).model
+  if not _same_arrays(there, config.model):
+    return None
+  frozen = traverse_util.unflatten_dict(
+    {
+      path: x
+      for path, x in traverse_util.flatten_dict(params).items()
+      if path not in part.paths
+    }
+  )
+  arrays = checkpoint.records(frozen, 'params')
+  return checkpoint.base_for(config.init_from, arrays, arrays)
 
 
 def _layout(model: ModelConfig) -> tuple[Any, ...]:

@@ -96,8 +96,11 @@ def test_adapters_train_resume_and_merge(base, tmp_path, capsys):
   _, resumed = train(tmp_path / 'parts', start, 4)
   jax.tree.map(np.testing.assert_array_equal, resumed[-1], last)
 
-  # Where the base was is kept, and the base itself.
-  assert checkpoint.load_config(tmp_path / 'parts').init_from == start
+  # A checkpoint holds the adapters, and where the base is.
+  stored = checkpoint.read_run(checkpoint.find(tmp_path / 'parts'))
+  assert stored['base']['path'] == start
+  left = set(checkpoint.array_names(adapters.without(last.params), 'params'))
+  assert set(stored['base']['arrays']) == left
 
   # Decoding loads the run; a new run without adapters takes their sum.
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
