@@ -4,12 +4,14 @@
     python -m gated_jax.bench step --model=400m --batch=8
     python -m gated_jax.bench peer --model=1b7 --batch=4 --repeats=2
     python -m gated_jax.bench data
+    python -m gated_jax.bench families
 
 `attention` compares gates on each backend; `step` whole updates, by gate;
 `profile` says which kernels an update spends its time in; `peer` compares one
 workload with the same in PyTorch, in processes that take turns, for neither
 can have the device's memory while the other does; `data` is how fast batches
-are made on the host. Every line of JSON is one
+are made on the host; `families` has tokens a second of a small model of every
+family of released models, decoding and in training. Every line of JSON is one
 measurement; the table at the end shows them. --out keeps the lines.
 """
 
@@ -35,6 +37,7 @@ import jax
 from gated_jax import cli
 from gated_jax.bench import attention
 from gated_jax.bench import data
+from gated_jax.bench import families
 from gated_jax.bench import profile
 from gated_jax.bench import step
 from gated_jax.bench.step import Workload
@@ -56,16 +59,22 @@ COLUMNS = {
     'source', 'tokenizer', 'mean', 'files', 'ours', 'loop', 'floor', 'library',
     'ratio', 'least', 'most', 'first_s',
   ),
+  'families': (
+    'family', 'parameters', 'decode', 'decode_spread', 'train', 'train_spread',
+  ),
 }  # fmt: skip
 FORMS = {
   'mfu': '.3f',
   'share': '.1%',
   'spread': '.1%',
+  'decode_spread': '.1%',
+  'train_spread': '.1%',
   'overhead': '+.2%',
   'ratio': '.3f',
   'least': '.3f',
   'most': '.3f',
 }
+CPU_TIME = 'count the time of the processor: others use the machine'
 
 
 def words(text: str) -> list[str]:
@@ -80,6 +89,17 @@ def shapes(text: str) -> list[str]:
       attention.shape_of(name)
   except ValueError as error:
     raise argparse.ArgumentTypeError(str(error)) from None
+  return words(text)
+
+
+def families_of(text: str) -> list[str]:
+  """Names of families; argparse prints the reason where one is unknown."""
+  for name in words(text):
+    if name not in families.FAMILIES:
+      known = ', '.join(families.FAMILIES)
+      raise argparse.ArgumentTypeError(
+        f'family {name!r} must be one of {known}'
+      )
   return words(text)
 
 
@@ -119,8 +139,7 @@ def parser() -> argparse.ArgumentParser:
     kind = kinds.add_parser(name, parents=[shared])
     kind.add_argument('--steps', type=cli.count, default=5, help='in a turn')
     if name == 'step':
-      text = 'count the time of the processor: others use the machine'
-      kind.add_argument('--cpu_time', action='store_true', help=text)
+      kind.add_argument('--cpu_time', action='store_true', help=CPU_TIME)
     for field in dataclasses.fields(Workload):
       if field.name == 'gate' and name == 'step':
         known = gates_of(step.GATES)
@@ -144,6 +163,11 @@ def parser() -> argparse.ArgumentParser:
   )
   kind.add_argument(
     '--text', type=cli.count, default=4_000_000, help='characters'
+  )
+  kind = kinds.add_parser('families', parents=[shared])
+  kind.add_argument('--cpu_time', action='store_true', help=CPU_TIME)
+  kind.add_argument(
+    '--only', type=families_of, default=list(families.FAMILIES), help='of them'
   )
   return top
 
@@ -237,6 +261,12 @@ def run_data(options: argparse.Namespace) -> Iterator[Record]:
   yield from data.text(options.rounds, options.text)
 
 
+def run_families(options: argparse.Namespace) -> Iterator[Record]:
+  """Every family in turns."""
+  clock = time.process_time if options.cpu_time else time.perf_counter
+  yield from families.bench(options.only, options.rounds, clock)
+
+
 def _measure(
   name: str, module: str, rest: list[str], lines: pathlib.Path, folder: str
 ) -> Iterator[Record]:
@@ -300,6 +330,7 @@ def bench(arguments: list[str]) -> None:
     'profile': run_profile,
     'peer': run_peer,
     'data': run_data,
+    'families': run_families,
   }
   records = []
   for record in run[options.kind](options):

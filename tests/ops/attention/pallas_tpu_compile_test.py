@@ -13,11 +13,14 @@ from gated_jax.ops.attention import cases
 PROGRAM = """
 import sys
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
 from gated_jax import AttentionSpec, Masking, gated_dot_product_attention
+from gated_jax.aot.attention_kernels import compiling_for
 
 CASES = [  # T, N, K, H, window, packed, width of the gate (0: none)
   (4096, 16, 8, 128, 0, True, 128),
@@ -27,6 +30,7 @@ CASES = [  # T, N, K, H, window, packed, width of the gate (0: none)
   (2048, 8, 2, 64, 0, True, 64),
   (1000, 4, 4, 256, 0, False, 1),
 ]
+WIDE = [(4096, 16, 2, 256, 0, True, 256)]  # Qwen3-Next
 topology = topologies.get_topology_desc(
   platform='tpu', topology_name=sys.argv[1]
 )
@@ -37,7 +41,11 @@ def array(shape, dtype=jnp.bfloat16):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
-for t, n, k, h, window, packed, width in CASES:
+# The blocks of a device make larger programs than those of the host.
+wide = 'wide' in sys.argv
+blocks = compiling_for(topology.devices[0]) if wide else contextlib.nullcontext()
+blocks.__enter__()
+for t, n, k, h, window, packed, width in WIDE if wide else CASES:
   spec = AttentionSpec(window=window)
 
   def total(query, key, value, gate, ids):
@@ -224,3 +232,12 @@ def test_both_passes_compile_for_every_shape_of_call(topology):
   assert len(lines) == 6, lines
   assert all(int(count) >= 2 for count, _ in lines), lines
   assert all(square == 'False' for _, square in lines), lines
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+  'topology', ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1')
+)
+def test_wide_heads_of_large_groups_fit_into_the_memory_of_a_core(topology):
+  ((count, _),) = run(PROGRAM, topology, 'wide')
+  assert int(count) >= 2

@@ -89,7 +89,9 @@ def attend(
     rule=MaskRule(spec.causal, spec.window, segments is not None),
     granularity='none' if gate_logits is None else _granularity(gate_logits),
     gate=spec.gate,
-    blocks=(blocks or for_device()).fit(queries, keys),
+    blocks=(blocks or for_device()).fit(
+      queries, keys, round_up(max(h, v), LANES)
+    ),
     interpret=interpret,
   )
   output, lse = _attend(kernel, inputs, segments)

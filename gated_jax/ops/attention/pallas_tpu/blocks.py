@@ -28,6 +28,7 @@ class Blocks:
   back_keys: int = 2048
   back_strip: int = 256
   back_resident: int = 4096  # queries, and keys, that lie in VMEM
+  back_resident_wide: int = 2048  # the same where heads are wider than 128
   # VMEM that a kernel may use, and how much of it dQ may take in float32.
   vmem_mib: int = 48
   dq_mib: float = 16.0
@@ -48,15 +49,22 @@ class Blocks:
       ('back_strip', 'back_queries'),
       ('back_queries', 'back_keys'),
       ('back_keys', 'back_resident'),
+      ('back_resident_wide', 'back_resident'),
     ):
       if getattr(self, small) > getattr(self, large):
         raise ValueError(f'{small} must not exceed {large} in {self}')
 
-  def fit(self, queries: int, keys: int) -> 'Blocks':
-    """These sizes, reduced so that they divide the padded lengths."""
+  def fit(self, queries: int, keys: int, width: int = LANES) -> 'Blocks':
+    """These sizes, reduced so that they divide the padded lengths.
+
+    Args:
+      queries, keys: their padded lengths.
+      width: of heads, with their padding.
+    """
+    resident = self.back_resident_wide if width > LANES else self.back_resident
     q, k = queries & -queries, keys & -keys
     chunk = min(self.keys, q, k)
-    back_keys = min(self.back_keys, k)
+    back_keys = min(self.back_keys, resident, k)
     back_queries = min(self.back_queries, back_keys, q)
     return dataclasses.replace(
       self,
@@ -65,6 +73,7 @@ class Blocks:
       strip=min(self.strip, chunk),
       back_queries=back_queries,
       back_keys=back_keys,
+      back_resident=resident,
       back_strip=min(self.back_strip, back_queries),
     )
 
@@ -77,7 +86,9 @@ TABLE: dict[str, Blocks] = {
   if tpu.attention_blocks is not None
 }
 # Smaller blocks for a host that interprets the kernels.
-HOST = Blocks(queries=1024, back_keys=1024, back_resident=1024)
+HOST = Blocks(
+  queries=1024, back_keys=1024, back_resident=1024, back_resident_wide=1024
+)
 
 
 def for_device() -> Blocks:
