@@ -98,3 +98,14 @@ def test_kernels_are_sorted_into_groups_by_name():
   assert profile.group_of('memcpy128') == 'copies'
   assert profile.group_of('input_reduce_fusion_2') == 'reductions'
   assert profile.group_of('loop_multiply_fusion') == 'elementwise'
+
+
+@pytest.mark.nightly
+def test_families_are_measured_by_turns(capsys):
+  arguments = ['families', '--only=qwen3', '--rounds=1', '--cpu_time']
+  assert bench.main(arguments) == 0
+  (line,) = [x for x in capsys.readouterr().out.splitlines() if '{' in x]
+  record = json.loads(line)
+  assert record['family'] == 'qwen3'
+  assert min(record['decode'], record['train']) > 0
+  assert bench.main(['families', '--only=qwen4']) == 2

@@ -185,7 +185,7 @@ def bench(
     rounds: how often their turns come, after one that is not counted.
     clock: seconds.
   """
-  made = {
+  made: dict[str, tuple[Decoding | Training, ...]] = {
     name: (Decoding(model_of(name)), Training(model_of(name)))
     for name in families
   }

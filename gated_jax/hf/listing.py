@@ -25,6 +25,22 @@ NEAR: dict[str, tuple[str, str]] = {
   'step': ('1.4e-05', '5.3e-06'),
 }
 
+# Tokens a second of a small model of the family, decoding one row and in
+# training, as `python -m gated_jax.bench families --cpu_time` printed them for
+# one core of a CPU.
+SPEED: dict[str, tuple[int, int]] = {
+  'qwen3': (323, 850),
+  'qwen3_moe': (17, 380),
+  'gated_qwen3': (253, 829),
+  'qwen3_5': (264, 680),
+  'qwen3_5_moe': (17, 314),
+  'qwen3_next': (18, 293),
+  'afmoe': (22, 382),
+  'muse_glimmer': (263, 696),
+  'laguna': (20, 361),
+  'step': (23, 385),
+}
+
 
 def _lines(family: Family) -> Iterator[str]:
   """A family in words: what it is, and what of it is passed over."""
@@ -39,6 +55,12 @@ def _lines(family: Family) -> Iterator[str]:
     logits, gradients = NEAR[family.name]
     yield f'differs: {logits} in logits' + (
       f', {gradients} in gradients' if gradients else ''
+    )
+  if family.name in SPEED:
+    decoding, training = SPEED[family.name]
+    yield (
+      f'speed: {decoding} tokens/s decoding and {training} in training, of a '
+      'small model on a core of a CPU'
     )
 
 
@@ -60,8 +82,8 @@ def markdown() -> str:
   """The same as two tables."""
   rows = [
     '| name | config.json says | what loads | what does not, and why '
-    '| logits | gradients |',
-    '|---|---|---|---|---|---|',
+    '| logits | gradients | decoding | training |',
+    '|---|---|---|---|---|---|---|---|',
   ]
   for family in FAMILIES:
     says = f'`{family.model_type}`' + (
@@ -70,9 +92,10 @@ def markdown() -> str:
       else ''
     )
     logits, gradients = NEAR.get(family.name, ('', ''))
+    decoding, training = SPEED.get(family.name, ('', ''))
     rows.append(
       f'| `{family.name}` | {says} | {family.about} | {family.limits} '
-      f'| {logits} | {gradients} |'
+      f'| {logits} | {gradients} | {decoding} | {training} |'
     )
   rows += ['', '| config.json says | why it is refused |', '|---|---|']
   rows += [f'| `{kind}` | {reason} |' for kind, reason in NOT_YET.items()]

@@ -34,6 +34,7 @@ from gated_jax.model.moe import MoE
 from gated_jax.ops import probes
 from gated_jax.ops.attention.spec import LSE_NAME
 from gated_jax.ops.attention.spec import OUTPUT_NAME
+from gated_jax.ops.delta.pallas_tpu.call import RESIDUALS_NAME
 
 # Group ('losses' or 'logs'), then name, to one number of a layer, or to an
 # array of numbers of several layers.
@@ -49,6 +50,7 @@ SAVED: dict[str, tuple[str, ...]] = {
     'key_projection',
     'value_projection',
     *_GATED,
+    RESIDUALS_NAME,
     'attention_result',
     'mlp_gate',
     'mlp_up',

@@ -4,8 +4,10 @@ import pathlib
 
 import pytest
 
+from gated_jax.bench import families
 from gated_jax.hf import __main__ as cli
 from gated_jax.hf import listing
+from gated_jax.hf.config import choose_family
 from gated_jax.hf.config import find_family
 from gated_jax.hf.families import FAMILIES
 from gated_jax.hf.families import NOT_YET
@@ -37,3 +39,9 @@ def test_a_gated_model_that_cannot_be_computed_is_refused_with_the_reason(kind):
   with pytest.raises(ValueError, match=f'{kind}.*cannot compute: ') as error:
     find_family({'model_type': kind})
   assert NOT_YET[kind] in str(error.value)
+
+
+@pytest.mark.parametrize('name', families.FAMILIES)
+def test_the_model_whose_speed_is_shown_is_one_of_its_family(name):
+  assert choose_family(families.model_of(name), name).name == name
+  assert name in listing.SPEED

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from jax.extend.core import jaxprs_in_params
 
 from gated_jax import Decoder
 from gated_jax import ModelConfig
@@ -21,6 +22,7 @@ from gated_jax.config import MoEConfig
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.accounting import flops_per_token
 from gated_jax.model.accounting import parameters
+from gated_jax.model.block import with_remat
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixers.gated_deltanet import GatedDeltaNet
 
@@ -246,3 +248,38 @@ def test_words_that_mean_nothing_are_refused(changes, message):
 def test_settings_that_do_not_fit_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     DeltaConfig(**settings)
+
+
+def read_calls(jaxpr, name):
+  """Calls of a kernel of which anything is read; compilers drop others."""
+  read = {id(v) for e in jaxpr.eqns for v in e.invars} | set(
+    map(id, jaxpr.outvars)
+  )
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'pallas_call':
+      used = any(id(v) in read for v in equation.outvars)
+      total += used and name in str(equation.params['name'])
+      continue
+    for inner in jaxprs_in_params(equation.params):
+      total += read_calls(inner, name)
+  return total
+
+
+@pytest.mark.parametrize(('remat', 'runs'), [('full', 2), ('minimal', 1)])
+def test_what_the_forward_kernel_saves_is_kept_where_products_are(remat, runs):
+  heads = DeltaConfig(1, 1, implementation='pallas_tpu')
+  config = dataclasses.replace(LINEAR, delta=heads, remat=remat, scan=False)
+  x = jax.ShapeDtypeStruct((1, 128, config.width), jnp.float32)
+  block = with_remat(config)(config, config.layers[0])
+  plain = dataclasses.replace(config, delta=DeltaConfig(1, 1))
+  start = with_remat(plain)(plain, config.layers[0])
+  made = jax.eval_shape(
+    lambda x: start.init(jax.random.key(0), x, None, Context()), x
+  )
+
+  def loss(params, x):
+    return jnp.sum(block.apply({'params': params}, x, None, Context())[0])
+
+  program = jax.make_jaxpr(jax.grad(loss))(meta.unbox(made['params']), x)
+  assert read_calls(program.jaxpr, 'gated_delta_forward') == runs

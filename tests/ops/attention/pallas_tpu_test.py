@@ -285,6 +285,12 @@ def test_blocks_that_cannot_be_are_refused(sizes, message):
     Blocks(**sizes)
 
 
+def test_fewer_rows_of_wide_heads_lie_in_memory():
+  blocks = Blocks()
+  for width, rows in ((64, 4096), (128, 4096), (256, 2048)):
+    assert blocks.fit(8192, 8192, width).back_resident == rows
+
+
 PROGRAM = """
 import sys
 from gated_jax.aot import attention_kernels as kernels

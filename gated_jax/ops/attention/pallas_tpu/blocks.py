@@ -28,7 +28,7 @@ class Blocks:
   back_keys: int = 2048
   back_strip: int = 256
   back_resident: int = 4096  # queries, and keys, that lie in VMEM
-  back_resident_wide: int = 2048  # the same where heads are wider than 128
+  back_resident_wide: int = 2048  # most of them where heads exceed 128 channels
   # VMEM that a kernel may use, and how much of it dQ may take in float32.
   vmem_mib: int = 48
   dq_mib: float = 16.0
@@ -49,7 +49,6 @@ class Blocks:
       ('back_strip', 'back_queries'),
       ('back_queries', 'back_keys'),
       ('back_keys', 'back_resident'),
-      ('back_resident_wide', 'back_resident'),
     ):
       if getattr(self, small) > getattr(self, large):
         raise ValueError(f'{small} must not exceed {large} in {self}')
@@ -61,7 +60,9 @@ class Blocks:
       queries, keys: their padded lengths.
       width: of heads, with their padding.
     """
-    resident = self.back_resident_wide if width > LANES else self.back_resident
+    resident = self.back_resident
+    if width > LANES:
+      resident = min(resident, self.back_resident_wide)
     q, k = queries & -queries, keys & -keys
     chunk = min(self.keys, q, k)
     back_keys = min(self.back_keys, resident, k)
@@ -86,9 +87,7 @@ TABLE: dict[str, Blocks] = {
   if tpu.attention_blocks is not None
 }
 # Smaller blocks for a host that interprets the kernels.
-HOST = Blocks(
-  queries=1024, back_keys=1024, back_resident=1024, back_resident_wide=1024
-)
+HOST = Blocks(queries=1024, back_keys=1024, back_resident=1024)
 
 
 def for_device() -> Blocks:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
@@ -32,6 +33,9 @@ from gated_jax.ops.delta.pallas_tpu.tokens import rows_of
 
 # A step of the grid takes as many key heads as there can be, of these.
 KEY_HEADS = (4, 2, 1)
+# Remat policies know what the forward kernel saves by this name. It is large;
+# without it the kernel runs once more before the backward one.
+RESIDUALS_NAME = 'delta_residuals'
 # Tokens of a step.
 BLOCK = CHUNKS * CHUNK
 
@@ -76,7 +80,8 @@ def _forward(
     _Arrays.of(inputs, first), state, interpret, saves=True
   )
   output = _heads_apart(output, inputs.value).astype(jnp.float32)
-  return (output, last), (inputs, first, tuple(saved))
+  residuals = tuple(checkpoint_name(x, RESIDUALS_NAME) for x in saved)
+  return (output, last), (inputs, first, residuals)
 
 
 def _backward(
