@@ -66,6 +66,15 @@ PODS = {
     'long_context:yarn128k', V5P, {'mesh.context': 16}, (FORWARD,), False
   ),
 }
+# Released sizes: three of four layers are Gated DeltaNet.
+DELTA = tuple(
+  f'{name}_{way}'
+  for name in ('gated_delta', 'delta_filter', 'delta_unit_filter', 'delta_norm')
+  for way in ('forward', 'backward')
+)
+PODS['qwen3_5_35b_a3b_v5p'] = Pod(
+  'released:qwen3_5_35b_a3b', V5P, {'mesh.expert': 8}, (*EXPERTS, *DELTA)
+)
 EVERY_RUN = ('dense28_v5e', '128k_v5p')
 
 
