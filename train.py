@@ -73,6 +73,7 @@ def train(argv: list[str]) -> int:
     print(help_text)
     return cli.DONE
   config = read_flags(argv)
+  make_loss = config_flag.loss_maker()
   skip_absent_tpu()
   group = Group(
     FLAGS.coordinator,
@@ -89,7 +90,8 @@ def train(argv: list[str]) -> int:
 
   command = shlex.join(sys.orig_argv)  # with the interpreter as typed
   try:
-    result = loop.run(config, expand(FLAGS.workdir), command)
+    own = {'loss': make_loss()} if make_loss else {}
+    result = loop.run(config, expand(FLAGS.workdir), command, **own)
   except RuntimeError as error:
     if several:
       processes.until_explained(error, group.peer_timeout)

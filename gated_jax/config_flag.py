@@ -1,6 +1,7 @@
 """The command line of programs that take a config, and its errors in one line.
 
     config_flag.read(argv, example)  # --config=FILE --config.name=value ...
+    config_flag.loss_maker()  # the file's get_loss, if it has one
     config_flag.help_wanted(argv, about)  # --help or --help=model
 
 A program defines its other flags where it is, by absl.
@@ -9,6 +10,8 @@ A program defines its other flags where it is, by absl.
 import difflib
 import pathlib
 import re
+import runpy
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +50,42 @@ def read(argv: list[str], example: str) -> RunConfig:
   if values is None:
     raise ValueError(f'--config is missing, for example {example}')
   return from_dict(values)
+
+
+def loss_maker() -> Callable[[], Any] | None:
+  """A function that makes the loss of the config file; None: it has none.
+
+  The file's `get_loss` takes the same words as its `get_config`, and returns a
+  loss as `gated_jax.training.loop.run` takes one. Call the maker when devices
+  may be used: a loss may load a teacher. `read` comes first.
+
+  Raises:
+    ValueError: the file's `get_loss` is no function.
+  """
+  file = config_flags.get_config_filename(FLAGS['config'])
+  path, colon, words = file.partition(':')
+  get_loss = runpy.run_path(path).get('get_loss')
+  if get_loss is None:
+    return None
+  if not callable(get_loss):
+    raise ValueError(f'{path} has get_loss={get_loss!r}, which is no function')
+
+  def make() -> Any:
+    """The loss; ValueError in one line where it cannot be made."""
+    try:
+      loss = get_loss(*[words] * bool(colon))
+    except (ValueError, RuntimeError):
+      raise
+    except Exception as error:
+      kind = type(error).__name__
+      raise ValueError(f'get_loss of {path} failed: {kind}: {error}') from error
+    if not callable(loss):
+      raise ValueError(
+        f'get_loss of {path} made {loss!r}, which is no function'
+      )
+    return loss
+
+  return make
 
 
 def help_wanted(argv: list[str], about: str) -> str | None:

@@ -122,6 +122,35 @@ def test_no_command_answers_a_wrong_word_with_a_traceback(
   assert message in err
 
 
+LOSSES = [
+  ('', None),
+  ("def get_loss(words): return {'a': len}[words]", len),
+  ('get_loss = 3', 'get_loss=3, which is no function'),
+  ('def get_loss(words): return words', "made 'a', which is no function"),
+  ('def get_loss(words): return {}[words]', "failed: KeyError: 'a'"),
+]
+
+
+@pytest.mark.parametrize(('text', 'expected'), LOSSES)
+def test_a_config_file_may_bring_a_loss(text, expected, tmp_path, monkeypatch):
+  file = tmp_path / 'mine.py'
+  config = 'from configs import base\ndef get_config(words):\n'
+  file.write_text(f'{config}  return base.get_config()\n{text}\n')
+  monkeypatch.setattr(config_flag, 'FLAGS', fresh_flags())
+  config_flag.read(['x', f'--config={file}:a'], '')
+
+  def made():
+    maker = config_flag.loss_maker()
+    return maker and maker()
+
+  if not isinstance(expected, str):
+    assert made() is expected
+    return
+  with pytest.raises(ValueError, match=expected) as error:
+    made()
+  assert '\n' not in str(error.value)
+
+
 def fresh_flags():
   """What a new process has: absl's flags remember what was typed before."""
   copy = flags.FlagValues()

@@ -1,12 +1,20 @@
 """The examples in docs/ do what they say."""
 
+import dataclasses
 import importlib.util
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import train
+from gated_jax import checkpoint
+from gated_jax import config_flag
+from gated_jax.model.abstract import abstract_parameters
+from tests.cli_test import fresh_flags
 
 # Together most of a minute or more; see CONTRIBUTING.md.
 pytestmark = pytest.mark.long
@@ -92,3 +100,34 @@ def test_a_student_comes_near_its_teacher(tmp_path):
   apart = load('distillation').train(tmp_path)
   first, *_, last = apart.values()
   assert last < 0.1 * first
+
+
+@pytest.mark.nightly
+def test_a_config_file_brings_its_own_loss(tmp_path, monkeypatch, capsys):
+  example = load('distillation')
+  config = example.settings(2, 6)
+  config = dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, source='synthetic'),
+    model=dataclasses.replace(config.model, vocab=320),
+    eval_batches=1,
+  )
+  params = jax.tree.map(
+    lambda x: np.full(x.shape, 0.1, x.dtype),
+    abstract_parameters(config.model),
+  )
+  teacher = tmp_path / 'teacher'
+  checkpoint.save_parameters(teacher, params, config)
+  student = tmp_path / 'student'
+  words = [f'--config={FOLDER}/distillation.py:{teacher}']
+  words = ['train.py', *words, f'--workdir={student}']
+  fresh = fresh_flags()
+  for module in (config_flag, train):
+    monkeypatch.setattr(module, 'FLAGS', fresh)
+  assert train.main(words) == 0, capsys.readouterr().err
+  lines = (student / 'metrics.jsonl').read_text().splitlines()
+  measured = [json.loads(line) for line in lines]
+  assert [x['kl'] for x in measured if 'kl' in x]
+  saved = checkpoint.read_run(checkpoint.find(student))
+  assert saved['own_loss'] == 'distil.<locals>.loss'
+  assert saved['config']['model']['depth'] == 1

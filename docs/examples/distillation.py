@@ -3,11 +3,20 @@
     total = t^2 KL(softmax(teacher / t) || softmax(student / t))
 
 is the mean over the targets of a batch, at the temperature t (arXiv
-1503.02531). The teacher is any checkpoint of the same vocabulary.
+1503.02531). The teacher is any checkpoint of the same vocabulary. As a config,
+
+    python train.py --config=docs/examples/distillation.py:runs/smoke \
+      --workdir=runs/student
+
+this file trains a student of half the teacher's depth on the teacher's data;
+`train` below does the same from Python, on numbers that count upwards.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from gated_jax import checkpoint
@@ -47,6 +56,19 @@ def distil(path, temperature=2.0):
     return Loss(temperature**2 * kl, kl, weights.sum(), {'kl': kl})
 
   return loss
+
+
+def get_config(path):
+  """The teacher's settings, with half of its layers and random parameters."""
+  there = checkpoint.load_config(path)
+  model = dataclasses.replace(there.model, depth=there.model.depth // 2)
+  student = dataclasses.replace(there, model=model, init_from='')
+  return ml_collections.ConfigDict(configs.to_dict(student))
+
+
+def get_loss(path):
+  """What train.py minimises in place of the model's own loss."""
+  return distil(path)
 
 
 def batches(rows, length, seed=0):

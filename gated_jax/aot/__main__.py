@@ -53,6 +53,8 @@ def run(argv: list[str]) -> int:
     print(help_text)
     return cli.DONE
   config = read_flags(argv)
+  if config_flag.loss_maker():
+    print("the loss is taken as the model's own, not as get_loss makes it")
   devices = open_topology(FLAGS.topology, config.mesh.slices)
   from gated_jax.aot import kernels
   from gated_jax.aot import report

@@ -151,7 +151,9 @@ def build(
   own = rows_of_process(rows, *shape)
   data = _training_data(config, own, custom)
   with sharding.activate(mesh):
-    checkpoints = Checkpoints(workdir / 'checkpoints', config, say=console.say)
+    checkpoints = Checkpoints(
+      workdir / 'checkpoints', config, console.say, custom.loss_name
+    )
     restored = checkpoints.restore(abstract)
     if restored is None:
       state = init(jax.random.key(config.seed))

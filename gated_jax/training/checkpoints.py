@@ -90,6 +90,29 @@ def check_same_run(
   raise CannotResume(f'{step} {what}: {shown}', None if other_model else step)
 
 
+def _check_same_loss(
+  old: str | None, new: str, step: Path
+) -> dict[str, tuple[Any, Any]]:
+  """The names of two losses of one's own that differ.
+
+  Args:
+    old: the name in a step, '' for the model's own; None: it is older.
+    new: that of this run.
+    step: the folder.
+
+  Raises:
+    CannotResume: one of them is the model's own.
+  """
+  if old is None or old == new:
+    return {}
+  if old and new:  # a function may be given a better name
+    return {'loss': (old, new)}
+  there, here = (
+    f'the loss {x}' if x else "the model's loss" for x in (old, new)
+  )
+  raise CannotResume(f'{step} was trained by {there}, and not {here}', step)
+
+
 def _split(state: TrainState) -> dict[str, Tree]:
   """The state by the folder that its arrays go to."""
   rest = {
@@ -157,6 +180,7 @@ class Checkpoints:
     folder: Where they lie; created when missing.
     config: Of the run; written into every checkpoint.
     say: Prints a line to the user.
+    loss: Name of a loss of the caller's own; '': the model's.
   """
 
   def __init__(
@@ -164,8 +188,10 @@ class Checkpoints:
     folder: Path,
     config: RunConfig,
     say: Callable[[str], None] = print,
+    loss: str = '',
   ):
     self.folder = folder
+    self._own_loss = loss
     self._config = config
     self._say = say
     self._broken = False
@@ -250,6 +276,7 @@ class Checkpoints:
       'data': gather(data),
       'loss': loss if math.isfinite(loss) else None,
       'arrays': arrays,
+      'own_loss': self._own_loss,
     }
     if self.base is not None:
       run['base'] = self.base.seen_from(self.path(step))
@@ -322,6 +349,7 @@ class Checkpoints:
       if run is None:
         continue
       changed = check_same_run(run['config'], self._config, path)
+      changed |= _check_same_loss(run.get('own_loss'), self._own_loss, path)
       if len(run['data']) != jax.process_count():
         raise CannotResume(
           f'{path} was saved by {len(run["data"])} processes and cannot be '

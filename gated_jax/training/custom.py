@@ -69,6 +69,13 @@ class Custom:
     if not callable(self.loss):
       raise ValueError(f'loss={self.loss!r} must be a function')
 
+  @property
+  def loss_name(self) -> str:
+    """What checkpoints call a caller's own loss; '': it is the model's."""
+    if self.loss is model_loss:
+      return ''
+    return getattr(self.loss, '__qualname__', type(self.loss).__qualname__)
+
 
 def checked(batch: Batch, config: DataConfig, rows: int) -> dict[str, Any]:
   """A caller's batch in the types of `gated_jax/data/batch.py`.

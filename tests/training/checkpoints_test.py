@@ -99,6 +99,23 @@ def test_the_best_is_kept_by_a_run_that_resumes_and_by_losses_of_old(tmp_path):
   assert manager.steps == [1, 3]
 
 
+def test_a_run_goes_on_with_the_loss_it_began_with(tmp_path):
+  def restored(loss):
+    config = RunConfig()
+    manager = checkpoints.Checkpoints(tmp_path, config, print, loss)
+    if not manager.steps:
+      manager.save(state_at(1), 'place')
+      manager.wait()
+    return manager.restore(abstract())[2]
+
+  assert restored('mine') == {}
+  assert restored('renamed') == {'loss': ('mine', 'renamed')}
+  with pytest.raises(
+    checkpoints.CannotResume, match="by the loss mine, and not the model's loss"
+  ):
+    restored('')
+
+
 def test_an_empty_folder_has_nothing_to_restore(tmp_path):
   assert open_at(tmp_path / 'new').restore(abstract()) is None
 
