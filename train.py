@@ -24,6 +24,7 @@ from gated_jax import config_flag
 from gated_jax import processes
 from gated_jax.config import RunConfig
 from gated_jax.paths import expand
+from gated_jax.paths import in_bucket
 from gated_jax.platform import check_devices
 from gated_jax.platform import skip_absent_tpu
 from gated_jax.processes import Group
@@ -60,9 +61,20 @@ def read_flags(argv: list[str]) -> RunConfig:
 def main(argv: list[str]) -> int:
   """The exit code; see docs/tpu_vm.md."""
   logging.basicConfig(format='%(message)s')
-  code = cli.run(lambda: train(argv), debug='--debug' in argv)
-  if code not in (cli.DONE, cli.UNFINISHED):
+  failed = True
+
+  def program() -> int:
+    """Trains, and notes that it ended without an error."""
+    nonlocal failed
+    code = train(argv)
+    failed = False
+    return code
+
+  code = cli.run(program, debug='--debug' in argv)
+  if failed:
     processes.leave(code)
+    if FLAGS.is_parsed() and in_bucket(FLAGS.workdir):
+      cli.leave(code)
   return code
 
 

@@ -6,10 +6,12 @@ Read `paths.py` for the operations that make them.
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import TypeVar
 
+GAVE_UP = ' retry attempts failed: '  # TensorStore's words for it
 TRIES = 10  # how often `patiently` asks
 T = TypeVar('T')
 _LOG = logging.getLogger(__name__)
@@ -36,8 +38,21 @@ class BucketRefused(BucketError):
 def is_of_bucket(error: BaseException) -> bool:
   """Tells whether the libraries that speak to buckets raised an error."""
   ours = type(error).__module__.partition('.')[0] in _LIBRARIES
-  # gcsfs raises a plain OSError or ValueError of these.
-  return ours or str(error).startswith(('Forbidden: ', 'Bad Request: '))
+  # gcsfs raises a plain OSError or ValueError of the first two, and TensorStore
+  # a ValueError of all.
+  text = str(error)
+  plain = text.startswith(('Forbidden: ', 'Bad Request: '))
+  return ours or plain or GAVE_UP in text
+
+
+def cause_in_bucket(error: BaseException) -> BaseException | None:
+  """The error of a request that an error is, or that it comes from."""
+  cause: BaseException | None = error
+  while cause is not None:
+    if is_of_bucket(cause) or isinstance(cause, BucketError):
+      return cause
+    cause = cause.__cause__ or cause.__context__
+  return None
 
 
 def bucket_error(
@@ -52,6 +67,9 @@ def bucket_error(
     return None
   kind = type(error)
   text = ' '.join(str(error).split()) or kind.__name__
+  if GAVE_UP in text:  # what follows is all that was said of the request
+    answer = re.search(r"http_response_code='(\d+)'", text)
+    text = f'status {answer[1]}' if answer else text.rpartition(GAVE_UP)[2]
   code = str(getattr(error, 'code', ''))
   anonymous = 'Anonymous caller' in text or 'NoCredentials' in kind.__name__
   if code == '401' or anonymous:

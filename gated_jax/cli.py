@@ -8,6 +8,7 @@ reason; their messages are one line, or a list below one.
 """
 
 import argparse
+import gc
 import os
 import pathlib
 import sys
@@ -18,6 +19,8 @@ from typing import NoReturn
 
 import absl.logging
 
+from gated_jax.bucket_requests import BucketError
+from gated_jax.bucket_requests import BucketRefused
 from gated_jax.bucket_requests import bucket_error
 from gated_jax.bucket_requests import is_of_bucket
 
@@ -35,6 +38,8 @@ class TryLater(RuntimeError):
 # The first kind that an error is of says with which code the program ends.
 CODES: dict[type[BaseException], int] = {
   TryLater: UNFINISHED,
+  BucketRefused: REFUSED,
+  BucketError: UNFINISHED,
   NotImplementedError: REFUSED,
   ValueError: REFUSED,
   ImportError: REFUSED,
@@ -89,6 +94,13 @@ def run(program: Callable[[], int | None], debug: bool = False) -> int:
     code = INTERRUPTED
   _flush()
   return code
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process without waiting for threads that ask a bucket in vain."""
+  gc.collect()  # temporary files go with what they belong to
+  _flush()
+  os._exit(code)
 
 
 def _flush() -> None:

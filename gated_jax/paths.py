@@ -126,7 +126,7 @@ def _configure(backend: str) -> None:
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
   # They print stack traces of errors that are raised all the same, and each way
   # to find credentials that found none.
-  for name in (backend, 'google.auth._default'):
+  for name in (backend, 'fsspec', 'google.auth._default'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

@@ -42,14 +42,14 @@ class HttpError(Exception):
 
 
 @pytest.mark.parametrize(
-  ('error', 'words'),
+  ('error', 'words', 'code'),
   [
-    (HttpError('busy\n503'), 'the request failed, after several tries where'),
-    (OSError('Forbidden: b/x\nno way'), 'no permission: b/x no way'),
+    (HttpError('busy\n503'), 'the request failed, after several tries', 75),
+    (OSError('Forbidden: b/x\nno way'), 'no permission: b/x no way', 2),
   ],
 )
-def test_what_a_buckets_library_raises_is_a_line(error, words, capsys):
-  assert cli.run(raising(error)) == 1
+def test_what_a_buckets_library_raises_is_a_line(error, words, code, capsys):
+  assert cli.run(raising(error)) == code
   out, err = capsys.readouterr()
   assert not out
   assert err.startswith(f'error: a bucket: {words}')

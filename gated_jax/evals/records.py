@@ -97,9 +97,9 @@ def read(places: Iterable[str | os.PathLike[str]]) -> list[Record]:
     if paths.is_file(path):
       records += _unpack(path)
       continue
+    paths.check_bucket(path)
     folders = metric_files.runs_in(path)
     if not folders:
-      paths.check_bucket(path)
       raise ValueError(f'{path} holds no metrics.jsonl of a run')
     records += [_read_folder(folder) for folder in folders]
   return records

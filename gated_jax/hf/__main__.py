@@ -215,12 +215,12 @@ def run(args: argparse.Namespace) -> None:
     return
   check_devices()
   target = expand(args.target)
+  if args.command != 'export':
+    checkpoint.check_place(target)
   check_free(target)
   apart = args.command == 'export' and args.peft
   if args.command == 'export':
     _check_peft(args)
-  else:
-    checkpoint.check_place(target)
   config, params, files = read(args)
   if apart and not config.model.lora.rank:
     raise ValueError(f'{args.source} has no adapters, which --peft would write')

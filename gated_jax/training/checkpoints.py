@@ -32,6 +32,9 @@ from gated_jax.base import NoBase
 from gated_jax.base import base_in
 from gated_jax.base import divide
 from gated_jax.base import join
+from gated_jax.bucket_requests import BucketError
+from gated_jax.bucket_requests import bucket_error
+from gated_jax.bucket_requests import cause_in_bucket
 from gated_jax.checkpoint import COMMIT
 from gated_jax.checkpoint import CheckpointError
 from gated_jax.checkpoint import array_names
@@ -58,6 +61,10 @@ from gated_jax.processes import gather
 from gated_jax.training.step import TrainState
 
 Tree = Any
+
+
+class CheckpointOutOfReach(CheckpointError, BucketError):
+  """A bucket took no checkpoint, after all repeats; it may take the next."""
 
 
 class CannotResume(ValueError):
@@ -207,15 +214,18 @@ class Checkpoints:
     self._manager = self._open(config.checkpoint)
 
   def _finish_removals(self) -> None:
-    """Removes the rest of steps that a kill left half removed.
+    """Removes the rest of steps that a kill left half written or half removed.
 
-    A bucket has no folders to be renamed first, so what is left of such a step
-    can look whole. It is an older one: the newest is never removed, and each
-    gets its list of files before the next is saved.
+    A bucket has no folders to be renamed first, so what is left of a removed
+    step can look whole. It is an older one: the newest is never removed, and
+    each gets its list of files before the next is saved. Orbax removes half
+    written steps, too, but fails where that leaves nothing to list.
     """
     problem = ''
     if paths.in_bucket(self.folder) and jax.process_index() == 0:
       try:
+        for step in self._unfinished():
+          paths.remove_folder(self.path(step))
         *older, newest = steps_in(self.folder) or [-1]
         for step in older:
           if not damage.has_all_files(self.path(step)):
@@ -227,6 +237,13 @@ class Checkpoints:
     problem = first_problem(problem)
     if problem:
       raise CheckpointError(problem)
+
+  def _unfinished(self) -> set[int]:
+    """The steps in a bucket that have objects and no mark of being whole."""
+    depth = len(self.folder.parts)
+    names = {file.parts[depth] for file in paths.files_below(self.folder)}
+    begun = {int(name) for name in names if name.isdecimal()}
+    return begun - set(steps_in(self.folder))
 
   def _open(self, config: CheckpointConfig) -> ocp.CheckpointManager:
     latest = checkpoint_managers.LatestN(config.keep_last)
@@ -319,8 +336,12 @@ class Checkpoints:
 
   def _failed(self, step: int, error: Exception) -> CheckpointError:
     self._broken = True
+    cause = cause_in_bucket(error) if paths.in_bucket(self.folder) else None
+    if cause is not None:  # a listing would have to wait as long again
+      reason = bucket_error(cause, self.folder)
+      return CheckpointOutOfReach(f'could not save step {step}: {reason}')
     good: list[int] = []
-    with contextlib.suppress(OSError):  # the bucket may be what fails
+    with contextlib.suppress(OSError):
       good = steps_in(self.folder)
     last = f'; the last good one is {self.path(good[-1])}' if good else ''
     return CheckpointError(

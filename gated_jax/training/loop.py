@@ -24,6 +24,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from gated_jax import sharding
+from gated_jax.bucket_requests import BucketError
 from gated_jax.cli import TryLater
 from gated_jax.config import RunConfig
 from gated_jax.data.batch import arrays_of
@@ -307,13 +308,18 @@ def run(
       run_state = build(config, folder, console, custom)
     except CannotResume as error:
       raise ValueError(_way_on(error, command, folder)) from error
+    is_away = False
     try:
       return _train(run_state, command, check_lock)
+    except BucketError:
+      is_away = True
+      raise
     finally:
       console.stop()
       run_state.metrics.close()
       run_state.data.close()
-      run_state.checkpoints.close()
+      if not is_away:  # what still writes there may go on trying for long
+        run_state.checkpoints.close()
 
 
 def _train(

@@ -1,17 +1,22 @@
 """Import and export with a bucket on either side."""
 
+import dataclasses
 import re
 
 import fsspec
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from gated_jax import checkpoint
 from gated_jax import paths
+from gated_jax.config import LoraConfig
+from gated_jax.config import OptimizerConfig
 from gated_jax.hf import __main__ as cli
 from gated_jax.hf import convert
 from gated_jax.hf import tokenizer
+from gated_jax.model.abstract import abstract_parameters
 
 CASE = 'qwen3'
 
@@ -75,6 +80,65 @@ def test_a_model_comes_from_a_bucket_and_goes_back_into_it(
   whole = contents(tmp_path / 'back')
   assert contents(f'{bucket}/back') == whole
   assert whole['config.json'] == contents(theirs)['config.json']
+
+
+def arrays(folder):
+  return checkpoint.read_run(paths.expand(folder))['arrays']
+
+
+@pytest.mark.nightly
+def test_everything_lies_in_a_bucket(theirs, tmp_path, bucket):
+  """A model, an adapter of it, and our own checkpoints of both."""
+  put(theirs, f'{bucket}/theirs')
+  assert run('import', f'{bucket}/theirs', f'{bucket}/ours') == 0
+  assert run('import', theirs, tmp_path / 'ours') == 0
+  assert arrays(f'{bucket}/ours') == arrays(tmp_path / 'ours')
+  config = checkpoint.load_config(f'{bucket}/ours')
+  assert config.data.tokenizer == f'{bucket}/ours/tokenizer'
+  assert not paths.exists(paths.expand(f'{bucket}/.ours.partial'))
+  assert run('export', f'{bucket}/ours', f'{bucket}/back') == 0
+  assert run('export', tmp_path / 'ours', tmp_path / 'back') == 0
+  assert contents(f'{bucket}/back') == contents(tmp_path / 'back')
+  assert run('add-gate', f'{bucket}/theirs', f'{bucket}/gated') == 0
+
+  model = dataclasses.replace(config.model, lora=LoraConfig(rank=2))
+  rng = np.random.default_rng(0)
+  tuned = jax.tree.map(
+    lambda x: jax.numpy.asarray(rng.normal(size=x.shape), x.dtype),
+    abstract_parameters(model),
+  )
+  optimizer = OptimizerConfig(train='adapters')
+  config = dataclasses.replace(config, model=model, optimizer=optimizer)
+  checkpoint.save_parameters(f'{bucket}/tuned', tuned, config)
+  base = f'--base={bucket}/theirs'
+  made = ('export', '--peft', base, f'{bucket}/tuned', f'{bucket}/adapter')
+  assert run(*made) == 0
+  names = contents(f'{bucket}/adapter').keys()
+  assert {'adapter_config.json', 'adapter_model.safetensors'} <= names
+  # The base is named in the adapter's folder, and found there.
+  assert run('import', f'{bucket}/adapter', f'{bucket}/both') == 0
+  trained, read = arrays(f'{bucket}/tuned'), arrays(f'{bucket}/both')
+  lora = [name for name in trained if 'lora' in name]
+  assert lora and all(read[name] == trained[name] for name in lora)
+  first = arrays(f'{bucket}/ours')
+  assert all(read[name] == first[name] for name in first)
+
+
+@pytest.mark.nightly
+def test_torch_files_in_a_bucket_are_read(theirs, bucket):
+  torch = pytest.importorskip('torch', reason="pip install -e '.[compare]'")
+  put(theirs, f'{bucket}/theirs')
+  wanted = convert.load(theirs)[1]
+  tensors = {}
+  for path in theirs.glob('*.safetensors'):
+    for name, x in load_file(path).items():
+      tensors[name] = torch.from_numpy(x)
+    path.unlink()
+  (theirs / 'model.safetensors.index.json').unlink()
+  torch.save(tensors, theirs / 'pytorch_model.bin')
+  put(theirs, f'{bucket}/old')
+  _, found = convert.load(f'{bucket}/old')
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize('failing', ['model-00002', 'config.json'])

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gated_jax import paths
 from gated_jax.hf import torch_file
 
 # torch 2.13 saved {'a': 0 to 5 as bfloat16 [2, 3], 'b': 0 to 5 as float32
@@ -49,7 +50,12 @@ def repacked(path, name, content):
       archive.writestr(member, data)
 
 
-def test_views_of_storages_are_the_tensors(path):
+@pytest.mark.parametrize('place', ['disk', 'bucket'])
+def test_views_of_storages_are_the_tensors(path, place, request):
+  if place == 'bucket':
+    there = paths.expand(f'{request.getfixturevalue("bucket")}/x.bin')
+    paths.write_bytes(there, path.read_bytes())
+    path = there
   views = torch_file.describe(path)
   a, b = views['a'], views['b']
   assert (a.storage.dtype, b.storage.dtype) == ('bfloat16', 'float32')

@@ -48,7 +48,7 @@ class Store:
     self._lock = threading.Lock()
     self._buckets = {}
     self._generations = itertools.count(1)
-    self.uploads = {}  # by id: bucket, name, query, bytes so far
+    self.uploads = {}  # by id: bucket, name, query, bytes so far, its object
 
   def objects(self, bucket):
     if bucket.startswith('forbidden'):
@@ -269,9 +269,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.store.uploads[number] = [bucket, name, query, b'']
       host = self.headers['Host']
       place = f'http://{host}/upload/storage/v1/b/{bucket}/o'
-      self.answer(
-        b'', Location=f'{place}?uploadType=resumable&upload_id={number}'
-      )
+      words = urllib.parse.urlencode({'upload_id': number, 'name': name})
+      self.answer(b'', Location=f'{place}?uploadType=resumable&{words}')
     else:
       raise Refused(400, f'uploadType {kind!r} is not served')
 
@@ -283,7 +282,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       del self.store.uploads[number]
       self.answer(b'', 204)
       return
-    bucket, name, query, data = upload
+    bucket, name, query, data = upload[:4]
     sent = re.fullmatch(
       r'bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)',
       self.headers.get('Content-Range', ''),
@@ -297,8 +296,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
       headers = {'Range': f'bytes=0-{len(data) - 1}'} if data else {}
       self.answer(b'', 308, **headers)
       return
-    self.answer_json(self.store.put(bucket, name, data, query))
-    del self.store.uploads[number]
+    # Whoever lost the answer asks once more, and is told the same.
+    if len(upload) == 4:
+      upload.append(self.store.put(bucket, name, data, query))
+    self.answer_json(upload[4])
 
   def batch(self, body):
     answers = []

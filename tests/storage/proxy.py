@@ -2,15 +2,15 @@
 
     with Proxy(emulator_port) as proxy:
       proxy.delay = 0.03  # seconds before every answer
-      proxy.rate = 100e6  # bytes a second of each answer; 0: as fast as can be
+      proxy.rate = 100e6  # bytes a second of all answers; 0: as fast as can be
       proxy.fail('GET .*/o/shard', status=503, times=2)
       proxy.fail('PUT', status=CUT)  # the connection ends in the answer's midst
       proxy.fail('GET', status=STALL)  # half of the answer, and then no more
       proxy.fail('POST .*lock', status=SILENT)  # taken, and never answered
       proxy.requests  # 'METHOD path' of all that came, in order
 
-The name of an object that is written stands at the end of its request, also
-where the client sends it in the body.
+A pattern is compared with a request whose %2F are slashes. The name of an object
+that is written stands in its request, also where the client sends it in the body.
 
 It runs in threads of the test's own process, so that a test can set what is
 wrong while another process works.
@@ -21,6 +21,7 @@ import http.server
 import re
 import threading
 import time
+import urllib.parse
 
 from tests.storage.emulator import Server
 
@@ -42,7 +43,7 @@ class Fault:
 
   def strikes(self, request):
     """Tells whether a request is to fail, and counts it."""
-    if not self.left or not self.pattern.match(request):
+    if not self.left or not self.pattern.match(urllib.parse.unquote(request)):
       return False
     if self.passed:
       self.passed -= 1
@@ -125,11 +126,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.proxy.healed.wait()
       self.close_connection = True
       return
-    rate = self.server.proxy.rate
     for start in range(0, len(data), CHUNK):
-      self.wfile.write(data[start : start + CHUNK])
-      if rate:
-        time.sleep(CHUNK / rate)
+      chunk = data[start : start + CHUNK]
+      self.server.proxy.pace(len(chunk))
+      self.wfile.write(chunk)
 
 
 class Proxy:
@@ -138,6 +138,7 @@ class Proxy:
   def __init__(self, port):
     self.port = port
     self.delay = self.rate = 0.0
+    self._free = 0.0  # when the line has carried what was given to it
     self.requests = []
     self.healed = threading.Event()
     self._faults = []
@@ -173,6 +174,16 @@ class Proxy:
       self._faults.clear()
       self.delay = self.rate = 0.0
       self.healed.set()
+
+  def pace(self, size):
+    """Waits until a line of `rate` has carried so many bytes more."""
+    if not self.rate:
+      return
+    with self._lock:
+      now = time.monotonic()
+      self._free = max(self._free, now) + size / self.rate
+      wait = self._free - now
+    time.sleep(wait)
 
   def struck(self):
     """Whether every fault with a number of times has happened so often."""

@@ -196,6 +196,7 @@ def test_our_own_checkpoints_are_refused_there(ours, s3_bucket, capsys):
   with pytest.raises(ValueError, match=reason):
     check_workdir(paths.expand(f'{s3_bucket}/run'))
   assert hf.main(['import', f'{ours}/theirs', f'{s3_bucket}/ours']) == 2
+  assert hf.main(['import', f'{ours}/theirs', 's3://absent-one/ours']) == 2
   paths.write_bytes(paths.expand(f'{s3_bucket}/c/_CHECKPOINT_METADATA'), b'{}')
   assert hf.main(['export', f'{s3_bucket}/c', f'{ours}/new']) == 2
   for line in capsys.readouterr().err.splitlines():

@@ -19,6 +19,7 @@ from gated_jax.training.workdir import check_workdir
 from tests.storage.proxy import CUT
 from tests.storage.proxy import LOST
 from tests.storage.proxy import SILENT
+from tests.storage.proxy import STALL
 from tests.training import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -193,14 +194,14 @@ def kill_often(train, workdir, proxy, times):
 
 
 # Requests in whose midst a run is killed, and how many of them pass before.
-SENT = r'POST .*name=\S*checkpoints'  # arrays of a checkpoint
+SENT = 'POST .*uploadType=media.*checkpoints'  # arrays of a checkpoint
 KILLED_IN = (
   (SENT, SILENT, 0),
   (SENT, LOST, 3),
-  (r'POST .*checkpoints/\d+/run/', SILENT, 0),
-  (r'POST .*checkpoints/\d+/params/commit_success', SILENT, 1),
-  (r'POST .*checkpoints/\d+/commit_success', SILENT, 0),
-  (r'POST .*checkpoints/\d+/commit_success', LOST, 0),
+  (r'POST .*upload_id=.*checkpoints/\d+/run/', SILENT, 0),
+  (r'POST .*upload_id=.*checkpoints/\d+/params/commit_success', SILENT, 1),
+  (r'POST .*upload_id=.*checkpoints/\d+/commit_success', SILENT, 0),
+  (r'POST .*upload_id=.*checkpoints/\d+/commit_success', LOST, 0),
   (r'POST .*metrics\.jsonl/\d+/000000', SILENT, 0),
   (r'POST .*metrics\.jsonl/\d+/000000', LOST, 0),
   (r'DELETE .*metrics\.jsonl', SILENT, 0),
@@ -225,6 +226,54 @@ def test_kills_during_uploads_cost_nothing(train, reference, bucket, storage):
     process.communicate()
     storage.proxy.heal()
   ended(train(workdir))
+  assert left_in(workdir) == reference
+
+
+# train.py, to which two seconds without a byte are enough.
+HASTY = """
+import runpy
+from gated_jax import paths
+paths.PATIENCE = 2
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('fault', [SILENT, STALL, LOST])
+def test_requests_that_are_never_answered_change_nothing(
+  program, reference, bucket, storage, fault
+):
+  workdir = f'{bucket}/x'
+  for pattern in (
+    r'GET .*checkpoints',
+    r'POST .*uploadType=media.*checkpoints/4',
+    r'POST .*metrics.jsonl',
+    r'POST .*upload_id=.*checkpoints/6/commit_success',
+    r'DELETE .*checkpoints',
+  ):
+    storage.proxy.fail(pattern, fault, times=2)
+  words = ('-c', HASTY, '--config=configs/base.py', f'--workdir={workdir}')
+  ended(program(*words, **tiny.TINY))
+  assert storage.proxy.struck()
+  assert left_in(workdir) == reference
+
+
+@pytest.mark.nightly
+def test_a_bucket_that_goes_silent_ends_the_run_in_one_line(
+  program, reference, bucket, storage
+):
+  workdir = f'{bucket}/x'
+  # Of the first checkpoint everything arrives but the settings.
+  storage.proxy.fail('POST .*checkpoints/2/run', SILENT)
+  words = ('-c', HASTY, '--config=configs/base.py', f'--workdir={workdir}')
+  _, err = ended(program(*words, **tiny.TINY), code=75)
+  (line,) = [x for x in err.splitlines() if not x.startswith('E')]
+  assert line == (
+    f'error: could not save step 2: {workdir}/checkpoints: no answer in time, '
+    'after several tries'
+  )
+  storage.proxy.heal()
+  ended(program(*words, **tiny.TINY))
   assert left_in(workdir) == reference
 
 

@@ -57,7 +57,11 @@ def test_parts_are_joined_in_their_order(bucket, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('status', 'reason'), [(503, '503'), (SILENT, 'no answer in time')]
+  ('status', 'reason'),
+  [
+    (503, '503'),
+    pytest.param(SILENT, 'no answer in time', marks=pytest.mark.long),
+  ],
 )
 def test_lines_come_on_a_schedule_and_wait_while_the_bucket_is_away(
   status, reason, bucket, storage, monkeypatch, caplog, at_once, impatient

@@ -167,7 +167,7 @@ def test_two_processes_share_a_run_in_a_bucket_also_when_killed(
   settings, undisturbed, bucket, storage
 ):
   workdir = f'{bucket}/two'
-  mark = 'POST .*checkpoints/4/commit_success'
+  mark = 'POST .*upload_id=.*checkpoints/4/commit_success'
   storage.proxy.fail(mark, status=SILENT, times=1)
   both = start(workdir, [settings, settings], more=storage.environment)
   while not storage.proxy.struck():
