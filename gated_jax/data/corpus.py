@@ -146,6 +146,8 @@ def open_folder(
     folder.mkdir(parents=True, exist_ok=True)
   else:
     check_bucket(folder)
+    if is_file(folder):
+      raise ValueError(f'{folder} is an object: choose another --out')
   path = folder / PLAN
   if not is_file(path):
     names = [p.relative_to(folder).parts[0] for p in files_below(folder)]

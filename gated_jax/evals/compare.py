@@ -68,6 +68,7 @@ def read(given: Sequence[Path]) -> dict[Path, Record]:
   """
   runs: dict[Path, Record] = {}
   for path in given:
+    paths.check_bucket(path)
     folders = metric_files.runs_in(path)
     for place in folders or [path]:
       for record in records.read([place]):

@@ -286,6 +286,13 @@ def test_text_in_a_bucket_becomes_arrays_there(tmp_path, bucket):
     next(pipeline)
 
 
+def test_arrays_are_not_written_below_an_object(bucket):
+  paths.write_bytes(paths.expand(f'{bucket}/object'), b'x')
+  work = Work(source='stdlib', paths='', out=f'{bucket}/object')
+  with pytest.raises(ValueError, match='/object is an object: choose another'):
+    tokenize(work)
+
+
 class Unpinned:
   """A file system that cannot be asked for a version, with s3fs's arguments."""
 

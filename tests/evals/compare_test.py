@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gated_jax import cli
+from gated_jax import paths
 from gated_jax.checkpoint import RUN
 from gated_jax.config import RunConfig
 from gated_jax.config import to_dict
@@ -139,3 +140,8 @@ def test_without_matplotlib_the_table_is_there_all_the_same(
   assert '| a | 5 |' in said.out
   assert "pip install 'gated_jax[plot]'" in said.err
   assert (tmp_path / 'out/comparison.md').exists()
+
+
+def test_a_bucket_that_is_not_there_is_said_so(storage):
+  with pytest.raises(ValueError, match='there is no bucket gs://absent-one'):
+    compare.read([paths.expand('gs://absent-one/runs')])

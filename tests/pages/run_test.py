@@ -53,6 +53,7 @@ TRIED_ELSEWHERE = {
   'gated_jax.evals.retrieval': 'evals/retrieval_test.py',
   'gated_jax.evals.sweep': 'evals/sweep_test.py',
   'docs/examples/backcopy.py': 'examples_test.py',
+  'tests.storage.speed': 'storage/speed_test.py',
 }
 FIRST = ['--config=configs/smoke.py', '--workdir=runs/smoke']
 RUN_PAGES = (

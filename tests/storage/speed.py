@@ -22,6 +22,7 @@ import urllib.request
 
 import numpy as np
 
+from gated_jax import cli
 from tests.storage.proxy import Proxy
 
 BATCH, LENGTH = 16, 1024
@@ -126,14 +127,16 @@ def measure(kind, folder, bucket, batches, rounds):
   )
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+def main(argv):
+  parser = cli.Parser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--delay', type=float, default=0.03)
   parser.add_argument('--rate', type=float, default=100e6)
   parser.add_argument('--rounds', type=int, default=9)
   parser.add_argument('--batches', type=int, default=400)
   parser.add_argument('--size', type=int, default=16 << 20, help='of a file')
-  options = parser.parse_args()
+  options = parser.parse_args(argv)
   program = pathlib.Path(__file__).with_name('emulator.py')
   emulator = subprocess.Popen(
     [sys.executable, program], stdout=subprocess.PIPE, text=True
@@ -176,4 +179,4 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.run(lambda: main(sys.argv[1:])))
