@@ -91,6 +91,7 @@ class Tpu(Chip):
       peak_flops=self.peak_flops * share,
       memory=self.memory * share,
       flops_per_cycle=int(self.flops_per_cycle * share),
+      bandwidth=self.bandwidth * share,
       link=self.link * share,
       network=self.network * share,
       cores=cores,

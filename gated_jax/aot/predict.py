@@ -2,9 +2,9 @@
 
     step = XLA + kernels + waiting for collectives
 
-XLA is the compiler's cycles over the clock. A kernel counts at the time its
-matmuls would take on the matrix units, a floor, unless its own cycles are
-given. A collective counts by its bytes over the links that its group spans.
+XLA is the compiler's cycles over the clock. Unless its own cycles are given, a
+kernel counts at the time that its matmuls take on the matrix units or that its
+bytes take from and to memory, whichever is more: a floor. A collective counts by its bytes over the links that its group spans.
 Synchronous ones are waited for. One that runs between a start and an end is
 waited for as long as it outlasts the instructions between them, one after the
 other on the links. Asynchronous ones that are spread over several products are
@@ -46,7 +46,7 @@ class KernelTime:
 
   kernel: Kernel
   seconds: float  # all calls together
-  scheduled: bool  # True: by its bundles; False: the matrix units' bound
+  bound: str  # 'schedule', 'matrix units' or 'memory'; '': nothing is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,12 +218,15 @@ def _stalls(
 
 
 def _kernel_time(kernel: Kernel, chip: Tpu, price: Price) -> KernelTime:
-  """A kernel's time by its schedule, or by its FLOPs where none is known."""
+  """A kernel's time by its schedule, or by what it declares."""
   known = price(kernel)
-  cycles = kernel.flops / chip.flops_per_cycle if known is None else known
-  return KernelTime(
-    kernel, kernel.calls * cycles / chip.clock, known is not None
+  if known is not None:
+    return KernelTime(kernel, kernel.calls * known / chip.clock, 'schedule')
+  seconds, bound = max(
+    (kernel.flops / chip.matrix_rate, 'matrix units'),
+    (kernel.bytes / chip.bandwidth, 'memory'),
   )
+  return KernelTime(kernel, kernel.calls * seconds, bound if seconds else '')
 
 
 def predict(

@@ -69,6 +69,7 @@ class Kernel:
   operands: tuple[str, ...]
   output: str
   flops: int  # declared by its author; 0: nothing declared
+  bytes: int  # read and written, the same
   calls: int
   op_name: str
 
@@ -240,12 +241,18 @@ class Program:
   def kernel(self, computation: str, i: Instruction, calls: int) -> Kernel:
     """The kernel that an instruction of a computation calls."""
     types = self.module.operand_types(computation, i)
-    declared = re.search(r'"flops":"?(\d+)', i.attributes)
+
+    def declared(name: str) -> int:
+      """A figure that the kernel's author gives."""
+      figure = re.search(rf'"{name}":"?(\d+)', i.attributes)
+      return int(figure.group(1)) if figure else 0
+
     return Kernel(
       name=_kernel_name(i),
       operands=tuple(hlo.without_layout(t) for t in types),
       output=hlo.without_layout(i.type),
-      flops=int(declared.group(1)) if declared else 0,
+      flops=declared('flops'),
+      bytes=declared('bytes_accessed'),
       calls=calls,
       op_name=i.op_name,
     )

@@ -203,13 +203,20 @@ def _waiting(t: Traffic) -> str:
   return f'beside computing, {_ms(t.exposed)} waited for'
 
 
+# How the time of a kernel was found; see predict.py.
+_BOUNDS = {
+  'schedule': 'by its schedule',
+  'matrix units': 'matrix-unit bound, a floor',
+  'memory': 'by its bytes, a floor',
+  '': 'unknown, not counted',
+}
+
+
 def _kernels(report: Report) -> str:
   kernels = report.prediction.kernels
   rows = [('name', 'calls', 'time', '')]
   for k in kernels:
-    how = 'by its schedule' if k.scheduled else 'matrix-unit bound, a floor'
-    if not k.scheduled and not k.kernel.flops:
-      how = 'unknown, not counted'
+    how = _BOUNDS[k.bound]
     rows.append((k.kernel.name, f'{k.kernel.calls}', _ms(k.seconds), how))
   return 'kernels per device and step\n' + (
     _table(rows) if kernels else '  none'

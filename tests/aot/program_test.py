@@ -3,6 +3,7 @@
 What is expected is counted by hand from the program's own shapes.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -212,10 +213,15 @@ def test_kernels_are_named_counted_and_timed_by_declared_flops():
   chip = chip_of(devices())
   bound = predict(program, where, chip)
   assert bound.kernel == pytest.approx(3 * 2 * N**3 / chip.matrix_rate)
-  assert not bound.kernels[0].scheduled
+  assert bound.kernels[0].bound == 'matrix units'
   known = predict(program, where, chip, lambda kernel: 1e6)
   assert known.kernel == pytest.approx(3e6 / chip.clock)
-  assert known.kernels[0].scheduled
+  assert known.kernels[0].bound == 'schedule'
+  # Where its bytes take longer than its products, they are the floor.
+  slow = dataclasses.replace(chip, bandwidth=chip.bandwidth / 100)
+  bound = predict(program, where, slow)
+  assert bound.kernel == pytest.approx(3 * 6 * N**2 / slow.bandwidth)
+  assert bound.kernels[0].bound == 'memory'
 
 
 def test_a_computation_beside_the_main_core_ends_where_it_ends():

@@ -10,6 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gated_jax.ops import moe
+from gated_jax.ops.moe import swiglu_tpu
+from gated_jax.ops.moe.grouped_matmul import grouped_matmul
 from gated_jax.ops.route import RouteSpec
 from gated_jax.ops.route import route
 from gated_jax.ops.route import router_statistics
@@ -232,3 +234,73 @@ def test_splitting_experts_changes_neither_loss_nor_gradients(
     np.testing.assert_allclose(
       g1[name], g0[name], rtol=1e-3, atol=1e-4, err_msg=name
     )
+
+
+@pytest.mark.parametrize('limit', [0.0, 0.7])
+def test_the_kernel_between_the_products_equals_its_formula(limit):
+  r = np.random.default_rng(0)
+  rows, width, used = 64, 128, 40
+  both = r.normal(size=(rows, 2 * width))
+  weights, grad = r.normal(size=(rows, 1)), r.normal(size=(rows, width))
+  line, other = r.normal(size=both.shape), r.normal(size=weights.shape)
+
+  def formula(both, weights):
+    gate, up = both[:used, :width], both[:used, width:]
+    gate = gate / (1 + np.exp(-gate))
+    if limit:
+      gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return gate * up * weights[:used]
+
+  def run(both, weights):
+    return swiglu_tpu.hidden(both, weights, jnp.int32(used), limit, True)
+
+  assert swiglu_tpu.fits(both.shape)
+  narrow = [jnp.asarray(x, jnp.float32) for x in (both, weights, grad)]
+  # Rows of no expert may hold anything.
+  narrow[0] = narrow[0].at[used:].set(jnp.nan)
+  narrow[2] = narrow[2].at[used:].set(jnp.nan)
+  y, pull = jax.vjp(run, *narrow[:2])
+  d_both, d_weights = pull(narrow[2])
+  np.testing.assert_allclose(y[:used], formula(both, weights), atol=1e-5)
+  for x in (y, d_both, d_weights):
+    assert not np.any(x[used:])
+  step = 1e-6
+
+  def slope(ahead, behind):
+    return np.sum((ahead - behind) * grad[:used]) / (2 * step)
+
+  expected = slope(
+    formula(both + step * line, weights), formula(both - step * line, weights)
+  )
+  assert np.sum(d_both * line) == pytest.approx(expected, rel=1e-3)
+  expected = slope(
+    formula(both, weights + step * other), formula(both, weights - step * other)
+  )
+  assert np.sum(d_weights * other) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_width_that_is_no_whole_tile_takes_the_plain_formula():
+  assert not swiglu_tpu.fits((64, 2 * 96))
+  assert not swiglu_tpu.fits((8, 2 * 128))
+
+
+@pytest.mark.parametrize('implementation', ['ragged_dot', 'gmm'])
+def test_the_gradient_of_matrices_adds_to_that_of_earlier_rows(implementation):
+  r = np.random.default_rng(0)
+  rows, matrices, start, grad = (
+    jnp.asarray(r.normal(size=shape), jnp.float32)
+    for shape in ((128, 128), (3, 128, 128), (3, 128, 128), (128, 128))
+  )
+  sizes = jnp.array([40, 0, 60], jnp.int32)  # one has none, some rows no group
+  grad = grad.at[100:].set(0)
+
+  def run(matrices):
+    return grouped_matmul(rows, matrices, sizes, implementation, True, start)
+
+  (found,) = jax.vjp(run, matrices)[1](grad)
+  expected = np.array(start, np.float64)
+  for group, (first, last) in enumerate(((0, 40), (40, 40), (40, 100))):
+    expected[group] += np.asarray(rows[first:last], np.float64).T @ np.asarray(
+      grad[first:last], np.float64
+    )
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)

@@ -93,9 +93,9 @@ def _capacity(
 class _Result(NamedTuple):
   """What one round of one chunk gives."""
 
-  product: Array  # the last of those that make `own`
+  product: Array | None  # the last of those that make `own`
   own: Any  # adds to the chunk's own arrays; their first axis is its tokens
-  common: Any  # adds to arrays that all rounds add to
+  common: Any  # arrays that every round adds to, this one included
 
 
 class _Route(NamedTuple):
@@ -113,18 +113,18 @@ class _Route(NamedTuple):
   sizes: Int[Array, ' E']  # received rows of each expert
 
   def send(
-    self, tokens: Float[Array, 'M D'], previous: Array | None
+    self, tokens: Float[Array, 'M D'], previous: _Result | None
   ) -> Float[Array, 'R D']:
     """The received rows, sorted by expert.
 
     Args:
       tokens: all of this device's.
-      previous: an array that has to be there before the rows are read.
+      previous: its product has to be there before the rows are read.
     """
     rows = order_of_rows.spread(tokens, self.choice, self.slot)
     rows = _swap(rows, self.axis)
-    if previous is not None:
-      rows, _ = jax.lax.optimization_barrier((rows, previous))
+    if previous is not None and previous.product is not None:
+      rows, _ = jax.lax.optimization_barrier((rows, previous.product))
     return order_of_rows.permute(rows, self.order, self.rank)
 
   def send_weights(self, weights: Float[Array, 'M k']) -> Float[Array, 'R 1']:
@@ -187,11 +187,11 @@ def _route(
   return _Route(axis, choice, slot, order, rank, sizes)
 
 
-# From a route, and the product of the chunk before; None: it is the first. Rows
-# that a chunk receives are not read before that product is there: else the
-# compiler exchanges all chunks' rows before the first product, and has no work
+# From a route and the result of the round before; None: it is the first. What
+# a chunk receives is not read before the product of the chunk before is there:
+# else the compiler exchanges all rows before the first product, and has no work
 # left to hide them behind.
-_Body = Callable[[_Route, Array | None], _Result]
+_Body = Callable[[_Route, _Result | None], _Result]
 
 
 def _run(
@@ -214,12 +214,8 @@ def _run(
   rounds: list[_Result] = []
   for plan in plans:
     route = _route(choices, plan, 0, capacity, local_experts, axis)
-    rounds.append(body(route, rounds[-1].product if rounds else None))
+    rounds.append(body(route, rounds[-1] if rounds else None))
   own = jax.tree.map(lambda *parts: _join(parts), *(r.own for r in rounds))
-  common = jax.tree.map(
-    lambda *parts: functools.reduce(jnp.add, parts),
-    *(r.common for r in rounds),
-  )
   further = _capacity(plans[0], local_experts, FURTHER_SHARE, spec)
   fullest = functools.reduce(jnp.maximum, (plan.counts.max() for plan in plans))
   more = -(-jnp.maximum(fullest - capacity, 0) // further) * len(plans)
@@ -235,15 +231,15 @@ def _run(
     plan = jax.tree.map(lambda part: part[number], stacked)
     first = capacity + i // len(plans) * further
     route = _route(choices, plan, first, further, local_experts, axis)
-    _, added, added_common = body(route, None)
+    _, added, common = body(route, _Result(None, None, common))
     own = jax.tree.map(lambda x, part: _add(x, part, number), own, added)
-    return i + 1, own, jax.tree.map(jnp.add, common, added_common)
+    return i + 1, own, common
 
   with jax.named_scope(FURTHER_ROUNDS):
     _, own, common = jax.lax.while_loop(
       lambda carry: carry[0] < more,
       step,
-      (jnp.int32(0), own, common),
+      (jnp.int32(0), own, rounds[-1].common),
     )
   return own, common
 
@@ -257,7 +253,7 @@ def _join(parts: tuple[Array, ...]) -> Array:
     return parts[0]
   rows = parts[0].shape[0]
   shape = (len(parts) * rows, *parts[0].shape[1:])
-  whole = jnp.zeros(shape, parts[0].dtype)
+  whole = jax.lax.empty(shape, parts[0].dtype)
   for number, part in enumerate(parts):
     whole = jax.lax.dynamic_update_slice_in_dim(whole, part, number * rows, 0)
   return whole
@@ -294,7 +290,7 @@ def exchange(
     spec: static options.
   """
 
-  def body(route: _Route, previous: Array | None) -> _Result:
+  def body(route: _Route, previous: _Result | None) -> _Result:
     """The outputs of one round."""
     rows = route.send(x, previous)
     row_weights = route.send_weights(weights)
@@ -316,12 +312,13 @@ def _backward(
 ) -> tuple[Array, Array, None, Matrices]:
   x, weights, choices, matrices = saved
 
-  def body(route: _Route, previous: Array | None) -> _Result:
+  def body(route: _Route, previous: _Result | None) -> _Result:
     """The gradients of one round. `send` and `collect` are each other's."""
 
     def forward(rows: Array, weights: Array, matrices: Matrices) -> Array:
       """The products that are differentiated, computed again."""
-      return swiglu(rows, weights, matrices, route.sizes, spec)
+      start = previous.common if previous else None
+      return swiglu(rows, weights, matrices, route.sizes, spec, start)
 
     rows, d_y = route.send(x, previous), route.send(grad, previous)
     row_weights = route.send_weights(weights)

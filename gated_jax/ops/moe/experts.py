@@ -8,8 +8,10 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from gated_jax.ops import swiglu as ops
+from gated_jax.ops.moe import swiglu_tpu
 from gated_jax.ops.moe.grouped_matmul import grouped_matmul
-from gated_jax.ops.swiglu import hidden as product
+from gated_jax.ops.moe.grouped_matmul import resolve
 
 
 class ExpertWeights(NamedTuple):
@@ -60,6 +62,7 @@ def swiglu(
   matrices: Matrices,
   sizes: Int[Array, ' E'],
   spec: ExpertSpec,
+  start: Matrices | None = None,
 ) -> Float[Array, 'R D']:
   """weight * down(silu(gate_proj x) * up x) of rows sorted by expert.
 
@@ -72,13 +75,19 @@ def swiglu(
     matrices: the experts.
     sizes: as above.
     spec: static options.
+    start: what the gradient of the matrices is added to, that of earlier rows.
   """
   options = (spec.implementation, spec.interpret)
-  dtype = weights.dtype
-  used = (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]
-  both = grouped_matmul(rows, matrices.into, sizes, *options)
-  # Split before widening: in the other order XLA writes a float32 copy.
-  gate, up = (h.astype(dtype) for h in jnp.split(both, 2, axis=-1))
-  hidden = product(gate, up, spec.limit) * weights
-  hidden = jnp.where(used, hidden, 0).astype(rows.dtype)
-  return grouped_matmul(hidden, matrices.down, sizes, *options)
+  into, down = start or (None, None)
+  both = grouped_matmul(rows, matrices.into, sizes, *options, into)
+  used = sizes.sum()
+  if resolve(spec.implementation) == 'gmm' and swiglu_tpu.fits(both.shape):
+    hidden = swiglu_tpu.hidden(both, weights, used, spec.limit, spec.interpret)
+  else:
+    # Split before widening: in the other order XLA writes a float32 copy.
+    halves = jnp.split(both, 2, axis=-1)
+    gate, up = (half.astype(weights.dtype) for half in halves)
+    product = ops.hidden(gate, up, spec.limit) * weights
+    inside = (jnp.arange(rows.shape[0]) < used)[:, None]
+    hidden = jnp.where(inside, product, 0).astype(rows.dtype)
+  return grouped_matmul(hidden, matrices.down, sizes, *options, down)

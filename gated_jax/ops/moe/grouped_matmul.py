@@ -1,7 +1,10 @@
 """Products of groups of rows with a matrix for each group."""
 
+import functools
+
 import jax
-from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
@@ -61,6 +64,7 @@ def grouped_matmul(
   sizes: Int[Array, ' E'],
   implementation: str = 'auto',
   interpret: bool = False,
+  start: Float[Array, 'E D F'] | None = None,
 ) -> Float[Array, 'R F']:
   """The first sizes[0] rows times matrices[0], the next times matrices[1], ..
 
@@ -72,11 +76,73 @@ def grouped_matmul(
     sizes: rows of each group.
     implementation: 'auto', or one of NAMES.
     interpret: runs 'gmm' on a CPU, for tests.
+    start: what the gradient of the matrices is added to, that of earlier rows.
   """
-  if resolve(implementation) == 'ragged_dot':
-    return jax.lax.ragged_dot(
-      rows, matrices, sizes, preferred_element_type=rows.dtype
-    )
-  return megablox.gmm(
-    rows, matrices, sizes, rows.dtype, _tiling, interpret=interpret
+  if resolve(implementation) == 'gmm':
+    return _kernel(rows, matrices, sizes, start, interpret)
+  if start is not None:
+    matrices = _adding_to(matrices, start)
+  return jax.lax.ragged_dot(
+    rows, matrices, sizes, preferred_element_type=rows.dtype
   )
+
+
+@jax.custom_vjp
+def _adding_to(matrices: Array, start: Array) -> Array:
+  """The matrices; their gradient begins with `start`."""
+  del start
+  return matrices
+
+
+_adding_to.defvjp(
+  lambda matrices, start: (matrices, start),
+  lambda start, grad: (start + grad, None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _kernel(
+  rows: Array,
+  matrices: Array,
+  sizes: Array,
+  start: Array | None,
+  interpret: bool,
+) -> Array:
+  """The product by JAX's kernel. In backward the kernel adds to `start`."""
+  del start
+  return gmm(rows, matrices, sizes, rows.dtype, _tiling, interpret=interpret)
+
+
+def _kernel_backward(
+  interpret: bool, saved: tuple, grad: Array
+) -> tuple[Array, Array, None, None]:
+  rows, matrices, sizes, start = saved
+  d_rows = gmm(
+    grad,
+    matrices,
+    sizes,
+    rows.dtype,
+    _tiling,
+    transpose_rhs=True,
+    interpret=interpret,
+  )
+  d_matrices = tgmm(
+    rows.swapaxes(0, 1),
+    grad,
+    sizes,
+    matrices.dtype,
+    _tiling,
+    num_actual_groups=matrices.shape[0],
+    existing_out=start,
+    interpret=interpret,
+  )
+  return d_rows, d_matrices, None, None
+
+
+_kernel.defvjp(
+  lambda rows, matrices, sizes, start, interpret: (
+    _kernel(rows, matrices, sizes, start, interpret),
+    (rows, matrices, sizes, start),
+  ),
+  _kernel_backward,
+)
