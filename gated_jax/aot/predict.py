@@ -4,12 +4,12 @@
 
 XLA is the compiler's cycles over the clock. Unless its own cycles are given, a
 kernel counts at the time that its matmuls take on the matrix units or that its
-bytes take from and to memory, whichever is more: a floor. A collective counts by its bytes over the links that its group spans.
-Synchronous ones are waited for. One that runs between a start and an end is
-waited for as long as it outlasts the instructions between them, one after the
-other on the links. Asynchronous ones that are spread over several products are
-waited for only as far as they take longer than all the computing. None of this
-was measured.
+bytes take from and to memory, whichever is more: a floor. A collective counts
+by its bytes over the links that its group spans. Synchronous ones are waited
+for. One that runs between a start and an end is waited for as long as it
+outlasts the instructions between them, one after the other on the links.
+Asynchronous ones that are spread over several products are waited for only as
+far as they take longer than all the computing. None of this was measured.
 """
 
 import dataclasses

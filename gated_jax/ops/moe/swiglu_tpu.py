@@ -11,6 +11,7 @@ anything, and come out as zeros.
 import dataclasses
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -117,7 +118,6 @@ def _run(
     return pl.BlockSpec((spec.rows, x.shape[1]), lambda i, used: (i, 0))
 
   backward = kernel is _backward_kernel
-  every = [*arrays, *shapes]
   with jax.enable_x64(False):  # a kernel's integers have 32 bits
     return pl.pallas_call(
       functools.partial(kernel, spec=spec),
@@ -132,11 +132,15 @@ def _run(
       cost_estimate=pl.CostEstimate(
         flops=0,
         transcendentals=arrays[0].size // 2,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in every),
+        bytes_accessed=_bytes(arrays) + _bytes(shapes),
       ),
       interpret=spec.interpret,
       name='expert_swiglu_backward' if backward else 'expert_swiglu_forward',
     )(used, *arrays)
+
+
+def _bytes(arrays: Sequence[Any]) -> int:
+  return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def _inside(used: Any, spec: _KernelSpec) -> Array:
