@@ -91,7 +91,7 @@ def _capacity(
 
 
 class _Result(NamedTuple):
-  """What one round of one chunk gives."""
+  """The arrays of one round of one chunk."""
 
   product: Array | None  # the last of those that make `own`
   own: Any  # adds to the chunk's own arrays; their first axis is its tokens

@@ -63,7 +63,7 @@ def hidden(
   limit: float = 0.0,
   interpret: bool = False,
 ) -> Float[Array, 'R F']:
-  """What the experts' last product reads, where `fits` allows it.
+  """The hidden activations of experts, where `fits` allows it.
 
   Args:
     both: gate and up, side by side.
