@@ -113,7 +113,8 @@ def _read_adapter(
   args: argparse.Namespace, source: Path, mesh: jax.sharding.Mesh
 ) -> tuple[RunConfig, Any, tokenizer.Files]:
   """A base with the adapters that PEFT saved in a folder."""
-  named = peft_settings.read_settings(read_json(source / ADAPTER)).base
+  settings = peft_settings.read_settings(read_json(source / ADAPTER))
+  named = settings.base
   base = expand(args.base or named)
   if not (args.base or (named and is_folder(base))):
     raise ValueError(
@@ -130,6 +131,11 @@ def _read_adapter(
   model, params = peft_read.load(source, config.model, params, family, mesh)
   if named and pathlib.Path(named).name != base.name:
     print(f'the adapter names {named} as its base, and {base} is taken')
+  if settings.dropout:
+    print(
+      f'the adapter was trained with lora_dropout={settings.dropout}: logits '
+      'are the same, and further training here is without it'
+    )
   optimizer = dataclasses.replace(config.optimizer, train='adapters')
   config = dataclasses.replace(config, model=model, optimizer=optimizer)
   return config, params, tokenizer.in_folder(source) or files

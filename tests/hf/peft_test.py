@@ -171,7 +171,12 @@ def test_the_command_writes_an_adapter_and_reads_it(small, tmp_path, capsys):
   assert settings['rank_pattern'] == {'self_attn.q_proj': 4}
   assert settings['alpha_pattern'] == {'self_attn.q_proj': 6}
   assert len(arrays) == 2 * 3 * config.depth
+  settings['lora_dropout'] = 0.25
+  file = tmp_path / 'adapter/adapter_config.json'
+  file.write_text(json.dumps(settings))
+  capsys.readouterr()
   assert cli.main(['import', f'{tmp_path}/adapter', f'{tmp_path}/ours']) == 0
+  assert 'trained with lora_dropout=0.25: logits' in capsys.readouterr().out
   again = checkpoint.load_config(tmp_path / 'ours')
   assert again.optimizer.train == 'adapters'
   assert again.model.lora.scale == config.lora.scale
@@ -217,6 +222,7 @@ def without_a_side(arrays):
     ({'peft_type': 'IA3'}, dict, "peft_type 'IA3'; only LORA can be read"),
     ({'use_dora': True}, dict, 'has use_dora=True, which adapters here do not'),
     ({'bias': 'all'}, dict, "has bias='all'"),
+    ({'lora_dropout': 'much'}, dict, 'lora_dropout'),
     ({'r': 0}, dict, 'has r=0, which is not an integer from 1'),
     ({'lora_alpha': -1}, dict, 'lora_alpha=-1.0, which is not positive'),
     ({'init_lora_weights': 'pissa_niter_4'}, dict, 'which changes the base'),

@@ -22,7 +22,6 @@ _INERT = frozenset(
     'layers_pattern',
     'layers_to_transform',
     'loftq_config',
-    'lora_dropout',
     'lora_ga_config',
     'megatron_config',
     'megatron_core',
@@ -52,6 +51,7 @@ class Settings:
     rank_stabilized: Whether scales go by the root of the rank.
     alphas: By patterns of the names of modules.
     base: The name or folder of the base; '': it is not said.
+    dropout: That the adapter was trained with. It changes no logit.
   """
 
   rank: int
@@ -59,6 +59,7 @@ class Settings:
   rank_stabilized: bool
   alphas: Mapping[str, float]
   base: str
+  dropout: float = 0.0
 
   def _root(self, rank: int) -> float:
     return math.sqrt(rank) if self.rank_stabilized else rank
@@ -120,6 +121,7 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
     rank_stabilized=keys.flag('use_rslora', False),
     alphas=_alphas(keys),
     base=keys.take('base_model_name_or_path', None) or '',
+    dropout=keys.number('lora_dropout') if values.get('lora_dropout') else 0.0,
   )
   keys.take('rank_pattern', {})  # the shapes of A say it
   on = {
