@@ -34,6 +34,9 @@ from gated_jax.base import digest_of
 from gated_jax.base import divide
 from gated_jax.base import join
 from gated_jax.base import locate
+from gated_jax.bucket_requests import BucketError
+from gated_jax.bucket_requests import bucket_error
+from gated_jax.bucket_requests import cause_in_bucket
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
 from gated_jax.config import to_dict
@@ -237,6 +240,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
   Raises:
     CheckpointError: the file cannot be read or is not what was saved.
+    BucketError: its bucket does not answer.
   """
   path = folder / RUN
   try:
@@ -247,6 +251,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     digest = run.pop('digest', None)
     if digest != _digest(run) and (digest or 'arrays' in run):
       raise ValueError('contents differ from what was saved')
+  except BucketError:
+    raise
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or one_line(error)
     raise CheckpointError(f'{folder} is damaged in {RUN}: {reason}') from error
@@ -419,6 +425,9 @@ def _read_parameters(
     handler = _one_by_one(own) if sparing or partial else None
     params = read_arrays(folder, {'params': own}, handler, partial)['params']
   except Exception as error:
+    cause = cause_in_bucket(error)
+    if cause is not None:  # what cannot be reached may be good
+      raise bucket_error(cause, folder) or error from error
     raise damaged(folder, error) from error
   check_arrays(folder, records(params, 'params'), recorded)
   if base is None or not rest:

@@ -147,12 +147,15 @@ def _check_same_arrays(
 
 def _loss_of(step: Path) -> float:
   """The held-out loss that a step was saved with; NaN: not known."""
-  with contextlib.suppress(CheckpointError, OSError, ValueError, TypeError):
+  try:
     run = read_run(step)
     if 'loss' not in run:  # earlier checkpoints have a file of its own
       run = json.loads(paths.read_bytes(step / 'metrics' / 'metrics'))
     return float(run['loss'])
-  return math.nan
+  except BucketError:  # the best step must not go because it was out of reach
+    raise
+  except (CheckpointError, OSError, ValueError, TypeError):
+    return math.nan
 
 
 class _Best(checkpoint_managers.PreservationPolicy):
@@ -444,13 +447,21 @@ class Checkpoints:
 
   def _together(self, step: int, read: Callable[[], Any]) -> Any:
     """Reads in all processes; None where one could not, and the step went."""
-    value, problem = None, ''
+    value, away, problem = None, '', ''
+    path = self.path(step)
     try:
       value = read()
-    except CheckpointError as error:
-      problem = str(error)
     except Exception as error:
-      problem = str(damaged(self.path(step), error))
+      cause = cause_in_bucket(error)
+      if cause is not None:
+        away = str(bucket_error(cause, path) or cause)
+      elif isinstance(error, CheckpointError):
+        problem = str(error)
+      else:
+        problem = str(damaged(path, error))
+    away = first_problem(away)
+    if away:  # nothing is known of the step, so it stays where it is
+      raise CheckpointOutOfReach(away)
     problem = first_problem(problem)
     if not problem:
       return value

@@ -277,6 +277,21 @@ def test_a_bucket_that_goes_silent_ends_the_run_in_one_line(
   assert left_in(workdir) == reference
 
 
+@pytest.mark.nightly
+def test_a_step_that_is_out_of_reach_is_not_put_aside(
+  program, train, bucket, storage
+):
+  workdir = f'{bucket}/x'
+  ended(train(workdir, steps=4))
+  before = paths.files_below(paths.expand(f'{workdir}/checkpoints'))
+  storage.proxy.fail('GET .*checkpoints/4/run/metadata', 503)
+  words = ('-c', HASTY, '--config=configs/base.py', f'--workdir={workdir}')
+  _, err = ended(program(*words, **tiny.TINY), code=75)
+  assert 'error: gs://' in err and '503' in err, err
+  storage.proxy.heal()
+  assert before == paths.files_below(paths.expand(f'{workdir}/checkpoints'))
+
+
 @pytest.mark.long
 def test_two_runs_do_not_share_a_workdir(train, bucket):
   workdir = f'{bucket}/x'
@@ -288,6 +303,8 @@ def test_two_runs_do_not_share_a_workdir(train, bucket):
   out, err = ended(train(workdir), code=75)
   (line,) = [x for x in err.splitlines() if x.startswith('error')]
   assert f'{workdir} is in use by process {first.pid} on' in line
+  # Until it trains, nothing in it waits for a signal.
+  assert any(line.startswith('step 1/') for line in first.stdout)
   first.send_signal(signal.SIGTERM)
   out, _ = ended(first, code=75)
   last = out.splitlines()[-1]
