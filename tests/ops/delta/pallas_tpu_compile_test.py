@@ -101,10 +101,13 @@ FORWARD, BOTH = (
   ['gated_delta_forward'],
   ['gated_delta_backward', 'gated_delta_forward'],
 )
+# The output of the norm is not read where only gradients are.
 AROUND = [
-  f'delta_{name}_{way}'
-  for name in ('filter', 'norm', 'unit_filter')
-  for way in ('backward', 'forward')
+  'delta_filter_backward',
+  'delta_filter_forward',
+  'delta_norm_backward',
+  'delta_unit_filter_backward',
+  'delta_unit_filter_forward',
 ]
 # Each takes a minute of a core; these have both kernels.
 OFTEN = [('v5e', 'gradients', BOTH), ('v6e', 'gradients', BOTH)]
