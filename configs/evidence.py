@@ -230,7 +230,7 @@ CLAIMS = {
     tokens=32_768,
     decay=0.5,
   ),
-  'sinks_qk': Claim(_PAIR, ('2e-3', '4e-3'), decay=0.1),
+  'sinks_qk': Claim(dict.fromkeys(_PAIR, 1), ('2e-3', '4e-3'), decay=0.1),
   'ungated': Claim({'baseline': 3}, ('1e-3',), steps=6000),
   'gates_first': Claim({'added_first': 3}, ('1e-3',), steps=500),
   'add_gate': Claim(
