@@ -78,7 +78,17 @@ def test_there_are_four_notebooks():
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
+@pytest.mark.parametrize(
+  'path',
+  [
+    # What the others do has examples that are tested.
+    path
+    if path.stem in ('attention_sinks', 'gate_in_ten_minutes')
+    else pytest.param(path, marks=pytest.mark.nightly)
+    for path in NOTEBOOKS
+  ],
+  ids=NAMES,
+)
 def test_runs_top_to_bottom_and_shows_figures(path, tmp_path, monkeypatch):
   check(run(path, tmp_path, monkeypatch, ''))
 

@@ -96,6 +96,7 @@ def test_a_trainer_with_parts_of_ones_own_reaches_its_goal_and_ends(tmp_path):
   assert list(losses)[-1] < 300
 
 
+@pytest.mark.nightly
 def test_a_student_comes_near_its_teacher(tmp_path):
   apart = load('distillation').train(tmp_path)
   first, *_, last = apart.values()

@@ -75,7 +75,7 @@ DELTA = tuple(
 PODS['qwen3_5_35b_a3b_v5p'] = Pod(
   'released:qwen3_5_35b_a3b', V5P, {'mesh.expert': 8}, (*EXPERTS, *DELTA)
 )
-EVERY_RUN = ('dense28_v5e', '128k_v5p')
+EVERY_RUN = ('dense28_v5e',)
 
 
 def config_of(pod):
