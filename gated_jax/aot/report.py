@@ -109,7 +109,11 @@ def examine(
 
 
 def _explain(message: str, chip: Tpu) -> str:
-  """The compiler's page about memory, in one line."""
+  """The compiler's page about one of its memories, in one line."""
+  # Not the memory that a smaller batch would leave free.
+  if 'vmem' in message.lower():
+    where = ' '.join(message.split())
+    return f'a kernel or fusion overruns the VMEM of {chip.name}: {where[:600]}'
   sizes = [float(n) for n in re.findall(r'\b(\d+\.\d+)G\b', message)]
   if not sizes or max(sizes) <= chip.memory / GIB:
     return f'it does not fit: {message.splitlines()[0][:300]}'
