@@ -1,6 +1,6 @@
 """The mixture of experts of 15B parameters, about 2B of them active, gated.
 
-    python train.py --config=configs/moe_15b_a2b.py --workdir=runs/moe \
+    python train.py --config=configs/moe_15b_a2b.py:v5p --workdir=runs/moe \
       --config.data.paths='/data/*.parquet' \
       --config.data.tokenizer=/data/tokenizer.json
 
@@ -11,14 +11,26 @@ not public; these figures were not measured here. The other rows of its tables
 are in `gate_sweep.py`.
 
 Hardware: a TPU pod, sized beforehand by `python -m gated_jax.aot`
-(docs/tpu_vm.md); --config.mesh.expert=8 spreads the experts over devices.
+(docs/tpu_vm.md). The word after the colon names its chip and spreads the
+experts over as many devices as were best there of what was compiled for 256
+(docs/tpu.md); without it every device gathers all experts.
+
+    v5p  v6e  tpu7x
 """
 
 from configs import base
 
+# Devices of a group of experts, by the chip.
+GROUPS = {'': 1, 'v5p': 8, 'v6e': 4, 'tpu7x': 2}
 
-def get_config():
+
+def get_config(chip: str = ''):
+  if chip not in GROUPS:
+    raise ValueError(
+      f'{chip=} must be one of: {" ".join(filter(None, GROUPS))}'
+    )
   config = base.get_config()
+  config.mesh.expert = GROUPS[chip]
   model, data, optimizer = config.model, config.data, config.optimizer
 
   model.depth = 24

@@ -30,7 +30,7 @@ WORDS = {
   'base': [''],
   'smoke': [''],
   'dense_1b7': ['', *dense_1b7.BLOCKS],
-  'moe_15b_a2b': [''],
+  'moe_15b_a2b': ['', 'v5p', 'v6e', 'tpu7x'],
   'released': ['', *released.MODELS],
   'evidence': [
     'sinks,headwise,0',

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.timeout(1800)
 FORWARD, BACKWARD = 'gated_attention_forward', 'gated_attention_backward'
 SMALL = 1 << 20  # bytes of an array that may be anywhere
 V5E, V6E, V5P = 'v5e:16x16', 'v6e:16x16', 'v5p:4x8x8'  # 256 chips each
+TPU7X = 'tpu7x:4x4x8'  # 128 chips of two devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,9 @@ PODS = {
   'dense48_v5e': Pod('dense_1b7:48', V5E, {}),
   'dense48_v6e': Pod('dense_1b7:48', V6E, {}),
   'dense48_v5p': Pod('dense_1b7:48', V5P, {}),
-  'moe_v6e': Pod('moe_15b_a2b', V6E, {'mesh.expert': 8}, EXPERTS),
-  'moe_v5p': Pod('moe_15b_a2b', V5P, {'mesh.expert': 8}, EXPERTS),
+  'moe_v6e': Pod('moe_15b_a2b:v6e', V6E, {}, EXPERTS),
+  'moe_v5p': Pod('moe_15b_a2b:v5p', V5P, {}, EXPERTS),
+  'moe_tpu7x': Pod('moe_15b_a2b:tpu7x', TPU7X, {}, EXPERTS),
   '32k_v5p': Pod('long_context:base32k', V5P, {'mesh.context': 4}),
   '128k_v5p': Pod(
     'long_context:yarn128k', V5P, {'mesh.context': 16}, (FORWARD,), False
