@@ -527,7 +527,7 @@ def base_for(
   under = base_in(run)
   same = all(stored[name][0] == arrays[name][0] for name in names)
   if under and same and set(names) <= set(under.arrays):
-    folder, recorded = find_base(folder, run), None
+    folder = find_base(folder, run)
     recorded = read_run(folder).get('arrays')
   place = os.fspath(paths.absolute(folder))
   return Base(place, '', digest_of(recorded), names)

@@ -138,7 +138,9 @@ def close(found, expected):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('accumulate', [2, 8])
+@pytest.mark.parametrize(
+  'accumulate', [pytest.param(2, marks=pytest.mark.nightly), 8]
+)
 def test_parts_of_unequal_targets_add_up_to_the_whole_batch(alone, accumulate):
   close(step_once(MeshConfig(fsdp=1), accumulate, batches=(0, 1)), alone)
 
@@ -147,8 +149,8 @@ def test_parts_of_unequal_targets_add_up_to_the_whole_batch(alone, accumulate):
 @pytest.mark.parametrize(
   'mesh',
   [
-    MeshConfig(fsdp=8),
-    MeshConfig(fsdp=4, tensor=2),
+    pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.nightly),
+    pytest.param(MeshConfig(fsdp=4, tensor=2), marks=pytest.mark.nightly),
     MeshConfig(fsdp=2, tensor=2, context=2),
   ],
   ids=['fsdp', 'tensor', 'context'],
