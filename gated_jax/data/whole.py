@@ -23,6 +23,9 @@ from gated_jax.data.packing import Position
 from gated_jax.data.packing import Rows
 from gated_jax.data.packing import pairs
 
+# Documents of which one should fit into a row: by chance the first few may not.
+ENOUGH = 64
+
 
 class Pieces(NamedTuple):
   """Documents, or parts of long ones, end to end, and where each was read."""
@@ -129,6 +132,9 @@ class WholeRows:
     self._open = Pieces(
       nothing, nothing, np.empty(0, np.int64), np.empty((0, 3), np.int64)
     )
+    # Documents since the beginning, while none of them fitted into a row.
+    begins = position == Position(0, 0, 0)
+    self._all_cut: int | None = 0 if begins else None
 
   def position(self) -> Position:
     """See `RowStream`."""
@@ -142,14 +148,11 @@ class WholeRows:
     Raises:
       ValueError: the first documents are all longer than a row.
     """
-    # Once a document is open its place says less: the first may be left out.
-    at_the_start = self.position() == Position(0, 0, 0)
     self._fill(count * self._length)
     ends = np.cumsum(self._open.lengths)
     most = int(np.searchsorted(ends, count * self._length, side='right'))
-    if at_the_start:
-      self._check(most)
     number, rows = self._pack(most, count)
+    self._check(number)
     taken = self._open.part(0, number)
     self._open = self._open.part(number, len(self._open.lengths))
     return lay_out(taken, rows, self._length)
@@ -168,12 +171,17 @@ class WholeRows:
     if len(parts) > 1:
       self._open = concatenated(parts)
 
-  def _check(self, most: int) -> None:
-    """ValueError where none of the first pieces is a whole document."""
-    begins = self._open.positions[:most, 2] == 0
-    short = self._open.lengths[most - 1 : most] < self._length
-    whole = begins & np.append(begins[1:], short)
-    if begins.sum() > 1 and not whole.any():
+  def _check(self, number: int) -> None:
+    """ValueError where no document so far fitted, after enough of them."""
+    if self._all_cut is None or not number:
+      return
+    begins = self._open.positions[:, 2] == 0
+    ends = np.append(begins[1:], False) | (self._open.lengths < self._length)
+    if (begins & ends)[:number].any():
+      self._all_cut = None
+      return
+    self._all_cut += int(begins[:number].sum())
+    if self._all_cut >= ENOUGH:
       raise ValueError(
         "data.rows='whole' finds only documents longer than "
         f'data.length={self._length}, and keeps none whole: use longer rows, '

@@ -135,19 +135,25 @@ def test_little_is_padding_where_windows_are_large():
 
 
 def test_documents_that_are_all_longer_than_a_row_are_refused():
-  stream = WholeRows(Documents([40, 50, 60], 1), 16)
+  stream = WholeRows(Documents([40, 50, 60] * 30, 1), 16)
   with pytest.raises(
     ValueError, match=r'longer than data\.length=16, and keep'
   ):
-    stream.take(8)
+    for _ in range(40):
+      stream.take(8)
   # The first documents of a source may be held out.
-  later = Documents([2, 40, 50, 60], 1)
+  later = Documents([2, *[40, 50, 60] * 30], 1)
   next(later)
   later.seek = lambda place, cursor: None
   stream = WholeRows(later, 16)
   with pytest.raises(ValueError, match=r'longer than data\.length=16'):
-    stream.take(8)
-  # One that fits is enough, and of later windows nothing is asked.
-  stream = WholeRows(Documents([40, 10, *[60] * 40], 1), 16)
-  assert len(stream.take(4).filled) == 4
-  assert len(stream.take(4).filled) == 4
+    stream.take(400)
+
+
+@pytest.mark.parametrize('place', [0, 1, 60])
+def test_one_document_that_fits_among_the_first_is_enough(place):
+  lengths = [60] * 100
+  lengths[place] = 10
+  stream = WholeRows(Documents(lengths, 1), 16)
+  taken = [len(stream.take(4).filled) for _ in range(90)]
+  assert taken == [4] * 90
