@@ -83,7 +83,7 @@ def test_there_are_four_notebooks():
   [
     # What the others do has examples that are tested.
     path
-    if path.stem in ('attention_sinks', 'gate_in_ten_minutes')
+    if path.stem == 'gate_in_ten_minutes'
     else pytest.param(path, marks=pytest.mark.nightly)
     for path in NOTEBOOKS
   ],

@@ -145,7 +145,9 @@ def one_device():
   'axes',
   [
     # One key head, for two devices; experts travel, parameters are gathered.
-    {'fsdp': 2, 'expert': 2, 'tensor': 2},
+    pytest.param(
+      {'fsdp': 2, 'expert': 2, 'tensor': 2}, marks=pytest.mark.nightly
+    ),
     # States, and inputs of the filters, pass from device to device.
     {'context': 4, 'tensor': 2},
     pytest.param(

@@ -226,7 +226,15 @@ def test_on_a_mesh_only_projections_and_shared_heads_need_the_others():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('topology', ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'))
+@pytest.mark.parametrize(
+  'topology',
+  (
+    'v5e:2x2',
+    # The units of v5e, and more of them.
+    pytest.param('v5p:2x2x1', marks=pytest.mark.nightly),
+    'v6e:2x2',
+  ),
+)
 def test_both_passes_compile_for_every_shape_of_call(topology):
   lines = run(PROGRAM, topology)
   assert len(lines) == 6, lines

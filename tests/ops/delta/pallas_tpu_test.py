@@ -128,7 +128,7 @@ def test_a_state_of_two_parts_as_of_a_split_sequence_has_its_gradients():
     assert error < 2e-6 * np.abs(x).max(), name
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_two_key_heads_pass_without_gradients_as_with_them():
   inputs, state, first = arrays('bfloat16', 2)
   slopes = jnp.ones(inputs.value.shape), jnp.ones(state.shape)
