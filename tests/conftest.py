@@ -66,13 +66,18 @@ def storage():
     process.terminate()
 
 
+def new_bucket(server):
+  """A bucket of a number that no test had; afterwards faults are gone."""
+  number = getattr(server, 'number', 0)
+  server.number = number + 1
+  yield server.make_bucket(f'test-bucket-{number}')
+  server.proxy.heal()
+
+
 @pytest.fixture
 def bucket(storage):
   """The address of a new bucket, without a slash at its end."""
-  number = getattr(storage, 'number', 0)
-  storage.number = number + 1
-  yield storage.make_bucket(f'test-bucket-{number}')
-  storage.proxy.heal()
+  yield from new_bucket(storage)
 
 
 @pytest.fixture(scope='session')
@@ -125,10 +130,7 @@ def s3(tmp_path_factory):
 @pytest.fixture
 def s3_bucket(s3):
   """The address of a new bucket of S3, without a slash at its end."""
-  number = getattr(s3, 'number', 0)
-  s3.number = number + 1
-  yield s3.make_bucket(f'test-bucket-{number}')
-  s3.proxy.heal()
+  yield from new_bucket(s3)
 
 
 @pytest.fixture

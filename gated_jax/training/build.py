@@ -160,9 +160,7 @@ def build(
       if config.init_from:
         params = load_start(config, abstract.params, mesh, state.params)
         state = state.replace(params=params)
-        boxed = boxed_parameters(config.model, config.data.length)
-        part = trained_part(config.optimizer.train, boxed)
-        checkpoints.base = base_of_start(config, params, part)
+        checkpoints.base = base_of_start(config, params)
     else:
       state, position, changed = restored
       _restore_data(data, position, checkpoints.path(int(state.step)))

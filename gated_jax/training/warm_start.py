@@ -24,8 +24,9 @@ from gated_jax.model import adapters
 from gated_jax.model import additions
 from gated_jax.model import tree
 from gated_jax.model.abstract import abstract_parameters
+from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.patterns import Path
-from gated_jax.training.parts import Part
+from gated_jax.training.parts import trained_part
 
 Tree = Any
 
@@ -148,27 +149,28 @@ def _same_arrays(there: ModelConfig, here: ModelConfig) -> bool:
   return _layout(there) == _layout(here) and not merged
 
 
-def base_of_start(config: RunConfig, params: Tree, part: Part) -> Base | None:
+def base_of_start(config: RunConfig, params: Tree) -> Base | None:
   """The base that the checkpoints of a new run leave what is frozen with.
 
   Args:
     config: Settings of the run.
     params: Its parameters before the first step.
-    part: Those of them that train.
 
   Returns:
     None where checkpoints have to hold everything.
   """
-  if not config.init_from or config.checkpoint.whole or part.paths is None:
+  train = config.optimizer.train
+  if not config.init_from or config.checkpoint.whole or train == 'all':
     return None
   there = checkpoint.load_config(config.init_from).model
   if not _same_arrays(there, config.model):
     return None
+  trained = trained_part(train, boxed_parameters(config.model)).paths or ()
   frozen = traverse_util.unflatten_dict(
     {
       path: x
       for path, x in traverse_util.flatten_dict(params).items()
-      if path not in part.paths
+      if path not in trained
     }
   )
   arrays = checkpoint.records(frozen, 'params')
