@@ -18,6 +18,9 @@ from gated_jax.config.roles import setting
 from gated_jax.config.stack import LayerSpec
 from gated_jax.config.stack import read_word
 
+# From what saves most to what recomputes most; see model/block.py.
+REMAT = ('none', 'minimal', 'attention', 'exchange', 'full')
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -61,7 +64,7 @@ class ModelConfig:
   # Attention backend: 'xla', 'cudnn', 'splash', 'pallas_tpu'.
   attention: str = setting('auto', 'free')
   scan: bool = setting(True, 'execution')  # compile one layer and loop over it
-  # What the backward pass recomputes; see model/decoder.py.
+  # What the backward pass recomputes; see model/block.py.
   remat: str = setting('none', 'free')
   # Tokens per chunk of the loss; 0: chosen by the vocabulary.
   logit_chunk: int = setting(0, 'free')
@@ -103,7 +106,7 @@ class ModelConfig:
       self.attention,
       ('auto', 'xla', 'cudnn', 'splash', 'pallas_tpu'),
     )
-    choice('model.remat', self.remat, ('none', 'full', 'attention', 'minimal'))
+    choice('model.remat', self.remat, REMAT)
     below_one(**{'model.dropout': self.dropout})
     not_negative(
       **{

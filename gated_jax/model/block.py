@@ -7,6 +7,7 @@ What backward recomputes is `config.remat`; arrays are saved by name:
     none       nothing is recomputed
     minimal    norms and products only: every matmul's output is saved
     attention  the MLP as well: what attention reads and writes is saved
+    exchange   all but what is sent to other devices' experts, and to which
     full       everything but the inputs of the layers
 """
 
@@ -30,11 +31,14 @@ from gated_jax.model.layers import norm
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixer import State
 from gated_jax.model.mixers import mixer_named
+from gated_jax.model.moe import ROUTING_NAME
 from gated_jax.model.moe import MoE
 from gated_jax.ops import probes
 from gated_jax.ops.attention.spec import LSE_NAME
 from gated_jax.ops.attention.spec import OUTPUT_NAME
 from gated_jax.ops.delta.pallas_tpu.call import RESIDUALS_NAME
+from gated_jax.ops.moe import PRODUCT_NAME
+from gated_jax.ops.moe import ROWS_NAME
 
 # Group ('losses' or 'logs'), then name, to one number of a layer, or to an
 # array of numbers of several layers.
@@ -44,6 +48,7 @@ _GATED = (LOGITS_NAME, OUTPUT_NAME, LSE_NAME)
 # The names that each policy saves; 'none' is no policy at all.
 SAVED: dict[str, tuple[str, ...]] = {
   'full': (),
+  'exchange': (ROUTING_NAME, ROWS_NAME),
   'attention': ('query', 'key', 'value', *_GATED, MEAN_NAME),
   'minimal': (
     'query_projection',
@@ -54,6 +59,9 @@ SAVED: dict[str, tuple[str, ...]] = {
     'attention_result',
     'mlp_gate',
     'mlp_up',
+    ROUTING_NAME,
+    ROWS_NAME,
+    PRODUCT_NAME,
     MEAN_NAME,
   ),
 }
@@ -87,7 +95,8 @@ class Block(nn.Module):
     extras: Extras = {}
     if layer.ffn == 'moe':
       limits = layer.limit, layer.shared_limit
-      moe = MoE(c, layer.ffn_width, *limits, name='moe')
+      saved = SAVED.get(c.remat, (ROWS_NAME, PRODUCT_NAME))
+      moe = MoE(c, layer.ffn_width, *limits, saved, name='moe')
       y, losses, logs = moe(h, ctx.valid)
       extras = {'losses': losses, 'logs': logs}
     else:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
@@ -34,6 +35,9 @@ from gated_jax.sharding import Axes
 from gated_jax.sharding import mesh_axes
 from gated_jax.sharding import per_device
 
+# The chosen experts and their weights; remat policies know this name.
+ROUTING_NAME = 'routing'
+
 
 class MoEOutput(NamedTuple):
   """A layer's output, the losses that it adds, and numbers for the log."""
@@ -50,6 +54,7 @@ class MoE(nn.Module):
   width: int  # hidden channels of one expert
   limit: float = 0.0  # see gated_jax/ops/swiglu.py
   shared_limit: float = 0.0
+  saved: tuple[str, ...] = ()  # for backward; see `ExpertSpec`
 
   @nn.compact
   def __call__(
@@ -143,6 +148,7 @@ class MoE(nn.Module):
       implementation=self.config.moe.implementation,
       slack=self.config.moe.slack,
       chunks=self.config.moe.chunks,
+      saved=self.saved,
       limit=self.limit,
       expert_axis=split[0] if split else '',
       token_axes=mesh_axes('batch') + mesh_axes('length'),
@@ -160,10 +166,12 @@ class MoE(nn.Module):
     tokens = ('batch', 'length', None)
     into, out = ('experts', None, 'mlp'), ('experts', 'mlp', None)
     placed = per_device(run, (tokens, tokens, tokens, into, into, out), tokens)
+    # Where these are saved, gradients can travel to the experts before the
+    # router's input is there again.
     return placed(
       x,
-      routing.indices,
-      routing.weights,
+      checkpoint_name(routing.indices, ROUTING_NAME),
+      checkpoint_name(routing.weights, ROUTING_NAME),
       *(matrix.astype(x.dtype) for matrix in experts),
     )
 

@@ -192,29 +192,31 @@ def split(mesh_shape, spec):
   return run
 
 
-# Mesh, top_k, slack and chunks. Slack below one forces further rounds, as a very
-# uneven load does. A device has 96, 24, 12, 12 and 24 tokens: not all chunks
-# that are asked for divide them.
+# Mesh, top_k, slack, chunks and what is saved. Slack below one forces further
+# rounds, as a very uneven load does. A device has 96, 24, 12, 12 and 24 tokens:
+# not all chunks that are asked for divide them.
+ROWS, BOTH = (moe.ROWS_NAME,), (moe.ROWS_NAME, moe.PRODUCT_NAME)
 SPLITS = [
-  ((1, 2, 1), 2, 1.25, 1),
-  ((1, 4, 1), 2, 0.5, 2),
-  ((1, 8, 1), 2, 1.25, 5),
-  ((2, 4, 1), E, 1.25, 2),
-  ((2, 2, 2), 2, 0.3, 4),
+  ((1, 2, 1), 2, 1.25, 1, ()),
+  ((1, 4, 1), 2, 0.5, 2, BOTH),
+  ((1, 8, 1), 2, 1.25, 5, ROWS),
+  ((2, 4, 1), E, 1.25, 2, ()),
+  ((2, 2, 2), 2, 0.3, 4, ROWS),
 ]
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
-@pytest.mark.parametrize('shape, top_k, slack, chunks', SPLITS)
+@pytest.mark.parametrize('shape, top_k, slack, chunks, saved', SPLITS)
 @pytest.mark.parametrize('skewed', [False, True])
 def test_splitting_experts_changes_neither_loss_nor_gradients(
-  shape, top_k, slack, chunks, skewed
+  shape, top_k, slack, chunks, saved, skewed
 ):
   a = to_float32(make(batch=8))
   if skewed:  # nearly every token goes to the experts of one device
     a['x'] = jnp.abs(a['x'])
     a['router'] = a['router'].at[:, 0].add(4).at[:, 1].add(3)
-  run = split(shape, moe.ExpertSpec('ragged_dot', slack=slack, chunks=chunks))
+  spec = moe.ExpertSpec('ragged_dot', slack=slack, chunks=chunks, saved=saved)
+  run = split(shape, spec)
 
   def loss(a, function):
     y, stats = function(a)

@@ -11,25 +11,31 @@ depend on one another, so that the compiler can move the rows of one part while
 it multiplies those of another.
 
 The backward pass is written by hand: it runs the same rounds and recomputes
-them.
+them, but for what `ExpertSpec.saved` names: rows that were saved are not sent
+again. Further rounds save nothing.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
 from gated_jax.ops.moe import rows as order_of_rows
+from gated_jax.ops.moe.experts import PRODUCT_NAME
+from gated_jax.ops.moe.experts import ROWS_NAME
 from gated_jax.ops.moe.experts import ExpertSpec
 from gated_jax.ops.moe.experts import Matrices
-from gated_jax.ops.moe.experts import swiglu
+from gated_jax.ops.moe.experts import first_product
+from gated_jax.ops.moe.experts import second_product
 from gated_jax.ops.moe.grouped_matmul import row_tile
 
 # The scope of the rounds that an even load does not need. `gated_jax/aot`
@@ -90,12 +96,20 @@ def _capacity(
   return -(-min(most, wanted) // tile) * tile
 
 
+class _Saved(NamedTuple):
+  """The arrays that forward leaves to backward; None: made again."""
+
+  rows: Float[Array, 'R D'] | None
+  both: Float[Array, 'R F2'] | None
+
+
 class _Result(NamedTuple):
   """The arrays of one round of one chunk."""
 
   product: Array | None  # the last of those that make `own`
   own: Any  # adds to the chunk's own arrays; their first axis is its tokens
   common: Any  # arrays that every round adds to, this one included
+  saved: _Saved = _Saved(None, None)
 
 
 class _Route(NamedTuple):
@@ -187,16 +201,20 @@ def _route(
   return _Route(axis, choice, slot, order, rank, sizes)
 
 
-# From a route and the result of the round before; None: it is the first. What
-# a chunk receives is not read before the product of the chunk before is there:
-# else the compiler exchanges all rows before the first product, and has no work
-# left to hide them behind.
-_Body = Callable[[_Route, _Result | None], _Result]
+# From a route, the result of the round before (None: it is the first) and what
+# forward saved of this round. What a chunk receives is not read before the
+# product of the chunk before is there: else the compiler exchanges all rows
+# before the first product, and has no work left to hide them behind.
+_Body = Callable[[_Route, _Result | None, _Saved], _Result]
 
 
 def _run(
-  choices: Int[Array, 'M k'], local_experts: int, spec: ExpertSpec, body: _Body
-) -> tuple[Any, Any]:
+  choices: Int[Array, 'M k'],
+  local_experts: int,
+  spec: ExpertSpec,
+  body: _Body,
+  saved: Sequence[_Saved] = (),
+) -> tuple[Any, Any, tuple[_Saved, ...]]:
   """All rounds of all chunks.
 
   Args:
@@ -204,17 +222,20 @@ def _run(
     local_experts: experts of one device.
     spec: static options.
     body: one round, as above.
+    saved: by the forward pass, of each chunk; (): this is the forward pass.
 
   Returns:
-    The chunks' own arrays, one chunk after the other, and the common ones.
+    The chunks' own arrays, one chunk after the other, the common ones, and what
+    each chunk's first round saves.
   """
   plans = _plans(choices, local_experts, spec)
   axis = spec.expert_axis
   capacity = _capacity(plans[0], local_experts, spec.slack, spec)
+  nothing = _Saved(None, None)
   rounds: list[_Result] = []
-  for plan in plans:
+  for plan, old in zip(plans, saved or [nothing] * len(plans), strict=True):
     route = _route(choices, plan, 0, capacity, local_experts, axis)
-    rounds.append(body(route, rounds[-1] if rounds else None))
+    rounds.append(body(route, rounds[-1] if rounds else None, old))
   own = jax.tree.map(lambda *parts: _join(parts), *(r.own for r in rounds))
   further = _capacity(plans[0], local_experts, FURTHER_SHARE, spec)
   fullest = functools.reduce(jnp.maximum, (plan.counts.max() for plan in plans))
@@ -231,9 +252,9 @@ def _run(
     plan = jax.tree.map(lambda part: part[number], stacked)
     first = capacity + i // len(plans) * further
     route = _route(choices, plan, first, further, local_experts, axis)
-    _, added, common = body(route, _Result(None, None, common))
-    own = jax.tree.map(lambda x, part: _add(x, part, number), own, added)
-    return i + 1, own, common
+    added = body(route, _Result(None, None, common), nothing)
+    own = jax.tree.map(lambda x, part: _add(x, part, number), own, added.own)
+    return i + 1, own, added.common
 
   with jax.named_scope(FURTHER_ROUNDS):
     _, own, common = jax.lax.while_loop(
@@ -241,7 +262,7 @@ def _run(
       step,
       (jnp.int32(0), own, rounds[-1].common),
     )
-  return own, common
+  return own, common, tuple(result.saved for result in rounds)
 
 
 def _join(parts: tuple[Array, ...]) -> Array:
@@ -290,45 +311,58 @@ def exchange(
     spec: static options.
   """
 
-  def body(route: _Route, previous: _Result | None) -> _Result:
-    """The outputs of one round."""
-    rows = route.send(x, previous)
-    row_weights = route.send_weights(weights)
-    y = swiglu(rows, row_weights, matrices, route.sizes, spec)
-    return _Result(y, route.collect(y), ())
-
-  return _run(choices, matrices.down.shape[0], spec, body)[0]
+  return _forward(x, weights, choices, matrices, spec)[0]
 
 
 def _forward(
   x: Array, weights: Array, choices: Array, matrices: Matrices, spec: ExpertSpec
 ) -> tuple[Array, Any]:
-  y = exchange(x, weights, choices, matrices, spec)
-  return y, (x, weights, choices, matrices)
+  def body(route: _Route, previous: _Result | None, _: _Saved) -> _Result:
+    """The outputs of one round."""
+    rows = checkpoint_name(route.send(x, previous), ROWS_NAME)
+    row_weights = route.send_weights(weights)
+    both = first_product(rows, matrices.into, route.sizes, spec)
+    y = second_product(both, row_weights, matrices.down, route.sizes, spec)
+    saved = _Saved(
+      rows if ROWS_NAME in spec.saved else None,
+      both if PRODUCT_NAME in spec.saved else None,
+    )
+    return _Result(y, route.collect(y), (), saved)
+
+  y, _, saved = _run(choices, matrices.down.shape[0], spec, body)
+  return y, (x, weights, choices, matrices, saved)
 
 
 def _backward(
-  spec: ExpertSpec, saved: Any, grad: Array
+  spec: ExpertSpec, residuals: Any, grad: Array
 ) -> tuple[Array, Array, None, Matrices]:
-  x, weights, choices, matrices = saved
+  x, weights, choices, matrices, saved = residuals
 
-  def body(route: _Route, previous: _Result | None) -> _Result:
+  def body(route: _Route, previous: _Result | None, old: _Saved) -> _Result:
     """The gradients of one round. `send` and `collect` are each other's."""
+    into, down = (previous and previous.common) or (None, None)
 
-    def forward(rows: Array, weights: Array, matrices: Matrices) -> Array:
-      """The products that are differentiated, computed again."""
-      start = previous.common if previous else None
-      return swiglu(rows, weights, matrices, route.sizes, spec, start)
+    def first(rows: Array, matrix: Array) -> Array:
+      """The first product, which is made again where it was not saved."""
+      return first_product(rows, matrix, route.sizes, spec, into)
 
-    rows, d_y = route.send(x, previous), route.send(grad, previous)
+    def second(both: Array, weights: Array, matrix: Array) -> Array:
+      """The second product, whose value nobody reads."""
+      return second_product(both, weights, matrix, route.sizes, spec, down)
+
+    rows = route.send(x, previous) if old.rows is None else old.rows
+    d_y = route.send(grad, previous)
+    both, pull_first = jax.vjp(first, rows, matrices.into)
+    both = both if old.both is None else old.both
     row_weights = route.send_weights(weights)
-    pull = jax.vjp(forward, rows, row_weights, matrices)[1]
-    d_rows, d_weights, d_matrices = pull(d_y)
+    pull_second = jax.vjp(second, both, row_weights, matrices.down)[1]
+    d_both, d_weights, d_down = pull_second(d_y)
+    d_rows, d_into = pull_first(d_both)
     own = route.collect(d_rows), route.collect_weights(d_weights)
-    return _Result(d_rows, own, d_matrices)
+    return _Result(d_rows, own, Matrices(d_into, d_down))
 
-  own, d_matrices = _run(choices, matrices.down.shape[0], spec, body)
-  return *own, None, d_matrices
+  own, common, _ = _run(choices, matrices.down.shape[0], spec, body, saved)
+  return *own, None, common
 
 
 exchange.defvjp(_forward, _backward)

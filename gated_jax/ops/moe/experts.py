@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
@@ -12,6 +13,12 @@ from gated_jax.ops import swiglu as ops
 from gated_jax.ops.moe import swiglu_tpu
 from gated_jax.ops.moe.grouped_matmul import grouped_matmul
 from gated_jax.ops.moe.grouped_matmul import resolve
+
+# Names of arrays that a remat policy may save: rows as a device received them,
+# in the order of its experts, and the product of those rows with gate_proj and
+# up.
+ROWS_NAME = 'expert_rows'
+PRODUCT_NAME = 'expert_product'
 
 
 class ExpertWeights(NamedTuple):
@@ -50,6 +57,9 @@ class ExpertSpec:
   # Parts that a device's tokens are worked through in, where experts are split
   # over devices: rows of one travel while those of another are multiplied.
   chunks: int = 1
+  # Which of the arrays named above the backward pass of an exchange is given.
+  # It makes the others again, and sends rows again for that.
+  saved: tuple[str, ...] = ()
   # Axis names inside shard_map; '' and () where there are none.
   expert_axis: str = ''  # splits the experts, and the tokens as well
   token_axes: tuple[str, ...] = ()  # all that split tokens, expert_axis too
@@ -62,7 +72,6 @@ def swiglu(
   matrices: Matrices,
   sizes: Int[Array, ' E'],
   spec: ExpertSpec,
-  start: Matrices | None = None,
 ) -> Float[Array, 'R D']:
   """weight * down(silu(gate_proj x) * up x) of rows sorted by expert.
 
@@ -75,11 +84,50 @@ def swiglu(
     matrices: the experts.
     sizes: as above.
     spec: static options.
-    start: what the gradient of the matrices is added to, that of earlier rows.
+  """
+  both = first_product(rows, matrices.into, sizes, spec)
+  return second_product(both, weights, matrices.down, sizes, spec)
+
+
+def first_product(
+  rows: Float[Array, 'R D'],
+  into: Float[Array, 'E D F2'],
+  sizes: Int[Array, ' E'],
+  spec: ExpertSpec,
+  start: Float[Array, 'E D F2'] | None = None,
+) -> Float[Array, 'R F2']:
+  """gate_proj x and up x side by side.
+
+  Args:
+    rows: as in `swiglu`, like the rest.
+    into: the experts' matrices of both.
+    sizes: as above.
+    spec: static options.
+    start: what the gradient of `into` is added to, that of earlier rows.
   """
   options = (spec.implementation, spec.interpret)
-  into, down = start or (None, None)
-  both = grouped_matmul(rows, matrices.into, sizes, *options, into)
+  both = grouped_matmul(rows, into, sizes, *options, start)
+  return checkpoint_name(both, PRODUCT_NAME)
+
+
+def second_product(
+  both: Float[Array, 'R F2'],
+  weights: Float[Array, 'R 1'],
+  down: Float[Array, 'E F D'],
+  sizes: Int[Array, ' E'],
+  spec: ExpertSpec,
+  start: Float[Array, 'E F D'] | None = None,
+) -> Float[Array, 'R D']:
+  """The experts' outputs, of what `first_product` gives.
+
+  Args:
+    both: gate_proj x and up x.
+    weights: as in `swiglu`, like the rest.
+    down: the experts' matrices.
+    sizes: as above.
+    spec: static options.
+    start: what the gradient of `down` is added to, that of earlier rows.
+  """
   used = sizes.sum()
   if resolve(spec.implementation) == 'gmm' and swiglu_tpu.fits(both.shape):
     hidden = swiglu_tpu.hidden(both, weights, used, spec.limit, spec.interpret)
@@ -88,6 +136,7 @@ def swiglu(
     halves = jnp.split(both, 2, axis=-1)
     gate, up = (half.astype(weights.dtype) for half in halves)
     product = ops.hidden(gate, up, spec.limit) * weights
-    inside = (jnp.arange(rows.shape[0]) < used)[:, None]
-    hidden = jnp.where(inside, product, 0).astype(rows.dtype)
-  return grouped_matmul(hidden, matrices.down, sizes, *options, down)
+    inside = (jnp.arange(both.shape[0]) < used)[:, None]
+    hidden = jnp.where(inside, product, 0).astype(both.dtype)
+  options = (spec.implementation, spec.interpret)
+  return grouped_matmul(hidden, down, sizes, *options, start)
