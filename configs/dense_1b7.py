@@ -20,7 +20,14 @@ have a narrower MLP to pay for the gate: 1,728,177,152 parameters (28) and
     --config.model.gate.position=none --config.model.mlp_width=4608    (48)
 
 Hardware: a TPU pod, sized beforehand by `python -m gated_jax.aot`
-(docs/tpu_vm.md). For the speed alone, without any text:
+(docs/tpu_vm.md). A chip as one more word (`28,v6e`, `28,3t5,tpu7x`) takes the
+recomputation that was quickest there of what was compiled for 256 devices,
+and as many rows at once as fit (docs/tpu.md). Without it all is recomputed,
+which fits any of them. The 48 layers have no such choice yet.
+
+    v5e  v5p  v6e  tpu7x
+
+For the speed alone, without any text:
 
     --config.data.source=synthetic --config.data.paths=
     --config.data.tokenizer=bytes
@@ -41,10 +48,25 @@ BLOCKS = {
   '48,1t': (1e12, 4096, 5.3e-3),
 }
 
+# What 28 layers do not recompute, and rows of a device that they take at once.
+CHIPS = {
+  'v5e': ('minimal', 2),
+  'v5p': ('none', 4),
+  'v6e': ('minimal', 4),
+  'tpu7x': ('none', 4),
+}
+DEVICES = 256
 
-def get_config(block: str = '28'):
-  if block not in BLOCKS:
-    raise ValueError(f'{block=} must be one of: {" ".join(BLOCKS)}')
+
+def get_config(words: str = '28'):
+  block, chip = words, ''
+  if words.rpartition(',')[2] in CHIPS:
+    block, _, chip = words.rpartition(',')
+  if block not in BLOCKS or (chip and not block.startswith('28')):
+    raise ValueError(
+      f'{words!r} must be one of: {" ".join(BLOCKS)}, with 28 followed by one '
+      f'of ,{" ,".join(CHIPS)} or not'
+    )
   config = base.get_config()
   model, data, optimizer = config.model, config.data, config.optimizer
 
@@ -57,6 +79,9 @@ def get_config(block: str = '28'):
   model.remat = 'full'
 
   tokens, data.batch, optimizer.learning_rate = BLOCKS[block]
+  if chip:
+    model.remat, rows = CHIPS[chip]
+    optimizer.accumulate = data.batch // (DEVICES * rows)
   data.length = 4096
   config.steps = round(tokens / (data.batch * data.length))
   # Warm-up and schedule are the mixture of experts'; the paper does not say

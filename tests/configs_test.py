@@ -29,7 +29,12 @@ ROWS = gate_sweep.ROWS
 WORDS = {
   'base': [''],
   'smoke': [''],
-  'dense_1b7': ['', *dense_1b7.BLOCKS],
+  'dense_1b7': [
+    '',
+    *dense_1b7.BLOCKS,
+    *(f'28,{chip}' for chip in dense_1b7.CHIPS),
+    '28,3t5,v5e',
+  ],
   'moe_15b_a2b': ['', 'v5p', 'v6e', 'tpu7x'],
   'released': ['', *released.MODELS],
   'evidence': [
@@ -129,6 +134,9 @@ def test_configs_build_models_whose_parameters_say_what_they_are(file):
   'name',
   [
     'dense_1b7:29',
+    'dense_1b7:48,v6e',
+    'dense_1b7:28,v9',
+    'dense_1b7:v6e',
     'gate_sweep:',
     'gate_sweep:value',
     'gate_sweep:baseline,smaller',
@@ -205,6 +213,19 @@ def test_gates_of_the_dense_models(block, change, expected):
   config = dense_1b7.get_config(block)
   config.model.gate.update(change)
   assert gate_count(from_dict(config.to_dict()).model) == expected
+
+
+def test_a_chip_changes_how_the_dense_model_runs_and_not_what_it_is():
+  plain = load('dense_1b7:28,3t5')
+  tuned = load('dense_1b7:28,3t5,v5e')
+  assert tuned.model.remat == 'minimal'
+  # 2048 rows on 256 devices, two rows of each at once.
+  assert tuned.optimizer.accumulate == 4
+  assert plain == dataclasses.replace(
+    tuned,
+    model=dataclasses.replace(tuned.model, remat='full'),
+    optimizer=dataclasses.replace(tuned.optimizer, accumulate=1),
+  )
 
 
 def test_arms_of_the_evidence_are_of_one_size():

@@ -29,6 +29,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string('topology', '', 'Pod, for example v5e:16x16.')
 flags.DEFINE_bool('evaluation', False, 'The loss of held-out text alone.')
 flags.DEFINE_bool('search', False, 'Try meshes, remat and batches.')
+flags.DEFINE_bool('same_batch', False, "--search keeps the config's batch.")
 flags.DEFINE_float('minutes', 60, 'After which --search starts nothing new.')
 flags.DEFINE_string('text', '', 'File for the compiled program, to read.')
 
@@ -40,6 +41,8 @@ def read_flags(argv: list[str]) -> RunConfig:
     raise ValueError('--topology is missing, for example v5e:16x16')
   if not 0 < FLAGS.minutes < math.inf:
     raise ValueError(f'--minutes={FLAGS.minutes} must be positive and finite')
+  if FLAGS.same_batch and not FLAGS.search:
+    raise ValueError('--same_batch is for --search, which is not there')
   folder = local(FLAGS.text).parent
   if FLAGS.text and not folder.is_dir():
     raise ValueError(f'--text={FLAGS.text}: there is no folder {folder}')
@@ -61,7 +64,8 @@ def run(argv: list[str]) -> int:
   from gated_jax.aot import search
 
   if FLAGS.search:
-    reports = search.search(config, devices, 60 * FLAGS.minutes, print)
+    seconds, same = 60 * FLAGS.minutes, FLAGS.same_batch
+    reports = search.search(config, devices, seconds, print, same)
     print(f'\n{report.CAVEAT}\n{search.table(reports)}')
     return 0 if reports else 1
   try:
