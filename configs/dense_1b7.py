@@ -51,9 +51,9 @@ BLOCKS = {
 # What 28 layers do not recompute, and rows of a device that they take at once.
 CHIPS = {
   'v5e': ('minimal', 2),
-  'v5p': ('none', 4),
+  'v5p': ('minimal', 4),
   'v6e': ('minimal', 4),
-  'tpu7x': ('none', 4),
+  'tpu7x': ('minimal', 4),
 }
 DEVICES = 256
 

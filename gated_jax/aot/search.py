@@ -54,7 +54,9 @@ class Choice:
   @property
   def flags(self) -> str:
     """Flags to add to the command line."""
-    settings = {f'mesh.{name}': n for name, n in self.mesh.axes.items()}
+    settings: dict[str, int | str] = {
+      f'mesh.{name}': n for name, n in self.mesh.axes.items()
+    }
     settings |= {
       'model.remat': self.remat,
       'data.batch': self.batch,
