@@ -110,6 +110,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     'pattern': (f'{WINDOW},heads=6+moe', 'attention+moe:limit=7.0'),
     'moe': SCORED,
   },
+  'lfm3': {
+    'norm': 'sandwich',
+    'tie_embeddings': True,
+    'gate': BY_HEAD,
+    'rope': RopeConfig(base=1e6, fraction=0.5, scaling='proportional'),
+    'lead': ('short_conv', 'short_conv', 'attention', 'short_conv'),
+    'pattern': (
+      f'{WINDOW},rope_base=10000.0,rope_fraction=1.0,rope_scaling=none',
+      'short_conv',
+      'attention',
+      'short_conv',
+    ),
+  },
 }
 
 

@@ -17,6 +17,7 @@ from gated_jax.config.convert import upgrade
 from gated_jax.config.data import DataConfig
 from gated_jax.config.function import different_function
 from gated_jax.config.gate import GateConfig
+from gated_jax.config.layers import ConvConfig
 from gated_jax.config.layers import DeltaConfig
 from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
@@ -35,6 +36,7 @@ from gated_jax.config.stack import word_of
 
 __all__ = [
   'CheckpointConfig',
+  'ConvConfig',
   'DataConfig',
   'DeltaConfig',
   'GateConfig',

@@ -6,6 +6,7 @@ from typing import Any
 from gated_jax.config.convert import differences
 from gated_jax.config.convert import to_dict
 from gated_jax.config.gate import GateConfig
+from gated_jax.config.layers import ConvConfig
 from gated_jax.config.layers import DeltaConfig
 from gated_jax.config.layers import RopeConfig
 from gated_jax.config.model import ModelConfig
@@ -20,7 +21,7 @@ def canonical(model: ModelConfig) -> ModelConfig:
   gate = model.gate
   placed = [layer for layer in model.layers if layer.mixer not in OWN_SETTINGS]
   first = (*placed, *model.layers)[0]
-  has_delta = any(layer.mixer == 'gated_deltanet' for layer in model.layers)
+  mixers = {layer.mixer for layer in model.layers}
   plain = dataclasses.replace(
     model,
     heads=first.heads,
@@ -34,7 +35,8 @@ def canonical(model: ModelConfig) -> ModelConfig:
   return dataclasses.replace(
     plain,
     pattern=shortest_pattern(words),
-    delta=model.delta if has_delta else DeltaConfig(),
+    delta=model.delta if 'gated_deltanet' in mixers else DeltaConfig(),
+    conv=model.conv if 'short_conv' in mixers else ConvConfig(),
     gate=gate if gate.position != 'none' else GateConfig(position='none'),
   )
 
@@ -55,6 +57,7 @@ def _rope(model: ModelConfig) -> RopeConfig:
 _OF: dict[str, tuple[str, ...]] = {
   'none': (),
   'linear': (),
+  'proportional': (),
   'llama3': ('original_length', 'low_turns', 'high_turns'),
   'yarn': (
     'original_length',

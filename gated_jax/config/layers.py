@@ -9,7 +9,7 @@ from gated_jax.config.checks import not_negative
 from gated_jax.config.checks import positive
 from gated_jax.config.roles import setting
 
-SCALINGS = ('none', 'linear', 'yarn', 'llama3')
+SCALINGS = ('none', 'linear', 'yarn', 'llama3', 'proportional')
 DELTA_GATES = ('silu', 'sigmoid')
 
 
@@ -21,7 +21,9 @@ class RopeConfig:
 
   base: float = 10_000.0
   fraction: float = 1.0  # share of head_dim that rotates (partial rotary)
-  scaling: str = 'none'  # 'linear', 'yarn' and 'llama3' stretch it
+  # 'linear', 'yarn' and 'llama3' stretch it. 'proportional' spreads pairs and
+  # frequencies over the whole head and stops all but the first `fraction`.
+  scaling: str = 'none'
   factor: float = 1.0  # new length over original_length
   # The length that the weights were trained with (yarn, llama3).
   original_length: int = 0
@@ -117,6 +119,23 @@ class DeltaConfig:
         f'delta.value_heads={self.value_heads} must be a multiple of '
         f'delta.key_heads={self.key_heads}'
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvConfig:
+  """A short convolution between two gates: layers of the word short_conv.
+
+  The width is that of the released LFM3.
+  """
+
+  ROLE: ClassVar[str] = 'model'
+
+  # Inputs that each channel's filter sums, the token's own included.
+  filter_width: int = 7
+  bias: bool = False  # on its three projections, the filter and the output
+
+  def __post_init__(self) -> None:
+    positive(**{'conv.filter_width': self.filter_width})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from gated_jax.config.checks import finite
 from gated_jax.config.checks import not_negative
 from gated_jax.config.checks import positive
 from gated_jax.config.gate import GateConfig
+from gated_jax.config.layers import ConvConfig
 from gated_jax.config.layers import DeltaConfig
 from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
@@ -73,6 +74,7 @@ class ModelConfig:
   rope: RopeConfig = RopeConfig()
   moe: MoEConfig = MoEConfig()
   delta: DeltaConfig = DeltaConfig()
+  conv: ConvConfig = ConvConfig()
   lora: LoraConfig = LoraConfig()
 
   def __post_init__(self) -> None:

@@ -69,6 +69,8 @@ class LayerSpec:
     if self.rope is None:
       return
     rotating = int(self.head_dim * self.rope.fraction)
+    if self.rope.scaling == 'proportional':  # whole pairs of the whole head
+      rotating -= rotating % 2
     if not rotating or rotating % 2:
       raise ValueError(
         f'rope.fraction={self.rope.fraction} of model.head_dim='
@@ -94,7 +96,7 @@ _FFN_FIELDS: dict[str, type] = {
 }
 # Mixers that take no field and no rotary embedding, and the settings that they
 # take instead.
-OWN_SETTINGS = {'gated_deltanet': 'model.delta'}
+OWN_SETTINGS = {'gated_deltanet': 'model.delta', 'short_conv': 'model.conv'}
 
 
 def read_word(word: str, model: Any) -> LayerSpec:

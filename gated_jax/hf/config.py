@@ -62,7 +62,7 @@ def _language_keys(
 ) -> Keys:
   """The keys of the language model, which may stand inside `text_config`."""
   if not family.inside or 'text_config' not in values:
-    return Keys(_renamed(values, family))
+    return Keys(_renamed(values, family), spelled=family.spelled)
   inner = values['text_config']
   if not isinstance(inner, dict):
     raise ValueError(
@@ -78,7 +78,11 @@ def _language_keys(
   outer = Keys({k: v for k, v in values.items() if k not in _OUTSIDE})
   outer.finish({*INERT, *family.around, *ignore, 'text_config'})
   stated = {k: v for k, v in inner.items() if v is not None}
-  keys = Keys(_renamed(both | stated, family), 'text_config of config.json')
+  keys = Keys(
+    _renamed(both | stated, family),
+    'text_config of config.json',
+    family.spelled,
+  )
   keys.refused = outer.refused
   return keys
 
@@ -135,7 +139,7 @@ def _read_settings(
 ) -> dict[str, Any]:
   """Settings as plain values; what is refused stands in `keys` afterwards."""
   outside, keys.refused = keys.refused, []
-  settings = read_common(keys, family.inert)
+  settings = read_common(keys, family.inert, family.tied)
   depth, length = settings['depth'], settings['length']
   if shapes is not None:
     _check_sizes({'num_hidden_layers': depth}, len(shapes))
@@ -165,6 +169,11 @@ def _axes(config: ModelConfig) -> dict[str, int]:
     'hidden_size': config.width,
     'num_attention_heads x head_dim': config.heads * config.head_dim,
     'num_key_value_heads x head_dim': config.kv_heads * config.head_dim,
+    **(
+      {'conv_L_cache': config.conv.filter_width}
+      if 'short_conv' in mixers
+      else {}
+    ),
     **(
       {
         'linear_num_key_heads x linear_key_head_dim': delta.key_heads
@@ -201,6 +210,7 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     **({} if family.rope_by_type else write_rope(config.rope)),
     **family.write(config),
   }
+  inner = {family.spelled.get(key, key): x for key, x in inner.items()}
   if family.fraction == 1:  # a class that does not read it
     inner.pop('partial_rotary_factor', None)
   values: dict[str, Any] = {

@@ -85,8 +85,15 @@ class Keys:
     where: What is read, in words.
   """
 
-  def __init__(self, values: Mapping[str, Any], where: str = 'config.json'):
-    self._left = dict(values)
+  def __init__(
+    self,
+    values: Mapping[str, Any],
+    where: str = 'config.json',
+    spelled: Mapping[str, str] | None = None,
+  ):
+    self._spelled = dict(spelled or {})
+    common = {own: key for key, own in self._spelled.items()}
+    self._left = {common.get(key, key): value for key, value in values.items()}
     self.taken: dict[str, Any] = {}
     self.refused: list[str] = []
     self.where = where
@@ -96,7 +103,7 @@ class Keys:
     value = self._left.pop(key, None)
     if value is None:
       if not default:
-        raise ValueError(f'{self.where} has no {key}')
+        raise ValueError(f'{self.where} has no {self.word(key)}')
       value = default[0]
     self.taken[key] = value
     return value
@@ -167,13 +174,19 @@ class Keys:
     """The keys that nobody has taken."""
     return dict(self._left)
 
+  def word(self, key: str) -> str:
+    """A key as the file spells it."""
+    return self._spelled.get(key, key)
+
   def peek(self, key: str) -> Any:
     """The value of a key, which is not taken; None where it is absent."""
     return self._left.get(key)
 
   def _refuse(self, key: str, expected: str) -> NoReturn:
     value = reprlib.repr(self.peek(key))
-    raise ValueError(f'{self.where} has {key}={value}, which is not {expected}')
+    raise ValueError(
+      f'{self.where} has {self.word(key)}={value}, which is not {expected}'
+    )
 
   def expect(self, key: str, value: Any, why: str = '') -> None:
     """Refuses a key that says anything else; absent says the same."""
@@ -202,12 +215,15 @@ class Keys:
         )
 
 
-def read_common(keys: Keys, inert: Collection[str]) -> dict[str, Any]:
-  """Settings that every family spells alike.
+def read_common(
+  keys: Keys, inert: Collection[str], tied: bool
+) -> dict[str, Any]:
+  """Settings that all families have.
 
   Args:
     keys: Of config.json.
     inert: Keys that the family does not read.
+    tied: tie_word_embeddings where it is absent.
   """
   for key, value in FIXED.items():
     if key not in inert:
@@ -215,7 +231,7 @@ def read_common(keys: Keys, inert: Collection[str]) -> dict[str, Any]:
   # A model whose layers all have experts need not say an MLP's width.
   keys.fill('intermediate_size', 'moe_intermediate_size')
   required = (*SAME, 'rms_norm_eps')
-  missing = [key for key in required if keys.peek(key) is None]
+  missing = [keys.word(key) for key in required if keys.peek(key) is None]
   if missing:
     raise ValueError(f'{keys.where} has no {", ".join(missing)}')
   values = {ours: keys.integer(theirs) for theirs, ours in SAME.items()}
@@ -224,7 +240,7 @@ def read_common(keys: Keys, inert: Collection[str]) -> dict[str, Any]:
     'qkv_bias': biases,
     'out_bias': biases,
     'norm_eps': keys.number('rms_norm_eps'),
-    'tie_embeddings': keys.flag('tie_word_embeddings', False),
+    'tie_embeddings': keys.flag('tie_word_embeddings', tied),
     'init_std': keys.number('initializer_range', 0.02),
     'dtype': keys.take('dtype', keys.take('torch_dtype', 'float32')),
   }
@@ -303,10 +319,13 @@ def read_types(
   return [kind if kind in known else first for kind in types]
 
 
+_MIXER_TYPES = {'gated_deltanet': 'linear_attention', 'short_conv': 'conv'}
+
+
 def layer_type(layer: LayerSpec) -> str:
   """The name of a type of layers."""
-  if layer.mixer == 'gated_deltanet':
-    return 'linear_attention'
+  if layer.mixer in _MIXER_TYPES:
+    return _MIXER_TYPES[layer.mixer]
   return 'sliding_attention' if layer.window else 'full_attention'
 
 

@@ -23,6 +23,7 @@ NEAR: dict[str, tuple[str, str]] = {
   'muse_glimmer': ('1.1e-05', '1.3e-05'),
   'laguna': ('7.2e-06', '2.7e-06'),
   'step': ('1.4e-05', '5.3e-06'),
+  'lfm3': ('7.6e-06', '4.4e-06'),
 }
 
 # Tokens a second of a small model of the family, decoding one row and in
@@ -39,6 +40,7 @@ SPEED: dict[str, tuple[int, int]] = {
   'muse_glimmer': (263, 696),
   'laguna': (20, 361),
   'step': (23, 385),
+  'lfm3': (260, 876),
 }
 
 

@@ -61,10 +61,12 @@ def _read(
     values |= {ours: rope.number(key) for key, ours in _LLAMA3.items()}
   elif kind == 'linear':
     values['factor'] = rope.number('factor')
+  elif kind == 'proportional':
+    values['factor'] = rope.number('factor', 1.0)
   elif kind != 'default':
     rope.refuse(
       f' are of rope_type {reprlib.repr(kind)}, and the decoder has default, '
-      'linear, yarn and llama3'
+      'linear, yarn, llama3 and proportional'
     )
     return {}
   rope.finish(_INERT)
@@ -131,9 +133,11 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
 
 
 def write_ropes(layers: Iterable[LayerSpec]) -> dict[str, Any]:
-  """The newer spelling, by type of layer; types are by the window."""
+  """The newer spelling, by type of the layers that attend."""
   by_type: dict[str, Any] = {}
   for layer in layers:
+    if layer.mixer != 'attention':
+      continue
     kind, rope = layer_type(layer), layer.rope
     by_type[kind] = rope and {
       'rope_type': 'default',

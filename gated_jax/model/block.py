@@ -54,6 +54,8 @@ SAVED: dict[str, tuple[str, ...]] = {
     'query_projection',
     'key_projection',
     'value_projection',
+    'input_gate_projection',
+    'output_gate_projection',
     *_GATED,
     RESIDUALS_NAME,
     'attention_result',

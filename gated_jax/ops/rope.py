@@ -4,8 +4,9 @@
 
 Of the R = head_dim * fraction channels that rotate, c pairs with c + R / 2: the
 rotate-half layout of Hugging Face, whose formulas for linear interpolation,
-YaRN (arXiv 2309.00071) and Llama 3 are used here. `rotation` is made once per
-batch, `rotate` applies it to queries and keys of every layer.
+YaRN (arXiv 2309.00071), Llama 3 and proportional rotation are used here.
+`rotation` is made once per batch, `rotate` applies it to queries and keys of
+every layer.
 """
 
 import math
@@ -37,7 +38,7 @@ class RopeSpec(Protocol):
 
   @property
   def scaling(self) -> str:
-    """'none', 'linear', 'yarn' or 'llama3'."""
+    """'none', 'linear', 'yarn', 'llama3' or 'proportional'."""
     ...
 
   @property
@@ -123,6 +124,9 @@ def _frequencies(channels: int, spec: RopeSpec) -> np.ndarray:
   plain = spec.base ** -(np.arange(0, channels, 2) / channels)
   if spec.scaling == 'linear':
     return plain / spec.factor
+  if spec.scaling == 'proportional':
+    plain[int(channels * spec.fraction) // 2 :] = 0
+    return plain / spec.factor
   if spec.scaling == 'yarn':
     share = _yarn_interpolated(channels, spec)
     return plain * (share / spec.factor + 1 - share)
@@ -163,7 +167,8 @@ def rotation(
   Raises:
     ValueError: `fraction` of `head_dim` is no even number of channels.
   """
-  channels = int(head_dim * spec.fraction)
+  whole_head = spec.scaling == 'proportional'
+  channels = head_dim if whole_head else int(head_dim * spec.fraction)
   if channels <= 0 or channels % 2:
     raise ValueError(
       f'fraction={spec.fraction} of {head_dim=} must be an even number of '

@@ -65,10 +65,26 @@ STEP = [
     'has 1 rope_theta for num_hidden_layers=4',
   ),
 ]
+LFM3 = [
+  ({'norm_eps': None}, 'config.json has no norm_eps'),
+  ({'norm_eps': 'x'}, "has norm_eps='x', which is not a finite number"),
+  ({'layer_types': ['mamba'] * 4}, "layer 0 is 'mamba'"),
+  ({'layer_types': ['conv']}, 'has 1 layer_types for num_hidden_layers=4'),
+  ({'conv_L_cache': 0}, 'conv_L_cache=0, which is not an integer from 1'),
+  ({'conv_bias': 'no'}, "conv_bias='no', which is not true or false"),
+  ({'use_sandwich_norm': 1}, 'use_sandwich_norm=1, which is not true or'),
+  ({'use_attention_gate': 1}, 'use_attention_gate=1, which is not true or'),
+  ({'rope_parameters': {}}, 'has no rope_parameters of full_attention'),
+  (
+    {'rope_parameters': {kind: {'rope_type': 'axial'} for kind in ROPES}},
+    "rope_type 'axial', and the decoder has default",
+  ),
+]
 BAD = [
   *(('muse_glimmer', *row) for row in MUSE),
   *(('laguna', *row) for row in LAGUNA),
   *(('step', *row) for row in STEP),
+  *(('lfm3', *row) for row in LFM3),
 ]
 
 

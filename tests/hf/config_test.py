@@ -222,6 +222,14 @@ def test_a_key_can_be_ignored():
        'mlp_width': 24, 'moe.experts': 256, 'moe.normalize': True},
     ),
     (
+      {'model_type': 'lfm3', 'rms_norm_eps': None, 'norm_eps': 3e-5,
+       'tie_word_embeddings': None, 'rope_theta': None},
+      {'pattern': ('short_conv', 'short_conv', 'attention', 'short_conv'),
+       'norm': 'sandwich', 'norm_eps': 3e-5, 'tie_embeddings': True,
+       'rope.base': 1e6, 'rope.fraction': 0.5, 'rope.scaling': 'proportional',
+       'gate.granularity': 'headwise', 'conv.filter_width': 7},
+    ),
+    (
       {'model_type': 'afmoe', 'num_dense_layers': 4, 'sliding_window': 7},
       {'pattern': ('attention:window=7',) * 3 + ('attention:nope',),
        'norm': 'sandwich'},

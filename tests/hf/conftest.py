@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from gated_jax.config import ConvConfig
 from gated_jax.config import DeltaConfig
 from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
@@ -196,6 +197,30 @@ CASES = {
         'attention+moe:limit=7.0,shared_limit=16.0',
       ),
       moe=SCORED,
+    ),
+  ),
+  'lfm3': (
+    'lfm3',
+    plain(
+      norm='sandwich',
+      tie_embeddings=True,
+      gate=HEADWISE,
+      rope=RopeConfig(fraction=0.5, scaling='proportional'),
+      conv=ConvConfig(filter_width=4, bias=True),
+      pattern=(
+        'short_conv',
+        'attention',
+        'short_conv',
+        f'attention:window=6,{OWN_ROPE}',
+      ),
+    ),
+  ),
+  'lfm3_pre_norm': (
+    'lfm3',
+    plain(
+      gate=HEADWISE,
+      conv=ConvConfig(filter_width=3),
+      pattern=('short_conv', 'attention'),
     ),
   ),
   'trinity': (

@@ -196,6 +196,36 @@ MODELS = {
       'projector_hidden_size': 16,
     },
   ),
+  'lfm3': (
+    'Lfm3',
+    {
+      'num_hidden_layers': 4,
+      'layer_types': [
+        'conv',
+        'full_attention',
+        'conv',
+        'sliding_attention',
+      ],
+      'sliding_window': 6,
+      'pad_token_id': VOCAB - 1,
+    },
+    {},
+  ),
+  'lfm3_biases': (
+    'Lfm3',
+    {
+      'layer_types': ['conv', 'sliding_attention', 'conv'],
+      'sliding_window': 6,
+      'conv_L_cache': 3,
+      'conv_bias': True,
+      'attention_bias': True,
+      'use_attention_gate': False,
+      'use_sandwich_norm': False,
+      'tie_word_embeddings': False,
+      'pad_token_id': VOCAB - 1,
+    },
+    {},
+  ),
   'step': ('Step3p7', STEP, {'vision_config': STEP_VISION}),
   'step_scaled': (
     'Step3p7',
@@ -204,7 +234,12 @@ MODELS = {
   ),
 }
 # Further ways of saying it; each family has a model beside these.
-MORE = ('qwen3_5_biases', 'laguna_by_element', 'step_scaled')
+MORE = (
+  'qwen3_5_biases',
+  'laguna_by_element',
+  'lfm3_biases',
+  'step_scaled',
+)
 # They only choose experts: the loss has no gradient for them there.
 CHOOSE = ('expert_bias', 'e_score_correction_bias', 'router_bias')
 

@@ -44,6 +44,7 @@ FAMILIES = (
   'muse_glimmer',
   'laguna',
   'step',
+  'lfm3',
 )
 WITH_EXPERTS = (
   'qwen3_moe_mixed',

@@ -29,6 +29,9 @@ CASES = {
   'llama3': RopeConfig(
     base=5e5, scaling='llama3', factor=8.0, original_length=64
   ),
+  'proportional': RopeConfig(
+    base=1e6, fraction=0.4, scaling='proportional', factor=2.0
+  ),
   'yarn': yarn(base=1e6, factor=4.0, original_length=32768),
   'yarn_half': yarn(base=1e6, fraction=0.5, factor=4.0, original_length=32768),
   'yarn_not_truncated': yarn(
@@ -80,11 +83,16 @@ POSITIONS = [0, 1, 2, 3, 17, 1000, 4095, 32767, 131071, 999_999, 2**24 + 1, -9]
 def formula(spec: RopeConfig, positions) -> tuple[np.ndarray, np.ndarray]:
   """Cosines and sines in float64, a pair at a time, factor inside."""
   channels = round(HEAD * spec.fraction)
+  turning = channels // 2
+  if spec.scaling == 'proportional':
+    channels, turning = HEAD, int(HEAD / 2 * spec.fraction)
   columns = []
   for pair in range(channels // 2):
     frequency = math.exp(-2 * pair / channels * math.log(spec.base))
-    if spec.scaling == 'linear':
+    if spec.scaling in ('linear', 'proportional'):
       frequency /= spec.factor
+    if pair >= turning:
+      frequency = 1e-300  # it stands still
     wavelength = 2 * math.pi / frequency
     if spec.scaling == 'llama3':
       shortest, longest = (

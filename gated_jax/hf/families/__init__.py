@@ -8,6 +8,7 @@ on export.
 from gated_jax.hf.families.afmoe import AFMOE
 from gated_jax.hf.families.family import Family
 from gated_jax.hf.families.laguna import LAGUNA
+from gated_jax.hf.families.lfm3 import LFM3
 from gated_jax.hf.families.muse import MUSE_GLIMMER
 from gated_jax.hf.families.qwen3 import GATED_QWEN3
 from gated_jax.hf.families.qwen3 import QWEN3
@@ -34,7 +35,6 @@ NOT_YET: dict[str, str] = {
   'hy_v4_vl': _LATENT,
   'inkling2': 'its attention has biases by distance, its residual stream sums',
   'kimi_linear': _KDA,
-  'lfm3': 'some of its layers are short convolutions alone',
   'minimax': 'its linear layers are lightning attention',
   'neomme': 'it is an encoder, whose tokens see those after them',
   'muse_spark': 'its residual stream has gates, its experts have norms',
@@ -54,4 +54,5 @@ FAMILIES: tuple[Family, ...] = (
   MUSE_GLIMMER,
   LAGUNA,
   STEP,
+  LFM3,
 )

@@ -56,6 +56,9 @@ class Family:
     aside: Patterns of the names of tensors that no logits of text depend on.
     after: The same, with {layer} for a layer beyond the last one.
     aliases: Older names of keys, each with the one that `read` knows.
+    spelled: Keys that families have in common, each with its own word for it,
+      which stands in its files.
+    tied: tie_word_embeddings where config.json has none.
     rope_by_type: Types of layers have their own rotary embeddings, which
       `read` and `write` deal with.
     modules: Parts of the names of tensors, each with what transformers has in
@@ -79,6 +82,8 @@ class Family:
   other_rows: tuple[tuple[Row, ...], ...] = ()
   after: tuple[str, ...] = ()
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  spelled: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  tied: bool = False
   rope_by_type: bool = False
   modules: tuple[tuple[str, str], ...] = ()
   about: str = ''

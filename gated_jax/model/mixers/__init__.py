@@ -5,10 +5,12 @@ import difflib
 from gated_jax.model.mixer import Mixer
 from gated_jax.model.mixers.gated_deltanet import GatedDeltaNet
 from gated_jax.model.mixers.self_attention import SelfAttention
+from gated_jax.model.mixers.short_conv import ShortConv
 
 MIXERS: dict[str, type[Mixer]] = {
   'attention': SelfAttention,
   'gated_deltanet': GatedDeltaNet,
+  'short_conv': ShortConv,
 }
 
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
-from jaxtyping import Int
 
 from gated_jax import sharding
 from gated_jax.config import ModelConfig
 from gated_jax.model.mixer import Context
+from gated_jax.model.mixers.filter_on_mesh import first_tokens
+from gated_jax.model.mixers.filter_on_mesh import inputs_before
 from gated_jax.ops.delta import context
 from gated_jax.ops.delta import rule
 from gated_jax.ops.delta.filtering import filtered_heads
@@ -75,13 +76,9 @@ def delta_on_mesh(
       tokens = tuple(None if x is None else context.as_rows(x) for x in tokens)
     log_decay, beta, segments, valid = tokens
     if axis:
-      size = filters[0].shape[0] - 1
-      history = tuple(_inputs_before(x, segments, size, axis) for x in raw)
-    first = None
-    if segments is not None:
-      last = segments[:, -1]
-      before = context.previous_parts(last, axis) if axis else None
-      first = rule.first_tokens(segments, before)
+      how = filters[0].shape[0] - 1, axis, 'model.delta.filter_width'
+      history = tuple(inputs_before(x, segments, *how) for x in raw)
+    first = first_tokens(segments, axis)
     query, key, value = _filtered(
       (raw, filters), history, first, implementation
     )
@@ -155,27 +152,3 @@ def _one_key_head_each(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
   if copies > 1:
     query, key = (jnp.repeat(x, copies, axis=-2) for x in (query, key))
   return query, key, value
-
-
-def _inputs_before(
-  x: Float[Array, 'b t ...'],
-  segments: Int[Array, 'b t'] | None,
-  size: int,
-  axis: str,
-) -> Float[Array, 'b I ...']:
-  """The last inputs of the part before each of this device's parts.
-
-  Those of a document that ended there are zeros.
-  """
-  length = x.shape[1]
-  if length < size:
-    raise ValueError(
-      f'a part of {length} tokens on the mesh axis {axis} is shorter than the '
-      f'{size} inputs that model.delta.filter_width={size + 1} sums before a '
-      'token: use fewer devices or longer rows'
-    )
-  inputs = x[:, length - size :]
-  if segments is not None:
-    same = segments[:, length - size :] == segments[:, -1:]
-    inputs = jnp.where(same[..., None, None], inputs, 0)
-  return context.previous_parts(inputs, axis)
