@@ -12,6 +12,7 @@ import numpy as np
 from gated_jax.evals.measures import BASELINE
 from gated_jax.evals.measures import arms
 from gated_jax.evals.plot import GREY
+from gated_jax.evals.plot_style import DASHED
 from gated_jax.evals.plot_style import dress
 from gated_jax.evals.plot_style import panels
 from gated_jax.evals.plot_style import styles
@@ -48,7 +49,7 @@ def over_seeds(
       if not len(steps):
         continue
       scale = steps * group[0].tokens_per_step / 1e6
-      label = 'no gate' if name == BASELINE else f'{name} gate'
+      label = _label(name)
       place.plot(scale, values.mean(0), **style[name], lw=1.8, label=label)
       low, high = values.min(0), values.max(0)
       colour = style[name]['color']
@@ -62,6 +63,12 @@ def over_seeds(
     loc='outside lower center',
   )
   return figure
+
+
+def _label(arm: str) -> str:
+  kind = arm.removesuffix(DASHED)
+  label = 'no gate' if kind == BASELINE else f'{kind} gate'
+  return label if kind == arm else f'{label}, QK-norm'
 
 
 def _together(curves: Sequence[Curve]) -> Curve:

@@ -26,15 +26,16 @@ POINTS = 100
 # Metrics kept over training: numbers, and lists by layer under a shorter name.
 _OVER_TRAINING = ('step', 'validation/loss', 'attention_logit/max', 'gate/mean')
 _BY_LAYER = {'sink/layer_': 'sink', 'activation/layer_': 'activation'}
-# What tables and figures read of the last look inside a model.
-_DRAWN = (
-  'first_token',
-  'near_first_token',
-  'activation',
-  'attention_logit',
-  'gate_mean',
-  'gate_histogram',
-)
+# What tables and figures read of the last look inside a model, and how many
+# digits of it they need: heads are counted by whether they exceed a bound.
+_DRAWN = {
+  'first_token': 4,
+  'near_first_token': 4,
+  'activation': 3,
+  'attention_logit': 3,
+  'gate_mean': 3,
+  'gate_histogram': 2,
+}
 # A loss is a spike where it lies so many nats above the running median, and so
 # many times as far as losses around it usually do (small batches vary).
 SPIKE = 0.3
@@ -106,13 +107,20 @@ def read(places: Iterable[str | os.PathLike[str]]) -> list[Record]:
 
 
 def pack(records: Sequence[Record], path: Path) -> None:
-  """Writes the runs to one JSON file, a line each; compressed for `*.gz`."""
+  """Writes the runs to one JSON file, a line each; compressed for `*.gz`.
+
+  Numbers keep as many digits as tables and figures show.
+  """
   lines = []
   for record in records:
     fields = dataclasses.asdict(record)
     del fields['speed']
-    probe = fields['probe']
-    fields['probe'] = {name: probe[name] for name in _DRAWN if name in probe}
+    fields['curve'] = [[step, _digits(x, 4)] for step, x in record.curve]
+    fields['probe'] = {
+      name: _short(record.probe[name], digits)
+      for name, digits in _DRAWN.items()
+      if name in record.probe
+    }
     lines.append(json.dumps(fields, separators=(',', ':')))
   path.parent.mkdir(parents=True, exist_ok=True)
   text = '[\n' + ',\n'.join(lines) + '\n]\n'
@@ -229,6 +237,13 @@ def _number(value: Any) -> bool:
 def _digits(value: float, digits: int = 5) -> float:
   """So many significant digits; whole numbers as they are."""
   return value if isinstance(value, int) else float(f'{value:.{digits}g}')
+
+
+def _short(values: Any, digits: int) -> Any:
+  """Nested lists of numbers, each with so many significant digits."""
+  if isinstance(values, list):
+    return [_short(value, digits) for value in values]
+  return _digits(values, digits) if _number(values) else values
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -69,6 +69,16 @@ def test_what_was_packed_is_read_back_the_same(tmp_path):
   assert [r.arm for r in found] == ['a', 'b']
 
 
+def test_a_packed_file_has_the_digits_that_are_shown(tmp_path):
+  write_run(tmp_path / 'run', [2.345678] * 12_345)
+  record = records.read([tmp_path / 'run'])[0]
+  record.probe['activation'] = [1234.5, None]
+  records.pack([record], tmp_path / 'packed.json')
+  (packed,) = records.read([tmp_path / 'packed.json'])
+  assert packed.curve[-1] == [12_345, 2.346]
+  assert packed.probe['activation'] == [1230.0, None]
+
+
 def test_long_curves_are_means_of_as_many_steps_each():
   steps = list(range(1, 1001))
   points = records.thin(steps, [float(s) for s in steps])
