@@ -23,6 +23,7 @@ from gated_jax.model.linear import project
 from gated_jax.model.parameters import Kind
 from gated_jax.model.parameters import normal
 from gated_jax.model.parameters import parameter
+from gated_jax.model.parameters import with_adapter
 from gated_jax.ops import gate as ops
 from gated_jax.sharding import Axes
 from gated_jax.sharding import axis_size
@@ -69,7 +70,7 @@ class Gate(nn.Module):
       return Matrix(scores, axes, inputs=0)
     # A few channels are too few to be split over devices.
     axes = (None if c.channels else 'embed', *axes)
-    kernel = parameter(
+    kernel, adapter = with_adapter(
       self,
       'kernel',
       (c.channels or self.inputs, *shape),
@@ -80,7 +81,7 @@ class Gate(nn.Module):
       inputs=1,
     )
     if not c.bias:
-      return Matrix(kernel, axes)
+      return Matrix(kernel, axes, adapter=adapter)
     bias = parameter(
       self,
       'bias',
@@ -90,7 +91,7 @@ class Gate(nn.Module):
       init=nn.initializers.constant(c.bias_init),
       dtype=self.param_dtype,
     )
-    return Matrix(kernel, axes, bias=bias)
+    return Matrix(kernel, axes, bias=bias, adapter=adapter)
 
 
 def gate_logits(

@@ -15,9 +15,11 @@ from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array
 from jaxtyping import Float
 
+from gated_jax.model.low_rank import Adapter
 from gated_jax.model.parameters import Kind
 from gated_jax.model.parameters import normal
 from gated_jax.model.parameters import parameter
+from gated_jax.model.parameters import with_adapter
 from gated_jax.sharding import RESIDUAL
 from gated_jax.sharding import Axes
 from gated_jax.sharding import axis_size
@@ -35,6 +37,7 @@ class Matrix:
   inputs: int = struct.field(default=1, pytree_node=False)
   bias: Float[Array, '...'] | None = None  # added to the product
   precision: Any = struct.field(default=None, pytree_node=False)
+  adapter: Adapter | None = None  # its product is added to the product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +74,21 @@ class Kernel(nn.Module):
 
     axes = self.axes if making.boxed else None
     kinds: dict[str, Any] = {'dtype': dtype, 'inputs': n}
-    value = parameter(
+    value, adapter = with_adapter(
       self, 'kernel', self.shape, axes, self.kind, init=flat, **kinds
     )
-    if making.bias_init is None:
-      return Matrix(value, self.axes, n, precision=making.precision)
-    bias = parameter(
-      self,
-      'bias',
-      self.shape[n:],
-      axes and axes[n:],
-      Kind.BIAS,
-      init=making.bias_init,
-      dtype=dtype,
-    )
-    return Matrix(value, self.axes, n, bias, making.precision)
+    bias = None
+    if making.bias_init is not None:
+      bias = parameter(
+        self,
+        'bias',
+        self.shape[n:],
+        axes and axes[n:],
+        Kind.BIAS,
+        init=making.bias_init,
+        dtype=dtype,
+      )
+    return Matrix(value, self.axes, n, bias, making.precision, adapter)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -158,16 +161,21 @@ def project(
     flat = _row_major_output(flat, axes[0], kernel.shape[0])
   sums = (((len(rows),), (0,)), ((), ()))
   y = jax.lax.dot_general(flat, flat_kernel, sums, precision=matrix.precision)
-  y = _with_bias(y, matrix)
+  y = _with_additions(y, flat, matrix)
   y = checkpoint_name(y, name) if name else y
   y = _row_major_output(y, axes[n], kernel.shape[n])
   return y.reshape(*rows, *outputs)
 
 
-def _with_bias(y: Float[Array, '...'], matrix: Matrix) -> Float[Array, '...']:
-  if matrix.bias is None:
-    return y
-  return y + matrix.bias.astype(y.dtype).reshape(-1)
+def _with_additions(
+  y: Float[Array, '... O'], x: Float[Array, '... I'], matrix: Matrix
+) -> Float[Array, '... O']:
+  """x W = y, plus the bias and the product of the adapter."""
+  if matrix.bias is not None:
+    y = y + matrix.bias.astype(y.dtype).reshape(-1)
+  if matrix.adapter is not None:
+    y = y + matrix.adapter.beside(x, matrix.precision)
+  return y
 
 
 def project_both(
@@ -190,9 +198,11 @@ def project_both(
     name: the wide output's name for remat policies.
   """
   dtype = jnp.dtype(dtype)
+  x = x.astype(dtype)
   flat = wide.value.astype(dtype).reshape(x.shape[-1], -1)
-  y, other = _two_products(x.astype(dtype), flat, narrow.value.astype(dtype))
-  y = _with_bias(y, wide)
+  y, other = _two_products(x, flat, narrow.value.astype(dtype))
+  y = _with_additions(y, x, wide)
+  other = _with_additions(other, x, narrow)
   y = checkpoint_name(y, name) if name else y
   y = _row_major_output(y, wide.axes[1], wide.value.shape[1])
   return y.reshape(*x.shape[:-1], *wide.value.shape[1:]), other

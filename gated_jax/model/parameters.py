@@ -21,7 +21,7 @@ from jaxtyping import Array
 from gated_jax.config import LoraConfig
 from gated_jax.config import ModelConfig
 from gated_jax.model.low_rank import NAMES
-from gated_jax.model.low_rank import add_product
+from gated_jax.model.low_rank import Adapter
 from gated_jax.model.patterns import chosen
 from gated_jax.sharding import Axes
 
@@ -91,7 +91,7 @@ def parameter(
   dtype: Any = 'float32',
   inputs: int = 0,
 ) -> Array:
-  """A parameter of `module`.
+  """A parameter of `module`; the sum, where it is a matrix with an adapter.
 
   Args:
     module: its owner.
@@ -104,9 +104,27 @@ def parameter(
     inputs: of a matrix, how many of its last axes are summed over; the others
       after them are outputs. 0 for what is no matrix.
   """
+  value, adapter = with_adapter(
+    module, name, shape, axes, kind, init=init, dtype=dtype, inputs=inputs
+  )
+  return value if adapter is None else adapter.added_to(value)
+
+
+def with_adapter(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: Axes | None,
+  kind: Kind,
+  *,
+  init: Any,
+  dtype: Any = 'float32',
+  inputs: int = 0,
+) -> tuple[Array, Adapter | None]:
+  """A parameter as `parameter` makes it, and apart from it its adapter."""
   if axes is None:
     plain: Any = module.param(name, init, shape, jnp.dtype(dtype))
-    return plain
+    return plain, None
   # Experts are a stack of matrices; every other axis after the inputs remains.
   outputs = len(axes) - inputs - axes.count('experts') if inputs else 0
 
@@ -121,8 +139,8 @@ def parameter(
   lora = _lora_of(module)
   path = (*(module.scope.path if module.scope else ()), name)
   if inputs and lora.rank and kind in ADAPTED and chosen(lora.matrices, path):
-    return _adapted(module, name, value, axes, inputs, lora)
-  return value
+    return value, _adapter(module, name, value.shape, axes, inputs, lora)
+  return value, None
 
 
 def _lora_of(module: nn.Module) -> LoraConfig:
@@ -140,26 +158,26 @@ def _lora_of(module: nn.Module) -> LoraConfig:
   return LoraConfig()
 
 
-def _adapted(
+def _adapter(
   module: nn.Module,
   name: str,
-  value: Array,
+  shape: tuple[int, ...],
   axes: Axes,
   inputs: int,
   lora: LoraConfig,
-) -> Array:
-  """A matrix plus its adapter, two parameters of the same module.
+) -> Adapter:
+  """The adapter of a matrix, two parameters of the same module.
 
   Args:
     module: its owner.
     name: of the matrix.
-    value: the matrix itself.
+    shape: of the matrix.
     axes: logical name of each of its axes.
     inputs: how many of them are summed over.
     lora: settings of the adapter.
   """
   first = axes.count('experts')
-  last, shape, rank = first + inputs, value.shape, lora.rank
+  last, rank = first + inputs, lora.rank
   # PyTorch's bounds of a linear layer, as LoRA was published with.
   bound = math.prod(shape[first:last]) ** -0.5
 
@@ -183,7 +201,7 @@ def _adapted(
     Kind.ADAPTER,
     init=nn.initializers.zeros,  # the first step is the base's
   )
-  return add_product(value, a, b, lora.scale, inputs)
+  return Adapter(a, b, lora.scale, inputs)
 
 
 def normal(std: float) -> Any:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -22,6 +24,10 @@ from gated_jax.model import adapters
 from gated_jax.model import parameters
 from gated_jax.model.abstract import boxed_parameters
 from gated_jax.model.decoder import Decoder
+from gated_jax.model.linear import Matrix
+from gated_jax.model.linear import project
+from gated_jax.model.linear import project_both
+from gated_jax.model.low_rank import Adapter
 
 BASE = ModelConfig(
   vocab=32, length=16, depth=3, width=16, heads=4, kv_heads=2, head_dim=8,
@@ -82,8 +88,12 @@ def test_a_product_begins_at_zero_in_whatever_owns_a_matrix():
 
 
 @pytest.mark.long
-def test_the_first_step_is_the_bases_to_the_bit(params):
-  """With a base in a narrower type than its adapters."""
+def test_the_first_step_is_the_bases(params):
+  """With a base in a narrower type than its adapters.
+
+  Operation by operation it is so to the bit; a compiler may add up the same
+  numbers in another order.
+  """
   config = dataclasses.replace(BASE, param_dtype='bfloat16')
   like = meta.unbox(boxed_parameters(config))
   stored = jax.tree_util.tree_map_with_path(
@@ -93,7 +103,8 @@ def test_the_first_step_is_the_bases_to_the_bit(params):
   )
   base = adapters.without(stored)
   found = logits(config, stored)
-  np.testing.assert_array_equal(found, logits(adapters.plain(config), base))
+  expected = logits(adapters.plain(config), base)
+  np.testing.assert_allclose(found, expected, atol=2e-6)
   narrow = {x.dtype.name for x in jax.tree.leaves(base)}
   assert 'bfloat16' in narrow, 'the base is stored as it is asked for'
   names = traverse_util.flatten_dict(stored, sep='/')
@@ -119,6 +130,112 @@ def test_every_matrix_becomes_what_the_equation_says(params):
   expected = logits(config, merged)
   np.testing.assert_allclose(logits(BASE, params), expected, atol=1e-4)
   assert np.abs(logits(config, adapters.without(params)) - expected).max() > 0.1
+
+
+def drawn_matrix(shape, axes, inputs=1):
+  """A matrix with an adapter, and the sum of both in float64."""
+  rng = np.random.default_rng(len(shape))
+  w, a, b = (
+    rng.normal(size=size).astype('float32')
+    for size in (shape, (*shape[:inputs], 2), (2, *shape[inputs:]))
+  )
+  adapter = Adapter(jnp.array(a), jnp.array(b), 1.5, inputs)
+  total = w + 1.5 * np.tensordot(np.float64(a), b, 1)
+  return Matrix(jnp.array(w), axes, inputs, adapter=adapter), total
+
+
+def test_a_product_beside_the_matrix_is_that_of_the_sum():
+  """With one input axis and with two, alone and where products are shared."""
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(2, 3, 4)).astype('float32')
+  wide, w = drawn_matrix((4, 5, 2), ('embed', 'kv_heads', None))
+  narrow, v = drawn_matrix((4, 6), ('embed', 'heads'))
+  expected = np.tensordot(x, w, 1), np.tensordot(x, v, 1)
+  apart = project(x, wide, 'float32'), project(x, narrow, 'float32')
+  for found in (apart, project_both(x, wide, narrow, 'float32')):
+    for ours, theirs in zip(found, expected, strict=True):
+      np.testing.assert_allclose(ours, theirs, atol=1e-5)
+  out, u = drawn_matrix((4, 5, 3), ('heads', None, 'embed'), 2)
+  y = rng.normal(size=(2, 3, 4, 5)).astype('float32')
+  expected = np.tensordot(y, u, 2)
+  np.testing.assert_allclose(project(y, out, 'float32'), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_product_of_zero_changes_no_bit(dtype):
+  x = np.random.default_rng(1).normal(size=(2, 3, 4)).astype('float32')
+  matrix, _ = drawn_matrix((4, 5, 2), ('embed', 'kv_heads', None))
+  fresh = matrix.adapter.replace(b=0 * matrix.adapter.b)
+  found = project(x, matrix.replace(adapter=fresh), dtype)
+  expected = project(x, matrix.replace(adapter=None), dtype)
+  np.testing.assert_array_equal(found, expected)
+
+
+def products(jaxpr):
+  """The shapes of all products of matrices, those of inner programs too."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      yield eqn.outvars[0].aval.shape
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+      yield from products(inner)
+
+
+@pytest.mark.parametrize(
+  'remat', ['minimal', pytest.param('none', marks=pytest.mark.long)]
+)
+def test_a_frozen_matrix_gets_no_gradient(remat):
+  """No product has the shape of a matrix, but of those that experts own."""
+  config = dataclasses.replace(BASE, remat=remat, vocab=40)
+  params = jax.tree.map(
+    lambda x: np.zeros(x.shape, x.dtype), meta.unbox(boxed_parameters(config))
+  )
+  tokens = np.zeros((3, 7), int)
+  batch = {'tokens': tokens, 'targets': tokens, 'weights': np.ones((3, 7))}
+
+  def shapes(kind):
+    """Those of all products of a step that trains these parameters."""
+
+    def loss(part):
+      model, whole = Decoder(config), adapters.put(params, part)
+      whole = whole if kind is adapters.alone else part
+      return model.apply({'params': whole}, batch, method='loss').total
+
+    return {*products(jax.make_jaxpr(jax.grad(loss))(kind(params)).jaxpr)}
+
+  matrices = {(16, 32), (32, 16), (16, 24), (24, 16)}
+  both = matrices | {shape[::-1] for shape in matrices}
+  assert both & shapes(lambda params: params)
+  assert not both & shapes(adapters.alone)
+
+
+@pytest.mark.nightly
+def test_gradients_are_those_of_the_sum(params):
+  """The chain rule gives them from the gradient of a merged matrix."""
+  batch = {'tokens': TOKENS, 'targets': TOKENS, 'weights': np.ones((2, 8))}
+  plain, merged = adapters.merge(BASE, params)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def gradient(config, params):
+    def loss(params):
+      model = Decoder(config)
+      return model.apply({'params': params}, batch, method='loss').total
+
+    return jax.grad(loss)(params)
+
+  found = traverse_util.flatten_dict(gradient(BASE, params), sep='/')
+  whole = traverse_util.flatten_dict(gradient(plain, merged), sep='/')
+  flat = traverse_util.flatten_dict(params, sep='/')
+  for end, equation in EQUATIONS.items():
+    (name,) = [x for x in whole if x.endswith(end) and 'shared/' not in x]
+    into, total = equation.split('->')
+    a, b = into.split(',')
+    d = np.float64(whole[name])
+    for side, wanted, other in (('a', a, b), ('b', b, a)):
+      thin = flat[f'{name}_lora_{"b" if side == "a" else "a"}']
+      expected = 1.5 * np.einsum(f'{total},{other}->{wanted}', d, thin)
+      np.testing.assert_allclose(
+        found[f'{name}_lora_{side}'], expected, atol=1e-5
+      )
 
 
 def test_decoding_merges_and_computes_the_same(params):
