@@ -4,9 +4,11 @@ import dataclasses
 import math
 from typing import ClassVar
 
+from gated_jax.config.checks import below_one
 from gated_jax.config.checks import finite
 from gated_jax.config.checks import not_negative
 from gated_jax.config.checks import positive
+from gated_jax.config.roles import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +24,22 @@ class LoraConfig:
   # '*/attention' or '*,!*/moe'; see gated_jax/model/patterns.py. Routers and
   # the tables of the vocabulary have none.
   matrices: str = '*'
+  # The share of an adapter's inputs that training drops. Adapters of experts
+  # are added to their matrices and have no inputs of their own.
+  dropout: float = setting(0.0, 'execution')
 
   def __post_init__(self) -> None:
     finite('model.lora.', self)
     not_negative(**{'model.lora.rank': self.rank})
     positive(**{'model.lora.alpha': self.alpha})
+    below_one(**{'model.lora.dropout': self.dropout})
     if not all(word.strip(' !') for word in self.matrices.split(',')):
       raise ValueError(
         f'model.lora.matrices={self.matrices!r} must be patterns with commas '
         'between them, none of them empty'
       )
-    changed = (self.alpha, self.rank_stabilized, self.matrices)
-    if not self.rank and changed != (16.0, False, '*'):
+    defaults = tuple(field.default for field in dataclasses.fields(self))
+    if not self.rank and dataclasses.astuple(self) != defaults:
       raise ValueError(
         'model.lora.rank=0 makes no adapters, and model.lora is set otherwise: '
         'a rank is 1 or more'

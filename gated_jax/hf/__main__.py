@@ -131,11 +131,6 @@ def _read_adapter(
   model, params = peft_read.load(source, config.model, params, family, mesh)
   if named and pathlib.Path(named).name != base.name:
     print(f'the adapter names {named} as its base, and {base} is taken')
-  if settings.dropout:
-    print(
-      f'the adapter was trained with lora_dropout={settings.dropout}: logits '
-      'are the same, and further training here is without it'
-    )
   optimizer = dataclasses.replace(config.optimizer, train='adapters')
   config = dataclasses.replace(config, model=model, optimizer=optimizer)
   return config, params, tokenizer.in_folder(source) or files

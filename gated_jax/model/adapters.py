@@ -37,7 +37,8 @@ def adapted(config: ModelConfig) -> dict[Path, parameters.About]:
   """The matrices that have an adapter, and what they say of themselves.
 
   Raises:
-    ValueError: a pattern of `model.lora.matrices` matches no matrix.
+    ValueError: a pattern of `model.lora.matrices` matches no matrix, or
+      dropout is asked for and would act on none of them.
   """
   if not config.lora.rank:
     return {}
@@ -50,7 +51,15 @@ def adapted(config: ModelConfig) -> dict[Path, parameters.About]:
     if about.inputs and about.kind in parameters.ADAPTED
   }
   paths = choose('model.lora.matrices', config.lora.matrices, may)
-  return {path: may[path] for path in paths}
+  chosen = {path: may[path] for path in paths}
+  dropout = config.lora.dropout
+  if dropout and all('experts' in about.axes for about in chosen.values()):
+    raise ValueError(
+      f'model.lora.dropout={dropout} does nothing: model.lora.matrices='
+      f'{config.lora.matrices!r} are of experts alone, whose adapters have no '
+      'inputs to drop'
+    )
+  return chosen
 
 
 def without(params: Mapping[str, Any]) -> Tree:

@@ -11,6 +11,7 @@ What backward recomputes is `config.remat`; arrays are saved by name:
     full       everything but the inputs of the layers
 """
 
+import dataclasses
 from typing import Any
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ class Block(nn.Module):
   def __call__(
     self, x: Float[Array, 'B T D'], state: State | None, ctx: Context
   ) -> tuple[Float[Array, 'B T D'], Output]:
-    c, layer = self.config, self.layer
+    c, layer = _of_call(self.config, ctx), self.layer
     # The submodule has the mixer's word for its name.
     mixer: Any = mixer_named(layer.mixer)
     mixer = mixer(c, layer, name=layer.mixer)
@@ -118,6 +119,18 @@ class Block(nn.Module):
     if c.dropout:
       y = nn.Dropout(c.dropout, deterministic=ctx.deterministic)(y)
     return sharding.constrain(x + y.astype(x.dtype), *sharding.RESIDUAL)
+
+
+def _of_call(config: ModelConfig, ctx: Context) -> ModelConfig:
+  """The settings of one call: adapters drop inputs in training alone.
+
+  Whatever owns a matrix reads them off the module around it (`parameters.py`),
+  and so need not know in which kind of call it stands.
+  """
+  if not (ctx.deterministic and config.lora.dropout):
+    return config
+  lora = dataclasses.replace(config.lora, dropout=0.0)
+  return dataclasses.replace(config, lora=lora)
 
 
 class Period(nn.Module):

@@ -201,7 +201,11 @@ def _adapter(
     Kind.ADAPTER,
     init=nn.initializers.zeros,  # the first step is the base's
   )
-  return Adapter(a, b, lora.scale, inputs)
+  # Matrices of experts are a stack, whose adapter is added and not applied.
+  if not lora.dropout or first:
+    return Adapter(a, b, lora.scale, inputs)
+  key = module.make_rng('dropout')
+  return Adapter(a, b, lora.scale, inputs, lora.dropout, key)
 
 
 def normal(std: float) -> Any:

@@ -36,6 +36,7 @@ BASE = ModelConfig(
   moe=MoEConfig(experts=4, top_k=2, width=8, shared_width=8, shared_gate=True),
   lora=LoraConfig(rank=2, alpha=3.0),
 )  # fmt: skip
+KEY = jax.random.key(0)
 TOKENS = np.arange(16).reshape(2, 8) % 32
 # The letters of a matrix's axes, those of A and of B; r is the rank.
 EQUATIONS = {
@@ -171,13 +172,53 @@ def test_a_product_of_zero_changes_no_bit(dtype):
   np.testing.assert_array_equal(found, expected)
 
 
-def products(jaxpr):
-  """The shapes of all products of matrices, those of inner programs too."""
+def test_dropout_zeroes_a_share_of_the_inputs_and_keeps_their_mean():
+  x = np.random.default_rng(1).normal(size=(40, 50, 8)).astype('float32')
+  same = Adapter(jnp.eye(8), jnp.eye(8), 1.0, 1)  # gives its input back
+  drops = [
+    same.replace(dropout=0.25, key=jax.random.key(seed)) for seed in range(2)
+  ]
+  found, other = (np.asarray(adapter.beside(x)) for adapter in drops)
+  np.testing.assert_array_equal(found, drops[0].beside(x))
+  stays = found != 0
+  np.testing.assert_allclose(found[stays], x[stays] / 0.75, rtol=1e-6)
+  # Five standard deviations of a mean of as many choices.
+  assert abs(stays.mean() - 0.75) < 5 * (0.25 * 0.75 / x.size) ** 0.5
+  assert np.any(stays != (other != 0))
+  never = same.replace(dropout=0.0, key=jax.random.key(0)).beside(x)
+  np.testing.assert_array_equal(never, same.beside(x))
+
+
+@pytest.mark.long
+def test_adapters_drop_inputs_in_training_alone():
+  """Each one that has inputs of its own draws its own numbers."""
+  lora = dataclasses.replace(BASE.lora, dropout=0.25)
+  params = boxed_parameters(BASE)
+  assert jax.tree.structure(params) == jax.tree.structure(
+    boxed_parameters(dataclasses.replace(BASE, lora=lora))
+  )
+
+  def draws(lora, deterministic):
+    """How often a forward pass draws numbers."""
+    model = Decoder(dataclasses.replace(BASE, lora=lora))
+    arguments = {'deterministic': deterministic, 'rngs': {'dropout': KEY}}
+    traced = jax.make_jaxpr(
+      lambda params: model.apply({'params': params}, TOKENS, **arguments)
+    )(meta.unbox(params))
+    return len([*outputs(traced.jaxpr, 'random_bits')])
+
+  assert draws(BASE.lora, deterministic=False) == 0
+  assert draws(lora, deterministic=True) == 0
+  assert draws(lora, deterministic=False) == 7 + 3 + 5 + 4
+
+
+def outputs(jaxpr, primitive):
+  """Shapes that an operation gives, those of inner programs among them."""
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'dot_general':
+    if eqn.primitive.name == primitive:
       yield eqn.outvars[0].aval.shape
     for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-      yield from products(inner)
+      yield from outputs(inner, primitive)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +241,8 @@ def test_a_frozen_matrix_gets_no_gradient(remat):
       whole = whole if kind is adapters.alone else part
       return model.apply({'params': whole}, batch, method='loss').total
 
-    return {*products(jax.make_jaxpr(jax.grad(loss))(kind(params)).jaxpr)}
+    traced = jax.make_jaxpr(jax.grad(loss))(kind(params))
+    return {*outputs(traced.jaxpr, 'dot_general')}
 
   matrices = {(16, 32), (32, 16), (16, 24), (24, 16)}
   both = matrices | {shape[::-1] for shape in matrices}
@@ -284,6 +326,12 @@ def test_adapters_are_counted_apart():
     ({'rank': -1}, 'model.lora.rank=-1 must not be negative'),
     ({'rank': 0}, 'model.lora.rank=0 makes no adapters'),
     ({'alpha': 0.0}, 'model.lora.alpha=0.0 must be positive'),
+    ({'dropout': 1.0}, r'model.lora.dropout=1.0 must lie in \[0, 1\)'),
+    ({'dropout': -0.1}, r'model.lora.dropout=-0.1 must lie in \[0, 1\)'),
+    (
+      {'dropout': 0.1, 'matrices': '*/moe/up'},
+      "dropout=0.1 does nothing: .*'*/moe/up' are of experts alone",
+    ),
   ],
 )
 def test_what_makes_no_adapter_is_one_line(changes, message):

@@ -29,7 +29,9 @@ PLAIN = ModelConfig(
   vocab=320, depth=2, width=16, heads=2, kv_heads=1, head_dim=8,
   mlp_width=16, length=16, dtype='float32',
 )  # fmt: skip
-MODEL = dataclasses.replace(PLAIN, lora=LoraConfig(rank=2, matrices='*/gate'))
+MODEL = dataclasses.replace(
+  PLAIN, lora=LoraConfig(rank=2, matrices='*/gate', dropout=0.25)
+)
 CONFIG = RunConfig(
   steps=4,
   log_every=1,

@@ -236,6 +236,9 @@ def _lora(
     rank_stabilized=settings.rank_stabilized,
   )
   every = adapters.adapted(dataclasses.replace(config, lora=lora))
+  chosen = [every[path] for path in every if '/'.join(path) in paths]
+  if any('experts' not in about.axes for about in chosen):
+    lora = dataclasses.replace(lora, dropout=settings.dropout)
   if paths == {'/'.join(path) for path in every}:
     return lora
   return dataclasses.replace(lora, matrices=','.join(sorted(paths)))

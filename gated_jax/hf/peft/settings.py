@@ -51,7 +51,7 @@ class Settings:
     rank_stabilized: Whether scales go by the root of the rank.
     alphas: By patterns of the names of modules.
     base: The name or folder of the base; '': it is not said.
-    dropout: That the adapter was trained with. It changes no logit.
+    dropout: Of the adapters' inputs, in training.
   """
 
   rank: int

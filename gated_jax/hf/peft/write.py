@@ -74,6 +74,11 @@ def save(
       metadata={'format': 'pt'},
     )
     values = describe(config.lora, ranks, kind)
+    if config.lora.dropout != values['lora_dropout']:
+      print(
+        f'{CONFIG} is without lora_dropout={config.lora.dropout}, which PEFT '
+        'does not take beside target_parameters'
+      )
     write_json(
       partial / CONFIG, values | {'base_model_name_or_path': base or None}
     )
@@ -143,7 +148,8 @@ def describe(
     # Without a list PEFT takes the modules that it knows of.
     'target_modules': sorted(set(shown) - set(parameters)),
     'target_parameters': parameters or None,
-    'lora_dropout': 0.0,
+    # PEFT refuses one beside adapters that it adds to their parameters.
+    'lora_dropout': 0.0 if parameters else lora.dropout,
     'bias': 'none',
     'fan_in_fan_out': False,
     'inference_mode': True,
