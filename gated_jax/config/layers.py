@@ -162,7 +162,7 @@ class MoEConfig:
   # The paper does not print these two; the values are this project's.
   balance_loss: float = setting(1e-2, 'execution')
   router_z_loss: float = setting(1e-3, 'execution')
-  # Grouped matmul: 'ragged_dot', 'gmm'.
+  # Grouped matmul: 'ragged_dot', 'gmm', 'tiles'.
   implementation: str = setting('auto', 'free')
   # The next two matter where mesh.expert splits the experts. A device's tokens
   # are worked through in so many parts: rows of one travel to their experts
@@ -197,7 +197,9 @@ class MoEConfig:
     )
     choice('moe.score', self.score, ('softmax', 'sigmoid'))
     choice(
-      'moe.implementation', self.implementation, ('auto', 'ragged_dot', 'gmm')
+      'moe.implementation',
+      self.implementation,
+      ('auto', 'ragged_dot', 'gmm', 'tiles'),
     )
     if self.top_k > self.experts:
       raise ValueError(

@@ -30,16 +30,16 @@ NEAR: dict[str, tuple[str, str]] = {
 # training, as `python -m gated_jax.bench families --cpu_time` printed them for
 # one core of a CPU.
 SPEED: dict[str, tuple[int, int]] = {
-  'qwen3': (323, 850),
-  'qwen3_moe': (17, 380),
-  'gated_qwen3': (253, 829),
-  'qwen3_5': (264, 680),
-  'qwen3_5_moe': (17, 314),
-  'qwen3_next': (18, 293),
-  'afmoe': (22, 382),
-  'muse_glimmer': (263, 696),
-  'laguna': (20, 361),
-  'step': (23, 385),
+  'qwen3': (302, 849),
+  'qwen3_moe': (306, 945),
+  'gated_qwen3': (301, 810),
+  'qwen3_5': (329, 679),
+  'qwen3_5_moe': (228, 626),
+  'qwen3_next': (212, 641),
+  'afmoe': (225, 773),
+  'muse_glimmer': (247, 770),
+  'laguna': (203, 705),
+  'step': (230, 749),
   'lfm3': (260, 876),
 }
 

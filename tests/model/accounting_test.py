@@ -111,7 +111,9 @@ MODELS = {
   'shared_expert': dataclasses.replace(
     TINY,
     pattern=('attention+moe',),
-    moe=MoEConfig(experts=4, top_k=2, width=8, shared_width=10),
+    moe=MoEConfig(
+      experts=4, top_k=2, width=8, shared_width=10, implementation='ragged_dot'
+    ),
   ),
   **{
     '-'.join(f'{k}={v}' for k, v in gate.items()): dataclasses.replace(

@@ -85,7 +85,7 @@ def slopes(function, a, direction, step=1e-5):
 
 @pytest.mark.parametrize('top_k', [1, 2, E])
 @pytest.mark.parametrize('normalize', [True, False])
-@pytest.mark.parametrize('implementation', ['ragged_dot', 'gmm'])
+@pytest.mark.parametrize('implementation', ['ragged_dot', 'gmm', 'tiles'])
 def test_values_and_gradients_equal_a_loop_over_experts(
   top_k, normalize, implementation
 ):
@@ -192,30 +192,32 @@ def split(mesh_shape, spec):
   return run
 
 
-# Mesh, top_k, slack, chunks and what is saved. Slack below one forces further
-# rounds, as a very uneven load does. A device has 96, 24, 12, 12 and 24 tokens:
-# not all chunks that are asked for divide them.
+# Implementation, mesh, top_k, slack, chunks and what is saved. Slack below one
+# forces further rounds, as a very uneven load does. A device has 96, 24, 12, 12
+# and 24 tokens: not all chunks that are asked for divide them.
 ROWS, BOTH = (moe.ROWS_NAME,), (moe.ROWS_NAME, moe.PRODUCT_NAME)
 SPLITS = [
-  ((1, 2, 1), 2, 1.25, 1, ()),
-  ((1, 4, 1), 2, 0.5, 2, BOTH),
-  ((1, 8, 1), 2, 1.25, 5, ROWS),
-  ((2, 4, 1), E, 1.25, 2, ()),
-  ((2, 2, 2), 2, 0.3, 4, ROWS),
+  ('ragged_dot', (1, 2, 1), 2, 1.25, 1, ()),
+  ('tiles', (1, 4, 1), 2, 0.5, 2, BOTH),
+  ('tiles', (1, 8, 1), 2, 1.25, 5, ROWS),
+  ('tiles', (2, 4, 1), E, 1.25, 2, ()),
+  ('ragged_dot', (2, 2, 2), 2, 0.3, 4, ROWS),
 ]
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
-@pytest.mark.parametrize('shape, top_k, slack, chunks, saved', SPLITS)
+@pytest.mark.parametrize(
+  'implementation, shape, top_k, slack, chunks, saved', SPLITS
+)
 @pytest.mark.parametrize('skewed', [False, True])
 def test_splitting_experts_changes_neither_loss_nor_gradients(
-  shape, top_k, slack, chunks, saved, skewed
+  implementation, shape, top_k, slack, chunks, saved, skewed
 ):
   a = to_float32(make(batch=8))
   if skewed:  # nearly every token goes to the experts of one device
     a['x'] = jnp.abs(a['x'])
     a['router'] = a['router'].at[:, 0].add(4).at[:, 1].add(3)
-  spec = moe.ExpertSpec('ragged_dot', slack=slack, chunks=chunks, saved=saved)
+  spec = moe.ExpertSpec(implementation, slack=slack, chunks=chunks, saved=saved)
   run = split(shape, spec)
 
   def loss(a, function):
@@ -286,7 +288,7 @@ def test_a_width_that_is_no_whole_tile_takes_the_plain_formula():
   assert not swiglu_tpu.fits((8, 2 * 128))
 
 
-@pytest.mark.parametrize('implementation', ['ragged_dot', 'gmm'])
+@pytest.mark.parametrize('implementation', ['ragged_dot', 'gmm', 'tiles'])
 def test_the_gradient_of_matrices_adds_to_that_of_earlier_rows(implementation):
   r = np.random.default_rng(0)
   rows, matrices, start, grad = (

@@ -23,6 +23,7 @@ from gated_jax.ops.moe.experts import ExpertSpec
 from gated_jax.ops.moe.experts import ExpertWeights
 from gated_jax.ops.moe.experts import Matrices
 from gated_jax.ops.moe.experts import swiglu
+from gated_jax.ops.moe.grouped_matmul import resolve
 from gated_jax.ops.moe.grouped_matmul import row_tile
 
 
@@ -47,9 +48,7 @@ def apply_experts(
   flat = x.reshape(b * t, d)
   choices = indices.reshape(b * t, k).astype(jnp.int32)
   weights = weights.reshape(b * t, k)
-  matrices = Matrices(
-    jnp.concatenate((experts.gate_proj, experts.up), axis=-1), experts.down
-  )
+  matrices = Matrices.of(experts, resolve(spec.implementation) != 'tiles')
   run = exchange if spec.expert_axis else _local
   y = run(flat, weights, choices, matrices, spec)
   if spec.tensor_axis:

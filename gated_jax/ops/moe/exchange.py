@@ -342,9 +342,9 @@ def _backward(
     """The gradients of one round. `send` and `collect` are each other's."""
     into, down = (previous and previous.common) or (None, None)
 
-    def first(rows: Array, matrix: Array) -> Array:
+    def first(rows: Array, matrices: tuple[Array, ...]) -> Array:
       """The first product, which is made again where it was not saved."""
-      return first_product(rows, matrix, route.sizes, spec, into)
+      return first_product(rows, matrices, route.sizes, spec, into)
 
     def second(both: Array, weights: Array, matrix: Array) -> Array:
       """The second product, whose value nobody reads."""

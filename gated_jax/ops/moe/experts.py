@@ -30,14 +30,24 @@ class ExpertWeights(NamedTuple):
 
 
 class Matrices(NamedTuple):
-  """The same for two grouped matmuls: gate_proj and up side by side.
+  """The same as grouped matmuls take them: gate_proj and up, joined or apart.
 
-  One pass over the rows instead of two, and in backward no sum of two
-  gradients of the rows, which is an array k times as large as the tokens.
+  Side by side in one array they take one pass over the rows instead of two, and
+  in backward there is no sum of two gradients of the rows, which is an array k
+  times as large as the tokens. To join them is a copy of all experts, which is
+  dear where few tokens are multiplied.
   """
 
-  into: Float[Array, 'E D F2']
+  into: tuple[Float[Array, 'E D F'], ...]
   down: Float[Array, 'E F D']
+
+  @classmethod
+  def of(cls, experts: ExpertWeights, joined: bool) -> 'Matrices':
+    """Those of the experts."""
+    into = (experts.gate_proj, experts.up)
+    return cls(
+      (jnp.concatenate(into, axis=-1),) if joined else into, experts.down
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +101,10 @@ def swiglu(
 
 def first_product(
   rows: Float[Array, 'R D'],
-  into: Float[Array, 'E D F2'],
+  into: tuple[Float[Array, 'E D F'], ...],
   sizes: Int[Array, ' E'],
   spec: ExpertSpec,
-  start: Float[Array, 'E D F2'] | None = None,
+  start: tuple[Float[Array, 'E D F'], ...] | None = None,
 ) -> Float[Array, 'R F2']:
   """gate_proj x and up x side by side.
 
@@ -106,7 +116,13 @@ def first_product(
     start: what the gradient of `into` is added to, that of earlier rows.
   """
   options = (spec.implementation, spec.interpret)
-  both = grouped_matmul(rows, into, sizes, *options, start)
+  parts = [
+    grouped_matmul(rows, matrices, sizes, *options, earlier)
+    for matrices, earlier in zip(
+      into, start or (None,) * len(into), strict=True
+    )
+  ]
+  both = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
   return checkpoint_name(both, PRODUCT_NAME)
 
 

@@ -9,7 +9,9 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
-NAMES = ('ragged_dot', 'gmm')
+from gated_jax.ops.moe import tiles
+
+NAMES = ('ragged_dot', 'gmm', 'tiles')
 
 
 def resolve(implementation: str) -> str:
@@ -17,16 +19,19 @@ def resolve(implementation: str) -> str:
 
   'gmm' is JAX's grouped-matmul kernel for TPU. It is the automatic choice
   there: the compiler turns the weight gradient of `ragged_dot` into a dense
-  matmul of every expert with every row, E times the work.
+  matmul of every expert with every row, E times the work. On a CPU it does so
+  with the product itself, where 'tiles' (tiles.py) computes what is asked for.
 
   Raises:
     ValueError: there is no such implementation.
   """
   if implementation == 'auto':
-    return 'gmm' if jax.default_backend() == 'tpu' else 'ragged_dot'
+    best = {'tpu': 'gmm', 'cpu': 'tiles'}
+    return best.get(jax.default_backend(), 'ragged_dot')
   if implementation not in NAMES:
     raise ValueError(
-      f'implementation={implementation!r} must be auto, {" or ".join(NAMES)}'
+      f'implementation={implementation!r} must be one of: auto, '
+      + ', '.join(NAMES)
     )
   return implementation
 
@@ -78,10 +83,13 @@ def grouped_matmul(
     interpret: runs 'gmm' on a CPU, for tests.
     start: what the gradient of the matrices is added to, that of earlier rows.
   """
-  if resolve(implementation) == 'gmm':
+  name = resolve(implementation)
+  if name == 'gmm':
     return _kernel(rows, matrices, sizes, start, interpret)
   if start is not None:
     matrices = _adding_to(matrices, start)
+  if name == 'tiles':
+    return tiles.product(rows, matrices, sizes)
   return jax.lax.ragged_dot(
     rows, matrices, sizes, preferred_element_type=rows.dtype
   )
