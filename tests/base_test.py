@@ -8,9 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from gated_jax import base
 from gated_jax import checkpoint
 from gated_jax import paths
+from gated_jax.checkpoint import base
+from gated_jax.checkpoint.base import base_for
+from gated_jax.checkpoint.folder import RUN
+from gated_jax.checkpoint.sums import records
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import RunConfig
 from gated_jax.training import checkpoints
@@ -39,8 +42,8 @@ def open_at(folder, start, **settings):
 def save(folder, start, steps=(1,), left=None):
   """Saves steps of a run that started at `start`; its workdir."""
   manager = open_at(folder / 'checkpoints', start)
-  arrays = checkpoint.records(state(0).params, 'params')
-  manager.base = left or checkpoint.base_for(start, arrays, [FROZEN])
+  arrays = records(state(0).params, 'params')
+  manager.base = left or base_for(start, arrays, [FROZEN])
   for step in steps:
     manager.save(state(step), f'place {step}')
   manager.wait()
@@ -116,7 +119,7 @@ def another_base(start):
 
 
 def truncated(start):
-  damage(start / checkpoint.RUN, 'truncate')
+  damage(start / RUN, 'truncate')
 
 
 def flipped(start):
@@ -197,5 +200,5 @@ def test_run_and_base_may_lie_in_a_bucket(bucket):
 
 def test_what_differs_from_the_start_is_written(tmp_path):
   start = put(tmp_path / 'base', 3)
-  arrays = checkpoint.records(state(0).params, 'params')
-  assert checkpoint.base_for(start, arrays, [FROZEN]) is None
+  arrays = records(state(0).params, 'params')
+  assert base_for(start, arrays, [FROZEN]) is None

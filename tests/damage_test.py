@@ -17,6 +17,8 @@ import pytest
 
 from gated_jax import checkpoint
 from gated_jax import damage
+from gated_jax.checkpoint.folder import RUN
+from gated_jax.checkpoint.sums import records
 from gated_jax.config import RunConfig
 from gated_jax.training.checkpoints import Checkpoints
 from gated_jax.training.step import TrainState
@@ -165,7 +167,7 @@ def test_an_array_is_traced_to_a_file_too_large_for_a_checksum(
 def test_words_that_change_places_change_the_sum():
   x = jnp.arange(12.0).reshape(3, 4)
   sums = {
-    checkpoint.records({'x': y}, 'params')['params/x'][2]
+    records({'x': y}, 'params')['params/x'][2]
     for y in (x, x[::-1], x[:, ::-1], x.T.reshape(3, 4), x.at[0, 0].set(1e-45))
   }
   assert len(sums) == 5
@@ -186,7 +188,7 @@ def test_a_checkpoint_without_sums_loads_and_says_so_once(
   saved, tmp_path, caplog
 ):
   folder = shutil.copytree(saved / '2', tmp_path / '2')
-  path = folder / checkpoint.RUN
+  path = folder / RUN
   run = json.loads(path.read_bytes())
   path.write_text(json.dumps({'config': run['config']}))
   assert equal(load(folder)[1], state_at(2).params)

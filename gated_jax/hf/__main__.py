@@ -25,6 +25,7 @@ import jax
 from gated_jax import checkpoint
 from gated_jax import cli
 from gated_jax import sharding
+from gated_jax.checkpoint.folder import check_place
 from gated_jax.config import MeshConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import from_dict
@@ -217,7 +218,7 @@ def run(args: argparse.Namespace) -> None:
   check_devices()
   target = expand(args.target)
   if args.command != 'export':
-    checkpoint.check_place(target)
+    check_place(target)
   check_free(target)
   apart = args.command == 'export' and args.peft
   if args.command == 'export':

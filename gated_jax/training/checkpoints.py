@@ -3,10 +3,10 @@
 A step's folder holds `params`, `rest` (optimizer, step, PRNG key, counters)
 and `run` (the config, each process's place in the data, the held-out loss, the
 sum of every array). What a run never changes may lie in another checkpoint, the
-base: see gated_jax/base.py. Orbax writes beside it and renames when all is on
-disk; in a bucket it writes there at once, and an object that says so at last.
-Either way a killed save leaves the earlier steps as they were. What was read is
-compared with the sums: gated_jax/checkpoint.py says how.
+base: see gated_jax/checkpoint/base.py. Orbax writes beside it and renames when
+all is on disk; in a bucket it writes there at once, and an object that says so
+at last. Either way a killed save leaves the earlier steps as they were. What
+was read is compared with the sums: gated_jax/checkpoint/sums.py says how.
 """
 
 import contextlib
@@ -27,27 +27,27 @@ from orbax.checkpoint import checkpoint_managers
 
 from gated_jax import damage
 from gated_jax import paths
-from gated_jax.base import Base
-from gated_jax.base import NoBase
-from gated_jax.base import base_in
-from gated_jax.base import divide
-from gated_jax.base import join
 from gated_jax.bucket_requests import BucketError
 from gated_jax.bucket_requests import bucket_error
 from gated_jax.bucket_requests import cause_in_bucket
-from gated_jax.checkpoint import COMMIT
-from gated_jax.checkpoint import CheckpointError
-from gated_jax.checkpoint import array_names
-from gated_jax.checkpoint import check_arrays
-from gated_jax.checkpoint import damaged
-from gated_jax.checkpoint import find_base
-from gated_jax.checkpoint import one_line
-from gated_jax.checkpoint import read_arrays
-from gated_jax.checkpoint import read_base
-from gated_jax.checkpoint import read_run
-from gated_jax.checkpoint import records
-from gated_jax.checkpoint import seal
-from gated_jax.checkpoint import steps_in
+from gated_jax.checkpoint.base import Base
+from gated_jax.checkpoint.base import NoBase
+from gated_jax.checkpoint.base import base_in
+from gated_jax.checkpoint.base import divide
+from gated_jax.checkpoint.base import find_base
+from gated_jax.checkpoint.base import join
+from gated_jax.checkpoint.folder import COMMIT
+from gated_jax.checkpoint.folder import CheckpointError
+from gated_jax.checkpoint.folder import check_arrays
+from gated_jax.checkpoint.folder import damaged
+from gated_jax.checkpoint.folder import one_line
+from gated_jax.checkpoint.folder import read_run
+from gated_jax.checkpoint.folder import seal
+from gated_jax.checkpoint.folder import steps_in
+from gated_jax.checkpoint.parameters import read_arrays
+from gated_jax.checkpoint.parameters import read_base
+from gated_jax.checkpoint.sums import array_names
+from gated_jax.checkpoint.sums import records
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import differences

@@ -16,7 +16,9 @@ from flax import traverse_util
 
 from gated_jax import checkpoint
 from gated_jax import sharding
-from gated_jax.base import Base
+from gated_jax.checkpoint.base import Base
+from gated_jax.checkpoint.base import base_for
+from gated_jax.checkpoint.sums import records
 from gated_jax.config import ModelConfig
 from gated_jax.config import RunConfig
 from gated_jax.config import different_function
@@ -173,8 +175,8 @@ def base_of_start(config: RunConfig, params: Tree) -> Base | None:
       if path not in trained
     }
   )
-  arrays = checkpoint.records(frozen, 'params')
-  return checkpoint.base_for(config.init_from, arrays, arrays)
+  arrays = records(frozen, 'params')
+  return base_for(config.init_from, arrays, arrays)
 
 
 def _layout(model: ModelConfig) -> tuple[Any, ...]:

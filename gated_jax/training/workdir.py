@@ -5,7 +5,7 @@ import tempfile
 import uuid
 
 from gated_jax import paths
-from gated_jax.checkpoint import check_place
+from gated_jax.checkpoint.folder import check_place
 from gated_jax.paths import Path
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from gated_jax import cli
 from gated_jax import paths
-from gated_jax.checkpoint import RUN
+from gated_jax.checkpoint.folder import RUN
 from gated_jax.config import RunConfig
 from gated_jax.config import to_dict
 from gated_jax.evals import compare

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from gated_jax import checkpoint
 from gated_jax import paths
+from gated_jax.checkpoint.folder import RUN
+from gated_jax.checkpoint.folder import steps_in
 from gated_jax.evals import compare
 from gated_jax.evals import metric_files
 from gated_jax.training.workdir import check_workdir
@@ -84,13 +85,13 @@ def losses(workdir):
 
 def fingerprint(workdir, step):
   folder = paths.expand(workdir) / f'checkpoints/{step}'
-  return json.loads(paths.read_bytes(folder / checkpoint.RUN))['arrays']
+  return json.loads(paths.read_bytes(folder / RUN))['arrays']
 
 
 def left_in(workdir):
   """Losses, the steps that were kept and the arrays of the last one."""
   folder = paths.expand(workdir) / 'checkpoints'
-  steps = checkpoint.steps_in(folder)
+  steps = steps_in(folder)
   return losses(workdir), steps, fingerprint(workdir, 12)
 
 
@@ -309,5 +310,5 @@ def test_two_runs_do_not_share_a_workdir(train, bucket):
   out, _ = ended(first, code=75)
   last = out.splitlines()[-1]
   step = re.match(r'SIGTERM: saved step (\d+) in gs://\S+; go on', last)[1]
-  assert int(step) in checkpoint.steps_in(paths.expand(workdir) / 'checkpoints')
+  assert int(step) in steps_in(paths.expand(workdir) / 'checkpoints')
   assert list(losses(workdir)) == list(range(1, int(step) + 1))

@@ -8,6 +8,8 @@ import pytest
 
 from gated_jax import checkpoint
 from gated_jax import paths
+from gated_jax.checkpoint.folder import COMMIT
+from gated_jax.checkpoint.folder import steps_in
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import RunConfig
 from tests.training.checkpoints_test import abstract
@@ -52,7 +54,7 @@ def test_a_state_comes_back_to_the_bit(folder):
 
 
 def test_a_save_that_was_killed_is_no_step(folder):
-  (folder / '4' / checkpoint.COMMIT).unlink()
+  (folder / '4' / COMMIT).unlink()
   assert checkpoint.find(folder) == folder / '3'
   assert restored(folder) == (3, [])
   assert not paths.exists(folder / '4'), 'and it is removed'
@@ -62,7 +64,7 @@ def test_a_step_that_was_half_removed_goes(folder):
   lost = sorted(p for p in paths.files_below(folder / '1/rest'))[-1]
   lost.unlink()
   assert restored(folder) == (4, [])
-  assert checkpoint.steps_in(folder) == [3, 4]
+  assert steps_in(folder) == [3, 4]
   assert not paths.exists(folder / '1')
 
 

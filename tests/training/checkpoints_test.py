@@ -15,6 +15,8 @@ import optax
 import pytest
 
 from gated_jax import checkpoint
+from gated_jax.checkpoint.folder import RUN
+from gated_jax.checkpoint.folder import seal
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import OptimizerConfig
@@ -87,10 +89,10 @@ def test_the_best_is_kept_by_a_run_that_resumes_and_by_losses_of_old(tmp_path):
   config = CheckpointConfig(keep_last=1, keep_best=1)
   saved(tmp_path, [2.0, 1.0], checkpoint=CheckpointConfig(keep_last=2))
   # Earlier checkpoints have the loss in a file of its own, without a digest.
-  path = tmp_path / '1' / checkpoint.RUN
+  path = tmp_path / '1' / RUN
   run = {k: v for k, v in json.loads(path.read_bytes()).items() if k != 'loss'}
   del run['digest']
-  path.write_text(json.dumps(checkpoint.seal(run)))
+  path.write_text(json.dumps(seal(run)))
   (tmp_path / '1' / 'metrics').mkdir()
   (tmp_path / '1' / 'metrics' / 'metrics').write_text('{"loss": 0.5}')
   manager = open_at(tmp_path, checkpoint=config)

@@ -9,6 +9,7 @@ from flax import traverse_util
 
 from gated_jax import checkpoint
 from gated_jax import sharding
+from gated_jax.checkpoint.sums import array_names
 from gated_jax.config import CheckpointConfig
 from gated_jax.config import DataConfig
 from gated_jax.config import GateConfig
@@ -101,7 +102,7 @@ def test_adapters_train_resume_and_merge(base, tmp_path, capsys):
   # A checkpoint holds the adapters, and where the base is.
   stored = checkpoint.read_run(checkpoint.find(tmp_path / 'parts'))
   assert stored['base']['path'] == start
-  left = set(checkpoint.array_names(adapters.without(last.params), 'params'))
+  left = set(array_names(adapters.without(last.params), 'params'))
   assert set(stored['base']['arrays']) == left
 
   # Decoding loads the run; a new run without adapters takes their sum.

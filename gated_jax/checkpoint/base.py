@@ -3,7 +3,7 @@
 A run that trains a part of what it started from writes that part alone. Its
 `run` file names the rest and says where it lies, with the sums of all arrays
 beside it: so a base that is gone, or is another one now, is found before
-anything is computed from it. `gated_jax/checkpoint.py` reads both together.
+anything is computed from it. `parameters.py` reads both together.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -20,6 +19,10 @@ from typing import Any
 from flax import traverse_util
 
 from gated_jax import paths
+from gated_jax.checkpoint.folder import find
+from gated_jax.checkpoint.folder import read_run
+from gated_jax.checkpoint.folder import stored_arrays
+from gated_jax.checkpoint.sums import Records
 from gated_jax.paths import Path
 
 # A file beside the steps of a run, or in one of them, that says where the base
@@ -119,28 +122,26 @@ def _candidates(
     yield os.path.normpath(paths.absolute(folder) / base.relative), ''
 
 
-def locate(
-  base: Base,
-  folder: Path,
-  also: Iterable[str],
-  look: Callable[[str], tuple[Path, str]],
+def find_base(
+  folder: Path, run: Mapping[str, Any], also: Iterable[str] = ()
 ) -> Path:
   """The folder of a checkpoint's base.
 
   Args:
-    base: that the checkpoint names.
     folder: of the checkpoint.
-    also: other places to look at, first of all.
-    look: a path to the checkpoint there and the digest of its parameters; a
-      ValueError or RuntimeError where there is none that can be read.
+    run: its `run` file, which names a base.
+    also: where to look first.
 
   Raises:
-    NoBase: it is at none of them, or another one is.
+    NoBase: it is nowhere, or another one is there.
   """
+  base = base_in(run)
+  assert base is not None, f'{folder} is whole'
   problem = f'is not at {base.path}'
   for path, who in _candidates(base, folder, also):
     try:
-      place, digest = look(path)
+      place = find(path)
+      digest = digest_of(read_run(place).get('arrays'))
     except (ValueError, RuntimeError) as error:
       if who and who != 'init_from':
         problem = f'is not at {path}, which {who} names'
@@ -154,3 +155,40 @@ def locate(
     f'{folder} holds what was trained alone, and its base {problem}; write '
     f'where it is into {folder.parent / MOVED}'
   )
+
+
+def base_for(
+  path: str | os.PathLike[str], arrays: Records, still: Iterable[str]
+) -> Base | None:
+  """The base of a run that started from a checkpoint; None: it has none.
+
+  It is left what the run holds as it lies there, name by name. A base that
+  leaves all of that with its own is passed over.
+
+  Args:
+    path: where the run started from.
+    arrays: records of the run's parameters.
+    still: names of those that do not train.
+  """
+  folder = find(path)
+  run = read_run(folder)
+  recorded = run.get('arrays')
+  stored = stored_arrays(folder, run)
+
+  def lies_there(name: str) -> bool:
+    """True for an array of the same shape, and the same sum if it can be."""
+    there, here = stored.get(name), list(arrays[name])
+    if there is None or list(there[1]) != here[1]:
+      return False
+    return there[0] != here[0] or not recorded or there[2] == here[2]
+
+  names = tuple(sorted(name for name in still if lies_there(name)))
+  if not names:
+    return None
+  under = base_in(run)
+  same = all(stored[name][0] == arrays[name][0] for name in names)
+  if under and same and set(names) <= set(under.arrays):
+    folder = find_base(folder, run)
+    recorded = read_run(folder).get('arrays')
+  place = os.fspath(paths.absolute(folder))
+  return Base(place, '', digest_of(recorded), names)
