@@ -232,6 +232,28 @@ REFUSED = [
     'qk_norm_scale=False does nothing without model.qk_norm=True',
   ),
   (
+    {'model.gate.bias_by_head': True},
+    'bias_by_head=True needs gate.bias=True',
+  ),
+  (
+    {
+      'model.gate.bias_by_head': True,
+      'model.gate.bias': True,
+      'model.gate.granularity': 'headwise',
+    },
+    'bias_by_head=True does nothing with',
+  ),
+  (
+    {
+      'model.gate.bias_by_head': True,
+      'model.gate.bias': True,
+      'model.gate.position': 'dense_output',
+    },
+    'bias_by_head=True has no heads to act on',
+  ),
+  ({'model.query_growth': 0.1}, 'does nothing without a layer without rotary'),
+  ({'model.residual': 'mean'}, "residual='mean' must be one of sum, depth_sc"),
+  (
     {'model.gate.source': 'parameter', 'model.gate.bias': True},
     "adds to logits that source='parameter' stores already",
   ),

@@ -123,6 +123,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
       'short_conv',
     ),
   },
+  'beam': {
+    'norm': 'sandwich',
+    'residual': 'depth_scaled',
+    'query_growth': 0.1,
+    'logit_softcap': 30.0,
+    'gate': dataclasses.replace(GATE, bias=True, bias_by_head=True),
+    'lead': (WINDOW, WINDOW, 'attention:nope', f'{WINDOW}+moe'),
+    'pattern': (f'{WINDOW}+moe', 'attention:nope+moe'),
+    'moe': dataclasses.replace(
+      EXPERTS, score='sigmoid', bias=True, groups=4, top_groups=2
+    ),
+  },
 }
 
 

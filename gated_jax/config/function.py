@@ -28,6 +28,7 @@ def canonical(model: ModelConfig) -> ModelConfig:
     kv_heads=first.kv_heads,
     head_dim=first.head_dim,
     rope=_rope(model),
+    query_growth=0.0,  # none of the words of `plain` is without rotation
     lead=(),
     pattern=('attention+moe' if model.has_experts else 'attention',),
   )
@@ -37,6 +38,10 @@ def canonical(model: ModelConfig) -> ModelConfig:
     pattern=shortest_pattern(words),
     delta=model.delta if 'gated_deltanet' in mixers else DeltaConfig(),
     conv=model.conv if 'short_conv' in mixers else ConvConfig(),
+    query_growth=model.query_growth,
+    query_growth_length=model.query_growth_length
+    if model.query_growth
+    else ModelConfig.query_growth_length,
     gate=gate if gate.position != 'none' else GateConfig(position='none'),
   )
 

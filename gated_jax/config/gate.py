@@ -52,6 +52,7 @@ class GateConfig:
   source: str = 'hidden'  # 'parameter': the same scores for every token
   channels: int = 0  # the scores read only these first channels; 0: all
   bias: bool = False  # on the gate logits
+  bias_by_head: bool = False  # one number for all channels of a head
   # What that bias begins as: a gate of 4 and no weights is open by 0.98.
   bias_init: float = setting(0.0, 'execution')
   init: str = setting('normal', 'execution')  # 'zeros' is the other
@@ -76,6 +77,10 @@ class GateConfig:
       raise ValueError(
         f'gate.bias_init={self.bias_init} needs gate.bias=True, which it begins'
       )
+    if self.bias_by_head and not self.bias:
+      raise ValueError(
+        'gate.bias_by_head=True needs gate.bias=True, which it makes smaller'
+      )
     self._refuse_nonsense()
 
   def _refuse_nonsense(self) -> None:
@@ -97,7 +102,17 @@ class GateConfig:
           f'gate.kind={self.kind!r} has no scores, so '
           f'{", ".join(changed)} would change nothing'
         )
+    if self.bias_by_head and self.granularity == 'headwise':
+      raise ValueError(
+        "gate.bias_by_head=True does nothing with gate.granularity='headwise', "
+        'whose bias has one number for each head already'
+      )
     if self.position == 'dense_output':
+      if self.bias_by_head:
+        raise ValueError(
+          'gate.bias_by_head=True has no heads to act on at '
+          "position='dense_output', which comes after they are joined"
+        )
       if self.granularity == 'headwise':
         raise ValueError(
           "gate.granularity='headwise' has no heads to act on at "

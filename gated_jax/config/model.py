@@ -16,6 +16,7 @@ from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
 from gated_jax.config.lora import LoraConfig
 from gated_jax.config.roles import setting
+from gated_jax.config.stack import OWN_SETTINGS
 from gated_jax.config.stack import LayerSpec
 from gated_jax.config.stack import read_word
 
@@ -48,6 +49,9 @@ class ModelConfig:
   # c: logits become c tanh(logits / c); 0: they stay as they are.
   logit_softcap: float = 0.0
   norm: str = 'pre'  # 'sandwich': also on each block's output
+  # What reads the stream finds the sum of the embedding and all blocks before;
+  # 'depth_scaled' divides a sum of n terms by sqrt(n).
+  residual: str = 'sum'
   norm_eps: float = 1e-6
   post_norm_eps: float = 0.0  # of norms on a block's output; 0: norm_eps
   norm_zero_centered: bool = False  # scale stored as its distance from one
@@ -55,6 +59,10 @@ class ModelConfig:
   qk_norm: bool = True
   qk_norm_scale: bool = True  # False: the norms of heads own no scale
   query_scale: float = 1.0  # multiplies queries, beside head_dim ** -0.5
+  # p: queries of layers without rotary embedding are multiplied by
+  # (1 + (position + 1) / query_growth_length) ** p, which counts from 0.
+  query_growth: float = 0.0
+  query_growth_length: int = 2048
   qkv_bias: bool = False  # on the projections of queries, keys and values
   out_bias: bool = False  # on attention's output projection
   # On attention weights and on each block's output.
@@ -96,11 +104,13 @@ class ModelConfig:
           'output_scale',
           'query_scale',
           'init_std',
+          'query_growth_length',
         )
       }
     )
     self._check_shapes()
     choice('model.norm', self.norm, ('pre', 'sandwich'))
+    choice('model.residual', self.residual, ('sum', 'depth_scaled'))
     choice('model.dtype', self.dtype, ('bfloat16', 'float16', 'float32'))
     choice('model.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
     choice(
@@ -113,7 +123,13 @@ class ModelConfig:
     not_negative(
       **{
         f'model.{name}': getattr(self, name)
-        for name in ('z_loss', 'logit_chunk', 'logit_softcap', 'post_norm_eps')
+        for name in (
+          'z_loss',
+          'logit_chunk',
+          'logit_softcap',
+          'post_norm_eps',
+          'query_growth',
+        )
       }
     )
     self._refuse_idle()
@@ -124,11 +140,13 @@ class ModelConfig:
       'post_norm_eps': self.post_norm_eps and self.norm != 'sandwich',
       'final_norm_plain': self.final_norm_plain and not self.norm_zero_centered,
       'qk_norm_scale': not self.qk_norm_scale and not self.qk_norm,
+      'query_growth': self.query_growth and not self.has_unrotated,
     }
     needs = {
       'post_norm_eps': "model.norm='sandwich'",
       'final_norm_plain': 'model.norm_zero_centered=True',
       'qk_norm_scale': 'model.qk_norm=True',
+      'query_growth': "a layer without rotary embedding, as 'attention:nope'",
     }
     for name, does_nothing in idle.items():
       if does_nothing:
@@ -197,6 +215,14 @@ class ModelConfig:
   def has_experts(self) -> bool:
     """True where any layer has experts in place of an MLP."""
     return any(layer.ffn == 'moe' for layer in self.distinct_layers)
+
+  @property
+  def has_unrotated(self) -> bool:
+    """True where any layer attends without rotary embedding."""
+    return any(
+      layer.rope is None and layer.mixer not in OWN_SETTINGS
+      for layer in self.distinct_layers
+    )
 
   @property
   def rotations(self) -> tuple[tuple[RopeConfig, int], ...]:

@@ -24,6 +24,7 @@ NEAR: dict[str, tuple[str, str]] = {
   'laguna': ('7.2e-06', '2.7e-06'),
   'step': ('1.4e-05', '5.3e-06'),
   'lfm3': ('7.6e-06', '4.4e-06'),
+  'beam': ('7.1e-06', '2.7e-06'),
 }
 
 # Tokens a second of a small model of the family, decoding one row and in
@@ -41,6 +42,7 @@ SPEED: dict[str, tuple[int, int]] = {
   'laguna': (203, 705),
   'step': (230, 749),
   'lfm3': (260, 876),
+  'beam': (73, 443),
 }
 
 

@@ -2,6 +2,11 @@
 
     x += mixer(norm(x))        x += ffn(norm(x))
 
+With `config.residual='depth_scaled'` a sum of n terms, the embedding included,
+is divided by sqrt(n):
+
+    x = sqrt((n - 1) / n) x + sqrt(1 / n) y
+
 What backward recomputes is `config.remat`; arrays are saved by name:
 
     none       nothing is recomputed
@@ -21,6 +26,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import Int
 
 from gated_jax import sharding
 from gated_jax.config import LayerSpec
@@ -85,14 +91,28 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'B T D'], state: State | None, ctx: Context
+    self,
+    x: Float[Array, 'B T D'],
+    state: State | None,
+    ctx: Context,
+    number: Int[Array, ''] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Output]:
+    """Runs the layer.
+
+    Args:
+      x: the residual stream.
+      state: of the mixer.
+      ctx: what all layers share.
+      number: of this layer, from 0; None: sums are not divided.
+    """
     c, layer = _of_call(self.config, ctx), self.layer
+    # Terms of both sums: the embedding, and two of each layer.
+    terms = (None, None) if number is None else (2 * number + 2, 2 * number + 3)
     # The submodule has the mixer's word for its name.
     mixer: Any = mixer_named(layer.mixer)
     mixer = mixer(c, layer, name=layer.mixer)
     y, state = mixer(norm(c, f'{layer.mixer}_norm', x), ctx, state)
-    x = self._add(x, y, f'{layer.mixer}_post_norm', ctx)
+    x = self._add((x, y), f'{layer.mixer}_post_norm', ctx, terms[0])
     x = checkpoint_name(x, 'attention_result')
     h = norm(c, 'mlp_norm', x)
     extras: Extras = {}
@@ -104,21 +124,41 @@ class Block(nn.Module):
       extras = {'losses': losses, 'logs': logs}
     else:
       y = MLP(c, layer.ffn_width, layer.limit, name='mlp')(h)
-    x = self._add(x, y, 'mlp_post_norm', ctx)
+    x = self._add((x, y), 'mlp_post_norm', ctx, terms[1])
     if self.is_mutable_collection('probes') and not self.is_initializing():
       valid = ctx.valid
       valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
       self.sow('probes', 'residual_max', probes.largest_activation(x, valid))
     return x, Output(state, extras)
 
-  def _add(self, x: Array, y: Array, name: str, ctx: Context) -> Array:
-    """The residual stream plus a block's output, normed first if sandwich."""
+  def _add(
+    self,
+    arrays: tuple[Array, Array],
+    name: str,
+    ctx: Context,
+    terms: Int[Array, ''] | None,
+  ) -> Array:
+    """The residual stream plus a block's output.
+
+    Args:
+      arrays: the stream, and the output.
+      name: of the output's norm, which it has if sandwich.
+      ctx: what all layers share.
+      terms: how many there are in the sum, whose root divides it; None: it
+        stays as it is.
+    """
     c = self.config
+    x, y = arrays
     if c.norm == 'sandwich':
       y = norm(c, name, y, c.post_norm_eps)
     if c.dropout:
       y = nn.Dropout(c.dropout, deterministic=ctx.deterministic)(y)
-    return sharding.constrain(x + y.astype(x.dtype), *sharding.RESIDUAL)
+    if terms is None:
+      x += y.astype(x.dtype)
+    else:
+      one = 1 / terms.astype(jnp.promote_types(x.dtype, jnp.float32))
+      x = (jnp.sqrt(1 - one) * x + jnp.sqrt(one) * y).astype(x.dtype)
+    return sharding.constrain(x, *sharding.RESIDUAL)
 
 
 def _of_call(config: ModelConfig, ctx: Context) -> ModelConfig:
@@ -140,14 +180,20 @@ class Period(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'B T D'], states: Any, ctx: Context
+    self,
+    x: Float[Array, 'B T D'],
+    states: Any,
+    ctx: Context,
+    number: Int[Array, ''] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Output]:
+    """Runs the layers; `number` is that of the first, see `Block`."""
     outputs = []
     pattern = self.config.layers[len(self.config.lead) :]
     for i, layer in enumerate(pattern[: len(self.config.pattern)]):
       state = None if states is None else states[i]
       block = with_remat(self.config)(self.config, layer, name=f'block_{i}')
-      x, output = block(x, state, ctx)
+      at = None if number is None else number + i
+      x, output = block(x, state, ctx, at)
       outputs.append(output)
     new_states = None if states is None else tuple(o.state for o in outputs)
     return x, Output(new_states, collect([o.extras for o in outputs]))

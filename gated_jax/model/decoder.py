@@ -81,7 +81,7 @@ class Decoder(nn.Module):
       with_remat(c) if period == 1 else Period,
       variable_axes={'params': 0, 'probes': 0, 'attention_maps': 0},
       split_rngs={'params': True, 'dropout': True},
-      in_axes=(0, nn.broadcast),
+      in_axes=(0, nn.broadcast, 0),
       length=(c.depth - len(c.lead)) // period,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
@@ -194,7 +194,7 @@ class Decoder(nn.Module):
     ctx = Context(
       segments=segments if cache is None else None,
       valid=valid,
-      rotations=self._rotations(tokens, inputs.get('positions'), length),
+      **self._turns(tokens, inputs.get('positions'), length),
       cache_length=length,
       skip_below=skip_below,
       deterministic=deterministic,
@@ -216,22 +216,27 @@ class Decoder(nn.Module):
       scale *= self.config.output_scale
     return rms_norm(x, scale, self.config.norm_eps), cache, extras
 
-  def _rotations(
+  def _turns(
     self, tokens: Array, positions: Array | None, cache_length: Array | None
-  ) -> tuple[rope.Rotation, ...]:
-    """The rotations of these tokens' queries and keys."""
+  ) -> dict[str, Any]:
+    """What the positions of these tokens do to their queries and keys."""
+    c = self.config
     b, t = tokens.shape
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(t), (b, t))
       if cache_length is not None:
         positions += cache_length[:, None]
     rotations = []
-    for config, head_dim in self.config.rotations:
+    for config, head_dim in c.rotations:
       rotation = rope.rotation(positions, head_dim, config)
-      if self.config.scan:  # else TPU compilers compute it again in every layer
+      if c.scan:  # else TPU compilers compute it again in every layer
         rotation = rope.Rotation(*jax.lax.optimization_barrier(rotation))
       rotations.append(rotation)
-    return tuple(rotations)
+    growth = None
+    if c.query_growth:
+      share = (positions + 1).astype(jnp.float32) / c.query_growth_length
+      growth = jnp.exp(c.query_growth * jnp.log1p(share))
+    return {'rotations': tuple(rotations), 'growth': growth}
 
   def _layers(
     self, x: Array, cache: Cache | None, ctx: Context
@@ -243,8 +248,9 @@ class Decoder(nn.Module):
     states = (None,) * len(alone)
     if cache is not None:
       states = cache.lead if c.scan else cache.layers
-    for layer, state in zip(alone, states, strict=True):
-      x, output = layer(x, state, ctx)
+    numbers = jnp.arange(c.depth) if c.residual == 'depth_scaled' else None
+    for i, (layer, state) in enumerate(zip(alone, states, strict=True)):
+      x, output = layer(x, state, ctx, None if numbers is None else numbers[i])
       outputs.append(output)
     new = tuple(output.state for output in outputs)
     extras = [output.extras for output in outputs]
@@ -258,7 +264,9 @@ class Decoder(nn.Module):
     stacked = None
     if cache is not None:
       stacked = cache.layers[0] if single else cache.layers
-    x, repeated = self.layers(x, stacked, ctx)
+    if numbers is not None:
+      numbers = numbers[len(c.lead) :: len(c.pattern)]
+    x, repeated = self.layers(x, stacked, ctx, numbers)
     if cache is not None:
       stacked = (repeated.state,) if single else repeated.state
       cache = cache._replace(lead=new, layers=stacked)

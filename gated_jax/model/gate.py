@@ -82,15 +82,18 @@ class Gate(nn.Module):
     )
     if not c.bias:
       return Matrix(kernel, axes, adapter=adapter)
+    given = 1 if c.bias_by_head else len(shape)
     bias = parameter(
       self,
       'bias',
-      shape,
-      axes[1:] if self.boxed else None,
+      shape[:given],
+      axes[1 : 1 + given] if self.boxed else None,
       Kind.BIAS,
       init=nn.initializers.constant(c.bias_init),
       dtype=self.param_dtype,
     )
+    if c.bias_by_head:
+      bias = jnp.broadcast_to(bias[:, None], shape)
     return Matrix(kernel, axes, bias=bias, adapter=adapter)
 
 

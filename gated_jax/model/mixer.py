@@ -33,6 +33,8 @@ class Context:
   valid: Bool[Array, 'B T'] | None = None
   # Rotations of these tokens, in the order of ModelConfig.rotations.
   rotations: tuple[rope.Rotation, ...] = ()
+  # Factors of queries in layers without rotation; None: they have none.
+  growth: Float[Array, 'B T'] | None = None
   # How many tokens of each row the states hold already; None without states.
   cache_length: Int[Array, ' B'] | None = None
   # Heads whose gate scores are all below this are left out of attention to a

@@ -80,11 +80,24 @@ LFM3 = [
     "rope_type 'axial', and the decoder has default",
   ),
 ]
+BEAM = [
+  ({'n_group': 3}, r'moe\.experts=8 must be a multiple of moe\.groups=3'),
+  ({'topk_group': 5}, r'moe\.top_groups=5'),
+  ({'topk_group': 1}, r'moe\.top_k=3'),
+  ({'norm_topk_prob': 1}, 'norm_topk_prob=1, which is not true or false'),
+  ({'routed_scaling_factor': NAN}, 'routed_scaling_factor=nan'),
+  ({'final_logit_softcapping': -1.0}, r'model\.logit_softcap=-1'),
+  ({'mlp_layer_types': ['thin'] * 5}, "layer 0 is 'thin'"),
+  ({'layer_types': ['conv'] * 5}, "layer 0 is 'conv'"),
+  ({'rope_parameters': ROPES}, 'stretch rotary embeddings differently'),
+  ({'rope_parameters': {'full_attention': None}}, 'of sliding_attention'),
+]
 BAD = [
   *(('muse_glimmer', *row) for row in MUSE),
   *(('laguna', *row) for row in LAGUNA),
   *(('step', *row) for row in STEP),
   *(('lfm3', *row) for row in LFM3),
+  *(('beam', *row) for row in BEAM),
 ]
 
 

@@ -103,7 +103,7 @@ def test_a_required_key_that_is_missing_is_named(key):
     ({'rope_scaling': 4}, 'rope parameters are no object'),
     ({'partial_rotary_factor': 0.5}, r'partial_rotary_factor=0\.5'),
     ({'softcap': 30.0}, 'softcap=30.0, which is not known.*--ignore=softcap'),
-    ({'model_type': 'llama'}, "model_type 'llama'; only afmoe, laguna,"),
+    ({'model_type': 'llama'}, "model_type 'llama'; only afmoe, beam,"),
     ({'hidden_size': 'wide'}, "hidden_size='wide', which is not an integer"),
     ({'num_hidden_layers': 2.5}, r'num_hidden_layers=2\.5, which is not an'),
     ({'num_key_value_heads': 3}, r'model\.kv_heads=3'),
@@ -228,6 +228,20 @@ def test_a_key_can_be_ignored():
        'norm': 'sandwich', 'norm_eps': 3e-5, 'tie_embeddings': True,
        'rope.base': 1e6, 'rope.fraction': 0.5, 'rope.scaling': 'proportional',
        'gate.granularity': 'headwise', 'conv.filter_width': 7},
+    ),
+    (
+      # Absent means the class's own cap, null that there is none.
+      {**MOE, 'model_type': 'beam', 'num_experts': 16, 'rope_theta': None},
+      {'lead': (), 'logit_softcap': 30.0, 'residual': 'depth_scaled',
+       'pattern': (*['attention:window=512'] * 3, 'attention:nope+moe'),
+       'query_growth': 0.1, 'moe.groups': 8, 'moe.top_groups': 4,
+       'moe.scale': 2.5, 'gate.bias_by_head': True},
+    ),
+    (
+      {**MOE, 'model_type': 'beam', 'num_experts': 16, 'rope_theta': None,
+       'layer_types': ['sliding_attention'] * 4,
+       'final_logit_softcapping': None, 'tie_word_embeddings': True},
+      {'logit_softcap': 0.0, 'query_growth': 0.0, 'tie_embeddings': True},
     ),
     (
       {'model_type': 'afmoe', 'num_dense_layers': 4, 'sliding_window': 7},

@@ -199,6 +199,29 @@ CASES = {
       moe=SCORED,
     ),
   ),
+  'beam': (
+    'beam',
+    plain(
+      norm='sandwich',
+      residual='depth_scaled',
+      query_growth=0.1,
+      logit_softcap=20.0,
+      gate=GateConfig(bias=True, bias_by_head=True),
+      lead=('attention:window=6',),
+      pattern=('attention:nope+moe', 'attention:window=6+moe'),
+      depth=5,
+      moe=MoEConfig(
+        experts=8,
+        top_k=3,
+        width=24,
+        score='sigmoid',
+        bias=True,
+        scale=2.5,
+        groups=4,
+        top_groups=2,
+      ),
+    ),
+  ),
   'lfm3': (
     'lfm3',
     plain(

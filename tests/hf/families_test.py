@@ -226,6 +226,27 @@ MODELS = {
     },
     {},
   ),
+  'beam': (
+    'Beam',
+    {
+      'num_hidden_layers': 4,
+      'num_experts': 8,
+      'num_experts_per_tok': 3,
+      'moe_intermediate_size': 24,
+      'n_group': 4,
+      'topk_group': 2,
+      'layer_types': [
+        'sliding_attention',
+        'full_attention',
+        'sliding_attention',
+        'full_attention',
+      ],
+      'sliding_window': 6,
+      'mlp_layer_types': ['dense', 'sparse', 'sparse', 'sparse'],
+      'final_logit_softcapping': 5.0,
+    },
+    {},
+  ),
   'step': ('Step3p7', STEP, {'vision_config': STEP_VISION}),
   'step_scaled': (
     'Step3p7',

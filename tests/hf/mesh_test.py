@@ -45,6 +45,7 @@ FAMILIES = (
   'laguna',
   'step',
   'lfm3',
+  'beam',
 )
 WITH_EXPERTS = (
   'qwen3_moe_mixed',
@@ -53,6 +54,7 @@ WITH_EXPERTS = (
   'trinity',
   'laguna',
   'step',
+  'beam',
 )
 ALL = [
   (mesh, family)

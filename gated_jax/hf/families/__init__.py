@@ -6,6 +6,7 @@ on export.
 """
 
 from gated_jax.hf.families.afmoe import AFMOE
+from gated_jax.hf.families.beam import BEAM
 from gated_jax.hf.families.family import Family
 from gated_jax.hf.families.laguna import LAGUNA
 from gated_jax.hf.families.lfm3 import LFM3
@@ -26,7 +27,6 @@ _KDA = 'its linear layers forget by channel (KDA)'
 NOT_YET: dict[str, str] = {
   'axk2': _LATENT,
   'bailing_hybrid': _KDA,
-  'beam': 'its residual stream is scaled by depth, its gate has a bias by head',
   'dory': 'its attention is normed over all heads together (nGPT)',
   'dots3_note': _LATENT,
   'glm5_next': _KDA,
@@ -55,4 +55,5 @@ FAMILIES: tuple[Family, ...] = (
   LAGUNA,
   STEP,
   LFM3,
+  BEAM,
 )

@@ -11,31 +11,21 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import shortest_pattern
 from gated_jax.hf.families.family import Family
 from gated_jax.hf.families.rows import COMMON
+from gated_jax.hf.families.rows import FEEDFORWARD_NORM
 from gated_jax.hf.families.rows import MLP
 from gated_jax.hf.families.rows import PLAIN_QUERY
 from gated_jax.hf.families.rows import SEPARATE_GATE
-from gated_jax.hf.families.rows import layer_rows
 from gated_jax.hf.families.rows import renamed
 from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import read_layer_types
 from gated_jax.hf.keys import write_layer_types
-from gated_jax.hf.names import Row
 
 _ROWS = renamed(
   (
     *COMMON,
     *PLAIN_QUERY,
     *SEPARATE_GATE,
-    *layer_rows(
-      *(
-        Row(f'{theirs}_layernorm.weight', (f'{ours}/scale',), inputs=0)
-        for theirs, ours in (
-          ('post_attention', 'attention_post_norm'),
-          ('pre_feedforward', 'mlp_norm'),
-          ('post_feedforward', 'mlp_post_norm'),
-        )
-      )
-    ),
+    *FEEDFORWARD_NORM,
     *MLP,
   ),
   'model.',

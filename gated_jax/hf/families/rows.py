@@ -71,6 +71,17 @@ SANDWICH_NORM = layer_rows(
   Row('pre_mlp_layernorm.weight', ('mlp_norm/scale',), inputs=0),
   Row('post_mlp_layernorm.weight', ('mlp_post_norm/scale',), inputs=0),
 )
+# The same norms by other names.
+FEEDFORWARD_NORM = layer_rows(
+  *(
+    Row(f'{theirs}_layernorm.weight', (f'{ours}/scale',), inputs=0)
+    for theirs, ours in (
+      ('post_attention', 'attention_post_norm'),
+      ('pre_feedforward', 'mlp_norm'),
+      ('post_feedforward', 'mlp_post_norm'),
+    )
+  )
+)
 MLP = layer_rows(
   *(
     Row(f'mlp.{theirs}.weight', (f'mlp/{ours}/kernel',))

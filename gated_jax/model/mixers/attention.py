@@ -12,6 +12,8 @@ other people's models). The mathematics is in `gated_jax/ops/gate.py` and
 `gated_jax/ops/attention/xla.py`.
 """
 
+from typing import NamedTuple
+
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
@@ -41,12 +43,19 @@ KEY = ('kv_heads', 'head_dim')
 Valid = Bool[Array, 'B T'] | None  # tokens that are not padding
 
 
+class Turns(NamedTuple):
+  """What the position of a token does to its query, and to its key."""
+
+  rotation: rope.Rotation | None = None  # of both
+  growth: Float[Array, 'B T'] | None = None  # a factor of the query alone
+
+
 def gated_attention(
   module: nn.Module,
   layer: AttentionLayer,
   inputs: tuple[Array, Array, Array],
   call: attention.Call,
-  rotation: rope.Rotation | None = None,
+  turns: Turns = Turns(),
 ) -> tuple[Float[Array, 'B T D'], attention.KV | None]:
   """One layer: projects, attends, gates, and projects back.
 
@@ -57,14 +66,16 @@ def gated_attention(
     inputs: the arrays that queries and the gate, keys, and values are computed
       from; one array three times is self-attention.
     call: documents, padding, cache and dropout.
-    rotation: of queries and keys.
+    turns: of queries and keys by their positions.
 
   Returns:
     The output, as wide as the first input, and the cache with these tokens.
   """
   query, key, value, logits = project_inputs(module, layer, inputs, call.valid)
-  query = _norm_and_rotate(layer, query, rotation, 'heads')
-  key = _norm_and_rotate(layer, key, rotation, 'kv_heads')
+  query = _norm_and_rotate(layer, query, turns.rotation, 'heads')
+  key = _norm_and_rotate(layer, key, turns.rotation, 'kv_heads')
+  if turns.growth is not None:
+    query = (query * turns.growth[..., None, None]).astype(query.dtype)
   # The gate at sdpa_output is applied inside.
   arrays = (query, key, value, logits)
   output, cache = attention.attend(module, layer, arrays, call)

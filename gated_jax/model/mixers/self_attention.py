@@ -13,6 +13,7 @@ from gated_jax.model.linear import Making
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixers import attend as attention
 from gated_jax.model.mixers.attend import AttentionLayer
+from gated_jax.model.mixers.attention import Turns
 from gated_jax.model.mixers.attention import gated_attention
 
 
@@ -55,8 +56,10 @@ class SelfAttention(nn.Module):
       cache_length=ctx.cache_length,
       skip_below=ctx.skip_below,
     )
-    rotation = ctx.rotation(c, spec)
-    return gated_attention(self, layer, (x, x, x), call, rotation)
+    turns = Turns(ctx.rotation(c, spec))
+    if spec.rope is None:
+      turns = Turns(growth=ctx.growth)
+    return gated_attention(self, layer, (x, x, x), call, turns)
 
   @staticmethod
   def init_state(
