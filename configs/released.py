@@ -7,6 +7,7 @@ The word after the colon names the model:
 
     qwen3_5_35b_a3b  34,660,610,688 parameters: Gated DeltaNet in three of four
                      layers, 256 experts and a shared one in each
+    qwen3_5_9b       8,953,803,264 parameters, dense
     qwen3_5_27b      26,895,998,464 parameters, dense
     trinity_mini     26,123,974,400 parameters: AFMoE with 128 experts
 
@@ -52,6 +53,16 @@ MODELS = {
     'moe.shared_width': 512,
     'moe.shared_gate': True,
     'moe.balance_loss': 1e-3,
+  },
+  'qwen3_5_9b': {
+    **QWEN3_5,
+    'depth': 32,
+    'width': 4096,
+    'heads': 16,
+    'kv_heads': 4,
+    'mlp_width': 12_288,
+    'pattern': _hybrid(),
+    'delta.value_heads': 32,
   },
   'qwen3_5_27b': {
     **QWEN3_5,

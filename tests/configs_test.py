@@ -71,6 +71,7 @@ COUNTS = {
   'dense_1b7:48': 1_715_369_472,
   'moe_15b_a2b': 15_779_078_144,
   'released:qwen3_5_35b_a3b': 34_660_610_688,
+  'released:qwen3_5_9b': 8_953_803_264,
   'released:qwen3_5_27b': 26_895_998_464,
   'released:trinity_mini': 26_123_974_400,
   'evidence:sinks,baseline,0': 48_509_440,

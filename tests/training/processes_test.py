@@ -250,6 +250,50 @@ def test_a_killed_process_costs_only_a_restart(settings, undisturbed, tmp_path):
   assert losses(tmp_path) == losses(undisturbed[0])
 
 
+@pytest.mark.nightly
+def test_adapters_of_two_processes_are_saved_apart_also_when_killed(
+  settings, undisturbed, tmp_path
+):
+  """Both are killed in the middle of a save that holds the adapters alone."""
+  base = undisturbed[0]
+  tuned = settings | {
+    'init_from': base,
+    'model.lora.rank': 2,
+    'model.lora.dropout': 0.25,
+    'optimizer.train': 'adapters',
+  }
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  for code, _, err in finish(start(whole, [tuned, tuned])):
+    assert code == 0, err
+  for after in (0, 2):
+    both = start(killed, [tuned, tuned])
+    while not _in_a_save(killed / 'checkpoints', after):
+      assert all(process.poll() is None for process in both), finish(both)
+      time.sleep(0.001)
+    end(both)
+  (code, said, err), (other_code, _, other_err) = finish(
+    start(killed, [tuned, tuned])
+  )
+  assert code == other_code == 0, err + other_err
+  assert any('resuming after step' in line for line in said)
+  assert losses(killed) == losses(whole)
+  assert arrays(killed) == arrays(whole)
+  stored = checkpoint.read_run(whole / f'checkpoints/{STEPS}')
+  assert stored['base']['path'].startswith(str(base))
+  # Every array of the model is recorded; what lies in the base is not saved.
+  every = {name for name in stored['arrays'] if name.startswith('params/')}
+  frozen = {name for name in every if '_lora_' not in name}
+  assert set(stored['base']['arrays']) == frozen < every
+
+
+def _in_a_save(folder, after):
+  """A step is half written, and one with this number or a later one whole."""
+  names = [path.name for path in folder.glob('*')] if folder.is_dir() else []
+  whole = [int(name) for name in names if name.isdigit()]
+  partial = any('orbax-checkpoint-tmp' in name for name in names)
+  return partial and max(whole, default=0) >= after
+
+
 @pytest.mark.long
 def test_processes_with_different_settings_are_refused(settings, tmp_path):
   other = settings | {'optimizer.learning_rate': 0.5}
