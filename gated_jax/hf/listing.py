@@ -42,7 +42,7 @@ SPEED: dict[str, tuple[int, int]] = {
   'laguna': (203, 705),
   'step': (230, 749),
   'lfm3': (260, 876),
-  'beam': (73, 443),
+  'beam': (166, 617),
 }
 
 

@@ -221,9 +221,8 @@ def outputs(jaxpr, primitive):
       yield from outputs(inner, primitive)
 
 
-@pytest.mark.parametrize(
-  'remat', ['minimal', pytest.param('none', marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize('remat', ['minimal', 'none'])
 def test_a_frozen_matrix_gets_no_gradient(remat):
   """No product has the shape of a matrix, but of those that experts own."""
   config = dataclasses.replace(BASE, remat=remat, vocab=40)
@@ -280,6 +279,7 @@ def test_gradients_are_those_of_the_sum(params):
       )
 
 
+@pytest.mark.long
 def test_decoding_merges_and_computes_the_same(params):
   config, apart = for_decoding(BASE, params)
   assert not config.lora.rank

@@ -51,9 +51,8 @@ def logits_of(config, params, positions=None):
   return run({'params': params}, TOKENS, positions=positions)
 
 
-@pytest.mark.parametrize(
-  'scan', [True, pytest.param(False, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize('scan', [True, False])
 def test_a_stream_scaled_by_depth_is_a_sum_of_equal_shares(scan):
   # Norms read it, which take a common factor away but for their eps: with
   # another number of terms anywhere, shares would differ and logits with them.
