@@ -11,7 +11,6 @@ from gated_jax.config.layers import DeltaConfig
 from gated_jax.config.layers import RopeConfig
 from gated_jax.config.model import ModelConfig
 from gated_jax.config.roles import names_with
-from gated_jax.config.stack import OWN_SETTINGS
 from gated_jax.config.stack import shortest_pattern
 from gated_jax.config.stack import word_of
 
@@ -19,7 +18,7 @@ from gated_jax.config.stack import word_of
 def canonical(model: ModelConfig) -> ModelConfig:
   """The same model in the fewest words, settings without effect at default."""
   gate = model.gate
-  placed = [layer for layer in model.layers if layer.mixer not in OWN_SETTINGS]
+  placed = [layer for layer in model.layers if layer.attends]
   first = (*placed, *model.layers)[0]
   mixers = {layer.mixer for layer in model.layers}
   plain = dataclasses.replace(

@@ -16,7 +16,6 @@ from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
 from gated_jax.config.lora import LoraConfig
 from gated_jax.config.roles import setting
-from gated_jax.config.stack import OWN_SETTINGS
 from gated_jax.config.stack import LayerSpec
 from gated_jax.config.stack import read_word
 
@@ -220,8 +219,7 @@ class ModelConfig:
   def has_unrotated(self) -> bool:
     """True where any layer attends without rotary embedding."""
     return any(
-      layer.rope is None and layer.mixer not in OWN_SETTINGS
-      for layer in self.distinct_layers
+      layer.rope is None and layer.attends for layer in self.distinct_layers
     )
 
   @property

@@ -44,6 +44,11 @@ class LayerSpec:
   limit: float = 0.0
   shared_limit: float = 0.0
 
+  @property
+  def attends(self) -> bool:
+    """False for mixers without heads, windows and rotary embedding."""
+    return self.mixer not in OWN_SETTINGS
+
   def check(self, word: str) -> None:
     """ValueError where sizes do not fit each other, naming the layer's word."""
     where = f' in layer {word!r}'
@@ -149,7 +154,7 @@ def read_word(word: str, model: Any) -> LayerSpec:
 def word_of(layer: LayerSpec, model: Any) -> str:
   """The shortest word that `read_word` turns into this layer."""
   fields = []
-  if layer.mixer not in OWN_SETTINGS:
+  if layer.attends:
     fields = _mixer_fields(layer, model)
   word = layer.mixer + ':' * bool(fields) + ','.join(fields)
   own_width = model.moe.width if layer.ffn == 'moe' else model.mlp_width

@@ -136,7 +136,7 @@ def write_ropes(layers: Iterable[LayerSpec]) -> dict[str, Any]:
   """The newer spelling, by type of the layers that attend."""
   by_type: dict[str, Any] = {}
   for layer in layers:
-    if layer.mixer != 'attention':
+    if not layer.attends:
       continue
     kind, rope = layer_type(layer), layer.rope
     by_type[kind] = rope and {

@@ -75,7 +75,7 @@ def _all(config: ModelConfig) -> list[_Parameter]:
     names = tuple(str(part.key) for part in path)
     about, size = facts[names], math.prod(leaf.shape)
     active = size
-    if 'experts' in about.axes:
+    if about.of_experts:
       active = size * config.moe.top_k // config.moe.experts
     multiplied = about.kind in kinds.MULTIPLIED
     part = _part(config, names, about)

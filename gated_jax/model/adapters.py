@@ -53,7 +53,7 @@ def adapted(config: ModelConfig) -> dict[Path, parameters.About]:
   paths = choose('model.lora.matrices', config.lora.matrices, may)
   chosen = {path: may[path] for path in paths}
   dropout = config.lora.dropout
-  if dropout and all('experts' in about.axes for about in chosen.values()):
+  if dropout and all(about.of_experts for about in chosen.values()):
     raise ValueError(
       f'model.lora.dropout={dropout} does nothing: model.lora.matrices='
       f'{config.lora.matrices!r} are of experts alone, whose adapters have no '

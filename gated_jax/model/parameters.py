@@ -66,6 +66,11 @@ class About:
   inputs: int = 0
   outputs: int = 0
 
+  @property
+  def of_experts(self) -> bool:
+    """True for a stack with a matrix for each expert."""
+    return 'experts' in self.axes
+
 
 class Box(nn.LogicallyPartitioned):
   """A parameter with its logical axes, its kind, and the sides of a matrix."""

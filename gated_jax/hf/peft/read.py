@@ -237,7 +237,7 @@ def _lora(
   )
   every = adapters.adapted(dataclasses.replace(config, lora=lora))
   chosen = [every[path] for path in every if '/'.join(path) in paths]
-  if any('experts' not in about.axes for about in chosen):
+  if not all(about.of_experts for about in chosen):
     lora = dataclasses.replace(lora, dropout=settings.dropout)
   if paths == {'/'.join(path) for path in every}:
     return lora
