@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from gated_jax.hf.families import FAMILIES
 from gated_jax.hf.families import NOT_YET
@@ -46,6 +47,40 @@ SPEED: dict[str, tuple[int, int]] = {
 }
 
 
+class Step(NamedTuple):
+  """A train step as the TPU compiler estimates it; none was run."""
+
+  pod: str
+  seconds: float
+  tokens: int  # a second
+
+
+# Steps of a released size of the family, 1024 rows of 4096 tokens on a pod of
+# 256 devices, as `python -m gated_jax.aot` predicts them: docs/models.md has
+# the command. Other families were not compiled at a released size.
+PREDICTED: dict[str, tuple[str, tuple[Step, ...]]] = {
+  'qwen3_5_moe': (
+    '35B-A3B',
+    (
+      Step('v5p', 2.02, 2_076_000),
+      Step('v6e', 2.30, 1_824_000),
+      Step('tpu7x', 1.35, 3_104_000),
+    ),
+  ),
+}
+
+
+def _predicted(family: Family) -> str:
+  """A family's predicted steps in a few words; '': it was not compiled."""
+  if family.name not in PREDICTED:
+    return ''
+  size, steps = PREDICTED[family.name]
+  return f'{size}: ' + ', '.join(
+    f'{step.pod} {step.tokens // 1000:,}k ({step.seconds:.2f} s)'
+    for step in steps
+  )
+
+
 def _lines(family: Family) -> Iterator[str]:
   """A family in words: what it is, and what of it is passed over."""
   marks = ', '.join(sorted(family.marks))
@@ -65,6 +100,11 @@ def _lines(family: Family) -> Iterator[str]:
     yield (
       f'speed: {decoding} tokens/s decoding and {training} in training, of a '
       'small model on a core of a CPU'
+    )
+  if predicted := _predicted(family):
+    yield (
+      f'on a pod of 256 devices, in tokens/s and seconds a step: {predicted}; '
+      "the TPU compiler's estimate, nothing was run"
     )
 
 
@@ -86,8 +126,8 @@ def markdown() -> str:
   """The same as two tables."""
   rows = [
     '| name | config.json says | what loads | what does not, and why '
-    '| logits | gradients | decoding | training |',
-    '|---|---|---|---|---|---|---|---|',
+    '| logits | gradients | decoding | training | predicted on a pod |',
+    '|---|---|---|---|---|---|---|---|---|',
   ]
   for family in FAMILIES:
     says = f'`{family.model_type}`' + (
@@ -99,7 +139,8 @@ def markdown() -> str:
     decoding, training = SPEED.get(family.name, ('', ''))
     rows.append(
       f'| `{family.name}` | {says} | {family.about} | {family.limits} '
-      f'| {logits} | {gradients} | {decoding} | {training} |'
+      f'| {logits} | {gradients} | {decoding} | {training} '
+      f'| {_predicted(family) or "-"} |'
     )
   rows += ['', '| config.json says | why it is refused |', '|---|---|']
   rows += [f'| `{kind}` | {reason} |' for kind, reason in NOT_YET.items()]

@@ -24,6 +24,21 @@ def test_the_page_has_the_table_that_the_code_has():
     assert family.about, family.name
 
 
+def test_predicted_steps_are_those_of_the_table_of_pods():
+  page = DOCS.read_text(encoding='utf-8')
+  rows = [
+    [cell.strip() for cell in line.strip('|').split('|')]
+    for line in page.partition('## On a pod')[2].splitlines()
+    if line.startswith('|')
+  ]
+  for size, steps in listing.PREDICTED.values():
+    for step in steps:
+      (row,) = (
+        row for row in rows if size in row[0] and row[1].startswith(step.pod)
+      )
+      assert row[-2:] == [f'{step.seconds:.2f} s', f'{step.tokens // 1000:,}k']
+
+
 def test_list_names_every_family_and_what_is_refused(capsys):
   assert cli.main(['list']) == 0
   printed = capsys.readouterr().out
