@@ -21,6 +21,7 @@ from gated_jax.chips import GIB
 from gated_jax.chips import Tpu
 from gated_jax.config import RunConfig
 from gated_jax.model.accounting import flops_per_token
+from gated_jax.training.parts import step_flops
 
 CAVEAT = (
   'The TPU compiler estimated every figure below. Nothing was run or measured.'
@@ -97,14 +98,16 @@ def examine(
       raise
     raise DoesNotFit(_explain(str(error), chip)) from None
   program = Program(compiled.text)
-  flops = flops_per_token(config.model, config.data.length)
+  if train:
+    flops = step_flops(config)
+  else:
+    flops = flops_per_token(config.model, config.data.length, trained=())
   return Report(
     compiled,
     program,
     predict(program, compiled.mesh, chip, price),
     chip,
-    # Forward is a third of what training costs.
-    {k: v / (1 if train else 3) for k, v in flops.items()},
+    flops,
   )
 
 

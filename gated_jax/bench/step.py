@@ -23,10 +23,10 @@ from gated_jax.config import GateConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import RopeConfig
 from gated_jax.config import RunConfig
-from gated_jax.model.accounting import flops_per_token
 from gated_jax.model.accounting import parameters
 from gated_jax.model.decoder import Decoder
 from gated_jax.training.build import make_functions
+from gated_jax.training.parts import step_flops
 
 # The paper's dense model, a middle one of the same heads, configs/smoke.py's, a
 # small Qwen3.5, and one for tests.
@@ -255,8 +255,9 @@ def bench(
 
 def rates(work: Workload, seconds: float, ceiling: float) -> dict[str, float]:
   """Rates that follow from a step's time."""
-  config = work.run().model
-  flops = sum(flops_per_token(config, work.length).values())
+  run = work.run()
+  config = run.model
+  flops = sum(step_flops(run).values())
   speed = work.batch * work.length / seconds
   return {
     'parameters': parameters(config)['total'],

@@ -2,43 +2,59 @@
 
 Both are sums over the parameters that the model makes, each of which says what
 it is (`parameters.py`), and over what its mixers compute beside their matrices.
-Nothing is allocated.
+Where a part of the model trains, backward computes less: `stages.py` has the
+order in which it goes. Nothing is allocated.
 """
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
 from flax.core import meta
 
+from gated_jax import sharding
 from gated_jax.config import ModelConfig
 from gated_jax.model import parameters as kinds
+from gated_jax.model import stages
 from gated_jax.model import tree
 from gated_jax.model.abstract import boxed_parameters
+from gated_jax.model.low_rank import NAMES
 from gated_jax.model.mixers import mixer_named
 from gated_jax.model.parameters import Kind
-
-# The backward pass of a product takes two products of the same size.
-PASSES = 3
+from gated_jax.model.patterns import Path
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
-  """One array of a model: its part in the sums, and its numbers.
+  """One array of a model: its part in the sums, its numbers and its place.
 
   Attributes:
     part: embed, unembed, norms, gate, router, experts, mlp, adapters, or a
       mixer's word.
     size: of the array.
     active: how many of them one token uses; of experts those that it chooses.
-    multiplied: whether a token is multiplied by those.
+    about: facts about it.
+    layers: that own a slice of it each; none: it lies outside of them.
+    within: its path below a layer, or its whole path.
   """
 
   part: str
   size: int
   active: int
-  multiplied: bool
+  about: kinds.About
+  layers: tuple[int, ...]
+  within: Path
+
+  def paths(self, config: ModelConfig) -> dict[int | None, Path]:
+    """Where the model keeps it, for each of its layers."""
+    if not self.layers:
+      return {None: self.within}
+    return {
+      layer: (*tree.address(config, layer).path, *self.within)
+      for layer in self.layers
+    }
 
 
 def _part(
@@ -67,9 +83,11 @@ def _part(
 def _all(config: ModelConfig) -> list[_Parameter]:
   # The same numbers, and only one repetition of the pattern to trace.
   config = dataclasses.replace(config, scan=True)
-  boxed = boxed_parameters(config)
+  with sharding.inactive():  # the row that is traced has one token
+    boxed = boxed_parameters(config)
   facts = kinds.about(boxed)
   shapes: Any = jax.tree_util.tree_leaves_with_path(meta.unbox(boxed))
+  places = [tree.address(config, layer).path for layer in range(config.depth)]
   result = []
   for path, leaf in shapes:
     names = tuple(str(part.key) for part in path)
@@ -77,9 +95,14 @@ def _all(config: ModelConfig) -> list[_Parameter]:
     active = size
     if about.of_experts:
       active = size * config.moe.top_k // config.moe.experts
-    multiplied = about.kind in kinds.MULTIPLIED
     part = _part(config, names, about)
-    result.append(_Parameter(part, size, active, multiplied))
+    layers = tuple(
+      layer
+      for layer, place in enumerate(places)
+      if names[: len(place)] == place
+    )
+    within = names[len(places[layers[0]]) :] if layers else names
+    result.append(_Parameter(part, size, active, about, layers, within))
   return result
 
 
@@ -98,34 +121,97 @@ def parameters(config: ModelConfig) -> dict[str, int]:
   return {**counts, 'total': total, 'active': active}
 
 
-def flops_per_token(config: ModelConfig, length: int) -> dict[str, float]:
-  """FLOPs to train on one token, by part: forward, and twice that backward.
+def flops_per_token(
+  config: ModelConfig, length: int, trained: Collection[Path] | None = None
+) -> dict[str, float]:
+  """FLOPs to train on one token, by part: forward and backward.
 
   Products of matrices alone, two FLOPs for each multiplication, and only what
   the mathematics needs: keys that causality and windows leave visible, experts
-  that are chosen, nothing recomputed. Rows are taken as one document; shorter
-  ones cost less attention.
+  that are chosen, nothing recomputed; of backward the gradients of what trains,
+  and of inputs that something trained has acted on. Rows are taken as one
+  document; shorter ones cost less attention.
 
   Args:
     config: of the model.
     length: tokens in a row.
+    trained: paths of the parameters that train; None: all, which makes
+      backward twice as dear as forward; none at all: forward alone.
 
   Returns:
     FLOPs of each part; a mixer's matrices are its `_projections`.
   """
   flops: dict[str, float] = {}
 
-  def add(part: str, forward: float) -> None:
-    """Counts a part's forward pass, and backward with it."""
-    flops[part] = flops.get(part, 0.0) + PASSES * forward
+  def add(part: str, forward: float, passes: int) -> None:
+    """Counts a part's products as often as they are computed."""
+    flops[part] = flops.get(part, 0.0) + passes * forward
 
-  mixers = {layer.mixer for layer in config.layers}
-  for parameter in _all(config):
-    if parameter.multiplied:
+  every = _all(config)
+  backward = _Backward(config, every, trained)
+  mixers = {spec.mixer for spec in config.layers}
+  for parameter in every:
+    if parameter.about.kind in kinds.MULTIPLIED:
       part = parameter.part
       part += '_projections' if part in mixers else ''
-      add(part, 2.0 * parameter.active)
-  add('logits', 2.0 * config.vocab * config.width)
-  for layer in config.layers:
-    add(layer.mixer, mixer_named(layer.mixer).flops(config, layer, length))
+      for layer in parameter.layers:
+        forward = 2.0 * parameter.active / len(parameter.layers)
+        add(part, forward, backward.passes(parameter, layer))
+  add('logits', 2.0 * config.vocab * config.width, backward.passes_of_logits())
+  for number, spec in enumerate(config.layers):
+    forward = mixer_named(spec.mixer).flops(config, spec, length)
+    # Both operands of these products are activations.
+    passes = 3 if backward.reaches(stages.core(number)) else 1
+    add(spec.mixer, forward, passes)
   return flops
+
+
+class _Backward:
+  """Which gradients a step computes when some of the parameters train."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    every: list[_Parameter],
+    trained: Collection[Path] | None,
+  ):
+    self._config = config
+    self._trained = trained
+    self._first = min(
+      (
+        stages.acts(config, layer, parameter.within, parameter.about)
+        for parameter in every
+        for layer, path in parameter.paths(config).items()
+        if self._trains(path)
+      ),
+      default=None,
+    )
+
+  def _trains(self, path: Path) -> bool:
+    return self._trained is None or path in self._trained
+
+  def reaches(self, stage: stages.Stage) -> bool:
+    """True where the inputs of a stage need a gradient."""
+    return self._first is not None and self._first < stage
+
+  def passes(self, parameter: _Parameter, layer: int) -> int:
+    """How many products a training step takes for one matrix of a layer.
+
+    Args:
+      parameter: that holds it.
+      layer: whose slice it is.
+    """
+    path = parameter.paths(self._config)[layer]
+    stage = stages.reads(layer, parameter.within, parameter.about)
+    needs_input = self.reaches(stage)
+    if parameter.about.kind is Kind.ADAPTER and path[-1].endswith(NAMES[1]):
+      a = path[-1].removesuffix(NAMES[1]) + NAMES[0]
+      needs_input |= self._trains((*path[:-1], a))
+    return 1 + self._trains(path) + needs_input
+
+  def passes_of_logits(self) -> int:
+    """How many products the logits take, which is one forward."""
+    tied = self._config.tie_embeddings
+    table = ('embed', 'embedding') if tied else ('unembed', 'kernel')
+    needs_input = self.reaches(stages.logits(self._config))
+    return 1 + self._trains(table) + needs_input

@@ -47,7 +47,9 @@ FLOAT32 = frozenset({Kind.VECTOR, Kind.ROUTER, Kind.LOAD_BIAS, Kind.DECAY})
 # Matrices that may have an adapter.
 ADAPTED = frozenset({Kind.MATRIX, Kind.GATE})
 # Multiplied by activations: these cost FLOPs for every token.
-MULTIPLIED = frozenset({Kind.MATRIX, Kind.GATE, Kind.ROUTER, Kind.FILTER})
+MULTIPLIED = frozenset(
+  {Kind.MATRIX, Kind.GATE, Kind.ROUTER, Kind.FILTER, Kind.ADAPTER}
+)
 
 
 @dataclasses.dataclass(frozen=True)

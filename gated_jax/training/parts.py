@@ -15,6 +15,10 @@ from typing import Any
 import jax
 from flax import traverse_util
 
+from gated_jax import sharding
+from gated_jax.config import RunConfig
+from gated_jax.model.abstract import boxed_parameters
+from gated_jax.model.accounting import flops_per_token
 from gated_jax.model.parameters import Kind
 from gated_jax.model.parameters import about
 from gated_jax.model.patterns import Path
@@ -72,3 +76,15 @@ def trained_part(train: str, boxed: Tree) -> Part:
     return Part(choose('optimizer.train', train, facts))
   adapters = {p for p, facts in facts.items() if facts.kind is Kind.ADAPTER}
   return Part(frozenset(adapters))
+
+
+def step_flops(config: RunConfig) -> dict[str, float]:
+  """FLOPs of a training step for each token, by part of the model.
+
+  Args:
+    config: every setting; what trains decides how much backward computes.
+  """
+  with sharding.inactive():  # the row that is traced has one token
+    boxed = boxed_parameters(config.model)
+  part = trained_part(config.optimizer.train, boxed)
+  return flops_per_token(config.model, config.data.length, part.paths)

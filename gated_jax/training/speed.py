@@ -7,9 +7,9 @@ import tempfile
 import jax
 
 from gated_jax import paths
-from gated_jax.model.accounting import flops_per_token
 from gated_jax.training.build import RunState
 from gated_jax.training.metrics import utilisation
+from gated_jax.training.parts import step_flops
 
 
 class Speed:
@@ -28,7 +28,7 @@ class Speed:
     self._parts = parts
     self._waited = run.data.wait_seconds
     self._tokens = data.batch * data.length
-    self._flops = sum(flops_per_token(run.config.model, data.length).values())
+    self._flops = sum(step_flops(run.config).values())
     self._trained = 0.0  # seconds of steps alone
     self._compared = False
 
