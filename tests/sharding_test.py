@@ -16,13 +16,16 @@ from flax.core import meta
 
 from gated_jax import sharding
 from gated_jax.config import DataConfig
+from gated_jax.config import DeltaConfig
 from gated_jax.config import GateConfig
+from gated_jax.config import LoraConfig
 from gated_jax.config import MeshConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import MoEConfig
 from gated_jax.config import OptimizerConfig
 from gated_jax.config import RopeConfig
 from gated_jax.config import RunConfig
+from gated_jax.model import adapters
 from gated_jax.model import gate as gate_module
 from gated_jax.model.cache import init_cache
 from gated_jax.model.decoder import Decoder
@@ -141,13 +144,18 @@ def packed(config):
 
 
 def measure(config, mesh=None):
-  """Loss with its metrics, probes and gradients, as one tree of NumPy."""
+  """Loss with its metrics, probes and gradients, as one tree of NumPy.
+
+  The gradients are of all parameters, or of adapters where there are some.
+  """
   model, boxed, batch = Decoder(config), shapes_of(config), packed(config)
   params = filled(boxed)
+  adapted = bool(config.lora.rank)
+  part_of = adapters.alone if adapted else lambda params: params
 
-  def loss(params, batch):
+  def loss(trained, params, batch):
     found, probes = model.apply(
-      {'params': params},
+      {'params': adapters.put(params, trained) if adapted else trained},
       batch,
       method='loss',
       deterministic=True,
@@ -157,12 +165,12 @@ def measure(config, mesh=None):
 
   run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
   if mesh is None:
-    (_, found), gradients = run(params, batch)
+    (_, found), gradients = run(part_of(params), params, batch)
   else:
     with sharding.activate(sharding.make_mesh(mesh)) as made:
       params = jax.device_put(params, sharding.shardings(made, boxed))
       batch = jax.device_put(batch, sharding.batch_sharding(made))
-      (_, found), gradients = run(params, batch)
+      (_, found), gradients = run(part_of(params), params, batch)
   return jax.device_get({'found': found, 'gradients': gradients})
 
 
@@ -281,6 +289,30 @@ def test_settings_of_released_models_are_the_same_on_a_mesh():
 @pytest.mark.parametrize('mesh', MESHES)
 def test_and_so_they_are_on_every_mesh(mesh):
   assert_same(measure(RELEASED, MESHES[mesh]), one_device(RELEASED))
+
+
+# A memory, attention and both kinds of experts, whose every matrix has an adapter.
+ADAPTED = dataclasses.replace(
+  MODEL,
+  depth=2,
+  lead=('gated_deltanet',),
+  pattern=('attention+moe',),
+  delta=DeltaConfig(key_heads=2, value_heads=8, key_dim=4, value_dim=4),
+  moe=MoEConfig(
+    experts=8, top_k=2, width=16, shared_width=16, shared_gate=True
+  ),
+  lora=LoraConfig(rank=3, alpha=6.0),
+  tie_embeddings=False,
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('mesh', MESHES)
+def test_adapters_have_the_same_gradients_on_a_mesh(mesh):
+  config = ADAPTED
+  if 'context' in mesh:  # which a memory cannot be carried across
+    config = dataclasses.replace(ADAPTED, lead=('attention',))
+  assert_same(measure(config, MESHES[mesh]), one_device(config))
 
 
 @pytest.mark.long

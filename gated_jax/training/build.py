@@ -34,9 +34,9 @@ from gated_jax.ops.delta import rule as delta
 from gated_jax.paths import Path
 from gated_jax.processes import first_problem
 from gated_jax.processes import gather
-from gated_jax.training.checkpoints import CannotResume
 from gated_jax.training.checkpoints import Checkpoints
 from gated_jax.training.console import Console
+from gated_jax.training.continuation import CannotResume
 from gated_jax.training.custom import Callback
 from gated_jax.training.custom import Custom
 from gated_jax.training.custom import OwnData

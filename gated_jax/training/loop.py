@@ -36,10 +36,10 @@ from gated_jax.training import report
 from gated_jax.training.build import RunState
 from gated_jax.training.build import build
 from gated_jax.training.build import check_same_config
-from gated_jax.training.checkpoints import CannotResume
 from gated_jax.training.console import Console
 from gated_jax.training.console import StopRequest
 from gated_jax.training.console import stop_on_signal
+from gated_jax.training.continuation import CannotResume
 from gated_jax.training.custom import Batch
 from gated_jax.training.custom import Callback
 from gated_jax.training.custom import Custom

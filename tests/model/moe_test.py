@@ -1,6 +1,7 @@
 """model/moe.py: parameter names, losses and logs. Values: ops/moe_test.py, ops/route_test.py."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from flax.core import meta
 
 from gated_jax import sharding
 from gated_jax.config import MeshConfig
@@ -33,15 +35,39 @@ CONFIG = ModelConfig(
 X = jax.random.normal(jax.random.key(0), (2, 8, 8))
 
 
-def setup(config=CONFIG):
+UNSHARED = dataclasses.replace(
+  CONFIG, moe=dataclasses.replace(CONFIG.moe, shared_width=0)
+)
+GATED = dataclasses.replace(
+  CONFIG, moe=dataclasses.replace(CONFIG.moe, shared_gate=True)
+)
+
+
+def boxed(config=CONFIG):
+  """Parameters in their boxes, without numbers."""
   layer = MoE(config, config.moe.width)
-  return layer, jax.jit(layer.init)(jax.random.key(1), X)
+  return jax.eval_shape(layer.init, jax.random.key(1), X)['params']
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Of all that any of the layers has; others pass over what is not theirs."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: rng.normal(scale=0.5, size=x.shape).astype(x.dtype),
+    meta.unbox(boxed(GATED)),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, x, valid=None):
+  layer = MoE(config, config.moe.width)
+  return layer.apply({'params': params}, x, valid)
 
 
 def test_parameters_have_these_names_shapes_and_logical_axes():
-  _, variables = setup()
   flat = traverse_util.flatten_dict(
-    variables['params'], sep='/', is_leaf=lambda _, v: hasattr(v, 'names')
+    boxed(), sep='/', is_leaf=lambda _, v: hasattr(v, 'names')
   )
   found = {k: (v.value.shape, v.names) for k, v in flat.items()}
   assert found == {
@@ -55,11 +81,9 @@ def test_parameters_have_these_names_shapes_and_logical_axes():
   }
 
 
-def test_output_is_routed_experts_plus_the_shared_one():
-  layer, variables = setup()
-  found = layer.apply(variables, X)
-  boxed = variables['params']
-  p = jax.tree.map(lambda v: np.asarray(v, np.float64), nn_unbox(boxed))
+def test_output_is_routed_experts_plus_the_shared_one(params):
+  found = run(CONFIG, params, X)
+  p = jax.tree.map(np.float64, params)
   x = np.asarray(X, np.float64).reshape(-1, 8)
 
   def mlp(token, gate, up, down):
@@ -82,35 +106,20 @@ def test_output_is_routed_experts_plus_the_shared_one():
   )
 
 
-def test_the_shared_expert_is_scaled_by_a_gate_of_its_own():
-  gated = dataclasses.replace(CONFIG.moe, shared_gate=True)
-  layer, variables = setup(dataclasses.replace(CONFIG, moe=gated))
-  plain, _ = setup()
-  alone, _ = setup(
-    dataclasses.replace(
-      CONFIG, moe=dataclasses.replace(CONFIG.moe, shared_width=0)
-    )
-  )
+def test_the_shared_expert_is_scaled_by_a_gate_of_its_own(params):
   found, whole, routed = (
-    np.asarray(module.apply(variables, X).output)
-    for module in (layer, plain, alone)
+    np.asarray(run(config, params, X).output)
+    for config in (GATED, CONFIG, UNSHARED)
   )
-  kernel = np.asarray(nn_unbox(variables)['params']['shared_gate']['kernel'])
+  kernel = params['shared_gate']['kernel']
   assert kernel.shape == (8, 1)
   score = 1 / (1 + np.exp(-np.asarray(X) @ kernel))
   expected = routed + score * (whole - routed)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def nn_unbox(tree):
-  return jax.tree.map(
-    lambda v: v.value, tree, is_leaf=lambda v: hasattr(v, 'names')
-  )
-
-
-def test_losses_are_scaled_by_their_coefficients_and_logs_are_not():
-  layer, variables = setup()
-  out = layer.apply(variables, X)
+def test_losses_are_scaled_by_their_coefficients_and_logs_are_not(params):
+  out = run(CONFIG, params, X)
   assert float(out.losses['balance_loss']) == pytest.approx(
     CONFIG.moe.balance_loss * float(out.logs['balance'])
   )
@@ -120,41 +129,33 @@ def test_losses_are_scaled_by_their_coefficients_and_logs_are_not():
   assert set(out.logs) == {'balance', 'router_z', 'max_load', 'idle_experts'}
 
 
-def test_padding_changes_losses_but_no_output():
-  layer, variables = setup()
+def test_padding_changes_losses_but_no_output(params):
   valid = jnp.arange(8)[None].repeat(2, 0) < 5
-  masked, whole = layer.apply(variables, X, valid), layer.apply(variables, X)
+  masked, whole = run(CONFIG, params, X, valid), run(CONFIG, params, X)
   np.testing.assert_array_equal(masked.output, whole.output)
-  cut = layer.apply(variables, X[:, :5])
+  cut = run(CONFIG, params, X[:, :5])
   for name in cut.losses:
     assert float(masked.losses[name]) == pytest.approx(float(cut.losses[name]))
   assert masked.losses['balance_loss'] != whole.losses['balance_loss']
 
 
 def test_without_a_shared_expert_there_are_no_parameters_for_it():
-  _, variables = setup(
-    dataclasses.replace(
-      CONFIG, moe=dataclasses.replace(CONFIG.moe, shared_width=0)
-    )
-  )
-  assert 'shared' not in variables['params']
+  assert 'shared' not in boxed(UNSHARED)
 
 
-def test_router_learns_from_both_losses_and_the_output():
-  layer, variables = setup()
-
-  def terms(variables):
-    o = layer.apply(variables, X)
+def test_router_learns_from_both_losses_and_the_output(params):
+  def terms(router):
+    o = run(UNSHARED, {**params, 'router': {'kernel': router}}, X)
     losses = o.losses['balance_loss'], o.losses['router_z_loss']
     return [*losses, jnp.sum(o.output**2)]
 
   @jax.jit
-  def slopes(variables):
-    _, pull = jax.vjp(terms, variables)
+  def slopes(router):
+    _, pull = jax.vjp(terms, router)
     return [pull(list(one)) for one in jnp.eye(3)]
 
-  for (grads,) in slopes(variables):
-    assert jnp.abs(nn_unbox(grads)['params']['router']['kernel']).sum() > 0
+  for (slope,) in slopes(params['router']['kernel']):
+    assert jnp.abs(slope).sum() > 0
 
 
 @pytest.mark.long
@@ -166,7 +167,7 @@ def test_policies_send_rows_again_or_save_them():
 
   with sharding.activate(mesh):
     made = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), tokens)
-  params = nn_unbox(made['params'])
+  params = meta.unbox(made['params'])
 
   def exchanges(remat):
     model = Decoder(dataclasses.replace(CONFIG, remat=remat))

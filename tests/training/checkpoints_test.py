@@ -22,6 +22,8 @@ from gated_jax.config import ModelConfig
 from gated_jax.config import OptimizerConfig
 from gated_jax.config import RunConfig
 from gated_jax.training import checkpoints
+from gated_jax.training import continuation
+from gated_jax.training import step_reader
 from gated_jax.training.step import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -113,7 +115,8 @@ def test_a_run_goes_on_with_the_loss_it_began_with(tmp_path):
   assert restored('mine') == {}
   assert restored('renamed') == {'loss': ('mine', 'renamed')}
   with pytest.raises(
-    checkpoints.CannotResume, match="by the loss mine, and not the model's loss"
+    continuation.CannotResume,
+    match="by the loss mine, and not the model's loss",
   ):
     restored('')
 
@@ -148,14 +151,14 @@ def test_a_damaged_step_can_be_made_again(tmp_path):
 def test_a_value_that_changed_silently_is_found(tmp_path, monkeypatch):
   saved(tmp_path, [NEVER])
   manager = open_at(tmp_path, lambda text: None)
-  real = checkpoints.read_arrays
+  real = step_reader.read_arrays
 
   def other(folder, items):
     found = real(folder, items)
     found['params']['layers']['scale'] *= 2
     return found
 
-  monkeypatch.setattr(checkpoints, 'read_arrays', other)
+  monkeypatch.setattr(step_reader, 'read_arrays', other)
   with pytest.raises(checkpoint.CheckpointError, match='could be read'):
     manager.restore(abstract())
 
