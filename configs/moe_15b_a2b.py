@@ -11,26 +11,30 @@ not public; these figures were not measured here. The other rows of its tables
 are in `gate_sweep.py`.
 
 Hardware: a TPU pod, sized beforehand by `python -m gated_jax.aot`
-(docs/tpu_vm.md). The word after the colon names its chip and spreads the
-experts over as many devices as were best there of what was compiled for 256
-(docs/tpu.md); without it every device gathers all experts.
+(docs/tpu_vm.md). The word after the colon names its chip: experts are spread
+over as many devices, and backward recomputes as much, as was best there of what
+was compiled for 256 (docs/tpu.md). Without it every device gathers all experts,
+and all is recomputed.
 
     v5p  v6e  tpu7x
 """
 
 from configs import base
 
-# Devices of a group of experts, by the chip.
-GROUPS = {'': 1, 'v5p': 8, 'v6e': 4, 'tpu7x': 2}
+# Devices of a group of experts and what is recomputed, by the chip.
+CHIPS = {
+  '': (1, 'full'),
+  'v5p': (8, 'minimal'),
+  'v6e': (4, 'full'),
+  'tpu7x': (2, 'full'),
+}
 
 
 def get_config(chip: str = ''):
-  if chip not in GROUPS:
-    raise ValueError(
-      f'{chip=} must be one of: {" ".join(filter(None, GROUPS))}'
-    )
+  if chip not in CHIPS:
+    raise ValueError(f'{chip=} must be one of: {" ".join(filter(None, CHIPS))}')
   config = base.get_config()
-  config.mesh.expert = GROUPS[chip]
+  config.mesh.expert, config.model.remat = CHIPS[chip]
   model, data, optimizer = config.model, config.data, config.optimizer
 
   model.depth = 24
@@ -45,7 +49,6 @@ def get_config(chip: str = ''):
   model.tie_embeddings = False
   model.vocab = 152_064  # of the authors' released dense checkpoints
   model.length = 4096
-  model.remat = 'full'
 
   # 419B tokens; the paper rounds them to 400B.
   config.steps = 100_000

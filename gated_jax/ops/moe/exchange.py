@@ -107,6 +107,7 @@ class _Result(NamedTuple):
   """The arrays of one round of one chunk."""
 
   product: Array | None  # the last of those that make `own`
+  home: Array | None  # that product, back on the devices of its tokens
   own: Any  # adds to the chunk's own arrays; their first axis is its tokens
   common: Any  # arrays that every round adds to, this one included
   saved: _Saved = _Saved(None, None)
@@ -146,10 +147,20 @@ class _Route(NamedTuple):
     rows = order_of_rows.spread_weights(weights, self.choice, self.slot)
     return order_of_rows.permute(_swap(rows, self.axis), self.order, self.rank)
 
-  def collect(self, rows: Float[Array, 'R D']) -> Float[Array, 'm D']:
-    """Sends received rows home; the sum of each token's rows."""
+  def collect(
+    self, rows: Float[Array, 'R D'], previous: _Result | None
+  ) -> tuple[Float[Array, 'm D'], Float[Array, 'R D']]:
+    """The sum of each token's rows, and the rows, after they were sent home.
+
+    Args:
+      rows: as they were received.
+      previous: its rows have to be home before these are sent.
+    """
+    if previous is not None and previous.home is not None:
+      rows, _ = jax.lax.optimization_barrier((rows, previous.home))
     rows = order_of_rows.permute(rows, self.rank, self.order)
-    return order_of_rows.collect(_swap(rows, self.axis), self.choice, self.slot)
+    rows = _swap(rows, self.axis)
+    return order_of_rows.collect(rows, self.choice, self.slot), rows
 
   def collect_weights(self, rows: Float[Array, 'R 1']) -> Float[Array, 'm k']:
     """Sends what belongs to received rows home, to the choices they are of."""
@@ -204,7 +215,9 @@ def _route(
 # From a route, the result of the round before (None: it is the first) and what
 # forward saved of this round. What a chunk receives is not read before the
 # product of the chunk before is there: else the compiler exchanges all rows
-# before the first product, and has no work left to hide them behind.
+# before the first product, and has no work left to hide them behind. Nor is a
+# chunk sent home before the chunk before has arrived there: else the compiler
+# sends both home behind the last product.
 _Body = Callable[[_Route, _Result | None, _Saved], _Result]
 
 
@@ -252,7 +265,7 @@ def _run(
     plan = jax.tree.map(lambda part: part[number], stacked)
     first = capacity + i // len(plans) * further
     route = _route(choices, plan, first, further, local_experts, axis)
-    added = body(route, _Result(None, None, common), nothing)
+    added = body(route, _Result(None, None, None, common), nothing)
     own = jax.tree.map(lambda x, part: _add(x, part, number), own, added.own)
     return i + 1, own, added.common
 
@@ -327,7 +340,8 @@ def _forward(
       rows if ROWS_NAME in spec.saved else None,
       both if PRODUCT_NAME in spec.saved else None,
     )
-    return _Result(y, route.collect(y), (), saved)
+    own, home = route.collect(y, previous)
+    return _Result(y, home, own, (), saved)
 
   y, _, saved = _run(choices, matrices.down.shape[0], spec, body)
   return y, (x, weights, choices, matrices, saved)
@@ -358,8 +372,9 @@ def _backward(
     pull_second = jax.vjp(second, both, row_weights, matrices.down)[1]
     d_both, d_weights, d_down = pull_second(d_y)
     d_rows, d_into = pull_first(d_both)
-    own = route.collect(d_rows), route.collect_weights(d_weights)
-    return _Result(d_rows, own, Matrices(d_into, d_down))
+    d_x, home = route.collect(d_rows, previous)
+    own = d_x, route.collect_weights(d_weights)
+    return _Result(d_rows, home, own, Matrices(d_into, d_down))
 
   own, common, _ = _run(choices, matrices.down.shape[0], spec, body, saved)
   return *own, None, common
