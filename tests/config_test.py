@@ -232,6 +232,15 @@ REFUSED = [
     'qk_norm_scale=False does nothing without model.qk_norm=True',
   ),
   (
+    {'model.qk_norm_joint': True, 'model.qk_norm': False},
+    'qk_norm_joint=True does nothing without model.qk_norm=True',
+  ),
+  ({'model.delta.norm_eps': -1.0}, 'delta.norm_eps=-1.0'),
+  (
+    {'model.pattern': ('attention:norm=around',)},
+    "norm='around' must be one of",
+  ),
+  (
     {'model.gate.bias_by_head': True},
     'bias_by_head=True needs gate.bias=True',
   ),

@@ -135,6 +135,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
       EXPERTS, score='sigmoid', bias=True, groups=4, top_groups=2
     ),
   },
+  'olmo_hybrid': {
+    'qk_norm_joint': True,
+    'delta': DeltaConfig(
+      4, 4, key_dim=48, value_dim=96, norm_eps=1e-5, doubled_beta=True
+    ),
+    'pattern': (*LINEAR[:3], 'attention:nope,norm=post'),
+  },
 }
 
 

@@ -92,6 +92,10 @@ class DeltaConfig:
   # own included.
   filter_width: int = 4
   gate: str = 'silu'  # or 'sigmoid'; of the gate on the normed output
+  norm_eps: float = 0.0  # of that norm; 0: the model's
+  # The share that a token corrects goes up to two, beyond which what is stored
+  # would grow; above one it turns what it finds around.
+  doubled_beta: bool = False
   # 'chunks' in plain arrays, 'pallas_tpu' in kernels.
   implementation: str = setting('auto', 'free')
 
@@ -108,6 +112,8 @@ class DeltaConfig:
         )
       }
     )
+    finite('delta.', self)
+    not_negative(**{'delta.norm_eps': self.norm_eps})
     choice('delta.gate', self.gate, DELTA_GATES)
     choice(
       'delta.implementation',

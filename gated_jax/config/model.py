@@ -16,6 +16,7 @@ from gated_jax.config.layers import MoEConfig
 from gated_jax.config.layers import RopeConfig
 from gated_jax.config.lora import LoraConfig
 from gated_jax.config.roles import setting
+from gated_jax.config.stack import NORMS
 from gated_jax.config.stack import LayerSpec
 from gated_jax.config.stack import read_word
 
@@ -47,7 +48,9 @@ class ModelConfig:
   output_scale: float = 1.0  # multiplies logits (muP)
   # c: logits become c tanh(logits / c); 0: they stay as they are.
   logit_softcap: float = 0.0
-  norm: str = 'pre'  # 'sandwich': also on each block's output
+  # Of the input of each block; 'post': of its output instead, 'sandwich': of
+  # both. A layer's word may say another.
+  norm: str = 'pre'
   # What reads the stream finds the sum of the embedding and all blocks before;
   # 'depth_scaled' divides a sum of n terms by sqrt(n).
   residual: str = 'sum'
@@ -57,6 +60,7 @@ class ModelConfig:
   final_norm_plain: bool = False  # but the last norm's is stored as it is
   qk_norm: bool = True
   qk_norm_scale: bool = True  # False: the norms of heads own no scale
+  qk_norm_joint: bool = False  # one norm of all heads of a token together
   query_scale: float = 1.0  # multiplies queries, beside head_dim ** -0.5
   # p: queries of layers without rotary embedding are multiplied by
   # (1 + (position + 1) / query_growth_length) ** p, which counts from 0.
@@ -108,7 +112,7 @@ class ModelConfig:
       }
     )
     self._check_shapes()
-    choice('model.norm', self.norm, ('pre', 'sandwich'))
+    choice('model.norm', self.norm, NORMS)
     choice('model.residual', self.residual, ('sum', 'depth_scaled'))
     choice('model.dtype', self.dtype, ('bfloat16', 'float16', 'float32'))
     choice('model.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
@@ -136,15 +140,17 @@ class ModelConfig:
   def _refuse_idle(self) -> None:
     """Refuses settings that do nothing beside the others."""
     idle = {
-      'post_norm_eps': self.post_norm_eps and self.norm != 'sandwich',
+      'post_norm_eps': self.post_norm_eps and not self.has_post_norms,
       'final_norm_plain': self.final_norm_plain and not self.norm_zero_centered,
       'qk_norm_scale': not self.qk_norm_scale and not self.qk_norm,
+      'qk_norm_joint': self.qk_norm_joint and not self.qk_norm,
       'query_growth': self.query_growth and not self.has_unrotated,
     }
     needs = {
-      'post_norm_eps': "model.norm='sandwich'",
+      'post_norm_eps': "model.norm='sandwich' or 'post'",
       'final_norm_plain': 'model.norm_zero_centered=True',
       'qk_norm_scale': 'model.qk_norm=True',
+      'qk_norm_joint': 'model.qk_norm=True',
       'query_growth': "a layer without rotary embedding, as 'attention:nope'",
     }
     for name, does_nothing in idle.items():
@@ -214,6 +220,13 @@ class ModelConfig:
   def has_experts(self) -> bool:
     """True where any layer has experts in place of an MLP."""
     return any(layer.ffn == 'moe' for layer in self.distinct_layers)
+
+  @property
+  def has_post_norms(self) -> bool:
+    """True where any layer has norms of its blocks' outputs."""
+    return any(
+      (layer.norm or self.norm) != 'pre' for layer in self.distinct_layers
+    )
 
   @property
   def has_unrotated(self) -> bool:

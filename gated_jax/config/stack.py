@@ -9,10 +9,11 @@ A layer is written as a word, so that a flag can override it:
     attention:heads=96+moe          more query heads, then experts
     attention:rope_scaling=none     a rotary embedding that is not stretched
     attention+moe:limit=7           SwiGLU of the experts clamped at 7
+    attention:norm=post             norms of the blocks' outputs alone
 
-What the word leaves out is the model's: `heads`, `kv_heads`, `head_dim`, `rope`
-and `mlp_width` of ModelConfig, `width` of MoEConfig. Which mixers there are is
-the table in `gated_jax/model/mixers/__init__.py`.
+What the word leaves out is the model's: `heads`, `kv_heads`, `head_dim`,
+`rope`, `norm` and `mlp_width` of ModelConfig, `width` of MoEConfig. Which
+mixers there are is the table in `gated_jax/model/mixers/__init__.py`.
 """
 
 import dataclasses
@@ -20,11 +21,14 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+from gated_jax.config.checks import choice
 from gated_jax.config.checks import not_negative
 from gated_jax.config.checks import positive
 from gated_jax.config.layers import RopeConfig
 
 FFNS = ('mlp', 'moe')
+# Where norms stand: before both blocks of a layer, after both, or around them.
+NORMS = ('pre', 'post', 'sandwich')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class LayerSpec:
   # 0: they are not. See gated_jax/ops/swiglu.py.
   limit: float = 0.0
   shared_limit: float = 0.0
+  norm: str = ''  # of NORMS; '': the model's
 
   @property
   def attends(self) -> bool:
@@ -52,6 +57,7 @@ class LayerSpec:
   def check(self, word: str) -> None:
     """ValueError where sizes do not fit each other, naming the layer's word."""
     where = f' in layer {word!r}'
+    choice(f'layer {word!r}: norm', self.norm, ('', *NORMS))
     not_negative(
       **{
         f'layer {word!r}: {name}': getattr(self, name)
@@ -93,6 +99,7 @@ _MIXER_FIELDS: dict[str, type] = {
   'rope_base': float,
   'rope_fraction': float,
   'rope_scaling': str,
+  'norm': str,
 }
 _FFN_FIELDS: dict[str, type] = {
   'width': int,
@@ -128,6 +135,7 @@ def read_word(word: str, model: Any) -> LayerSpec:
       f'layer {word!r} has no feed-forward block {ffn!r}' + _nearest(ffn, FFNS)
     )
   own_width = model.moe.width if ffn == 'moe' else model.mlp_width
+  norm = mixer_fields.get('norm', model.norm)
   if 'shared_limit' in ffn_fields and not (
     ffn == 'moe' and model.moe.shared_width
   ):
@@ -148,6 +156,7 @@ def read_word(word: str, model: Any) -> LayerSpec:
     ffn_width=ffn_fields.get('width', own_width),
     limit=ffn_fields.get('limit', 0.0),
     shared_limit=ffn_fields.get('shared_limit', 0.0),
+    norm='' if norm == model.norm else norm,
   )
 
 
@@ -187,6 +196,8 @@ def _mixer_fields(layer: LayerSpec, model: Any) -> list[str]:
     for name in ('heads', 'kv_heads', 'head_dim')
     if getattr(layer, name) != getattr(model, name)
   ]
+  if layer.norm and layer.norm != model.norm:
+    fields.append(f'norm={layer.norm}')
   return fields
 
 

@@ -139,6 +139,9 @@ def _read_settings(
 ) -> dict[str, Any]:
   """Settings as plain values; what is refused stands in `keys` afterwards."""
   outside, keys.refused = keys.refused, []
+  if family.divides_width:
+    keys.divide('head_dim', 'hidden_size', 'num_attention_heads')
+    keys.fill('num_key_value_heads', 'num_attention_heads')
   settings = read_common(keys, family.inert, family.tied)
   depth, length = settings['depth'], settings['length']
   if shapes is not None:

@@ -150,6 +150,12 @@ class Keys:
     if self.peek(key) is None and other in self._left:
       self._left[key] = self._left[other]
 
+  def divide(self, key: str, whole: str, parts: str) -> None:
+    """Gives a key that is absent the quotient of two others."""
+    total, number = self.peek(whole), self.peek(parts)
+    if self.peek(key) is None and type(total) is type(number) is int and number:
+      self._left[key] = total // number
+
   def numbers(self, key: str, default: list[float]) -> list[float]:
     """A list of finite numbers, as floats; a null in it is zero."""
     value = self.peek(key)

@@ -26,6 +26,7 @@ NEAR: dict[str, tuple[str, str]] = {
   'step': ('1.4e-05', '5.3e-06'),
   'lfm3': ('7.6e-06', '4.4e-06'),
   'beam': ('7.1e-06', '2.7e-06'),
+  'olmo_hybrid': ('2.0e-05', '1.9e-05'),
 }
 
 # Tokens a second of a small model of the family, decoding one row and in
@@ -44,6 +45,7 @@ SPEED: dict[str, tuple[int, int]] = {
   'step': (230, 749),
   'lfm3': (260, 876),
   'beam': (166, 617),
+  'olmo_hybrid': (224, 612),
 }
 
 
@@ -67,6 +69,7 @@ PREDICTED: dict[str, tuple[str, tuple[Step, ...]]] = {
       Step('tpu7x', 1.35, 3_104_000),
     ),
   ),
+  'afmoe': ('Trinity Mini', (Step('v5p', 1.83, 2_293_000),)),
 }
 
 

@@ -2,6 +2,7 @@
 
     x += mixer(norm(x))        x += ffn(norm(x))
 
+Norms stand there ('pre'), on what is added ('post'), or on both ('sandwich').
 With `config.residual='depth_scaled'` a sum of n terms, the embedding included,
 is divided by sqrt(n):
 
@@ -111,10 +112,11 @@ class Block(nn.Module):
     # The submodule has the mixer's word for its name.
     mixer: Any = mixer_named(layer.mixer)
     mixer = mixer(c, layer, name=layer.mixer)
-    y, state = mixer(norm(c, f'{layer.mixer}_norm', x), ctx, state)
+    h = self._normed(f'{layer.mixer}_norm', x)
+    y, state = mixer(h, ctx, state)
     x = self._add((x, y), f'{layer.mixer}_post_norm', ctx, terms[0])
     x = checkpoint_name(x, 'attention_result')
-    h = norm(c, 'mlp_norm', x)
+    h = self._normed('mlp_norm', x)
     extras: Extras = {}
     if layer.ffn == 'moe':
       limits = layer.limit, layer.shared_limit
@@ -131,6 +133,12 @@ class Block(nn.Module):
       self.sow('probes', 'residual_max', probes.largest_activation(x, valid))
     return x, Output(state, extras)
 
+  def _normed(self, name: str, x: Float[Array, 'B T D']) -> Array:
+    """What a block reads of the residual stream."""
+    if (self.layer.norm or self.config.norm) == 'post':
+      return x
+    return norm(self.config, name, x)
+
   def _add(
     self,
     arrays: tuple[Array, Array],
@@ -142,14 +150,14 @@ class Block(nn.Module):
 
     Args:
       arrays: the stream, and the output.
-      name: of the output's norm, which it has if sandwich.
+      name: of the output's norm, which it has but if 'pre'.
       ctx: what all layers share.
       terms: how many there are in the sum, whose root divides it; None: it
         stays as it is.
     """
     c = self.config
     x, y = arrays
-    if c.norm == 'sandwich':
+    if (self.layer.norm or c.norm) != 'pre':
       y = norm(c, name, y, c.post_norm_eps)
     if c.dropout:
       y = nn.Dropout(c.dropout, deterministic=ctx.deterministic)(y)

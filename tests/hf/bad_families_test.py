@@ -92,12 +92,25 @@ BEAM = [
   ({'rope_parameters': ROPES}, 'stretch rotary embeddings differently'),
   ({'rope_parameters': {'full_attention': None}}, 'of sliding_attention'),
 ]
+OLMO = [
+  ({'layer_types': ['conv'] * 4}, "layer 0 is 'conv'"),
+  ({'linear_allow_neg_eigval': 2.0}, 'eigval=2.0, which is not true or false'),
+  ({'linear_num_key_heads': 3}, 'value_heads=4 must be a multiple of'),
+  ({'linear_key_head_dim': 0}, 'linear_key_head_dim=0'),
+  (
+    {'rope_parameters': {'rope_theta': 5e5, 'partial_rotary_factor': 0.5}},
+    'partial_rotary_factor=0.5, which OlmoHybridForCausalLM does not read',
+  ),
+  ({'rope_parameters': {'rope_theta': 'far'}}, "rope_theta='far'"),
+  ({'num_attention_heads': 0}, 'num_attention_heads=0'),
+]
 BAD = [
   *(('muse_glimmer', *row) for row in MUSE),
   *(('laguna', *row) for row in LAGUNA),
   *(('step', *row) for row in STEP),
   *(('lfm3', *row) for row in LFM3),
   *(('beam', *row) for row in BEAM),
+  *(('olmo_hybrid', *row) for row in OLMO),
 ]
 
 

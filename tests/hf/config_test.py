@@ -244,6 +244,20 @@ def test_a_key_can_be_ignored():
       {'logit_softcap': 0.0, 'query_growth': 0.0, 'tie_embeddings': True},
     ),
     (
+      # Null means that there is no rotary embedding, absent the class's own.
+      {'model_type': 'olmo_hybrid', 'head_dim': None, 'rope_theta': None,
+       'num_key_value_heads': None},
+      {'pattern': (*['gated_deltanet'] * 3, 'attention:nope,norm=post'),
+       'kv_heads': 4, 'qk_norm_joint': True, 'delta.doubled_beta': True,
+       'delta.norm_eps': 1e-5, 'delta.key_heads': 4},
+    ),
+    (
+      {'model_type': 'olmo_hybrid', 'linear_allow_neg_eigval': False,
+       'rope_theta': None, 'rope_parameters': {'rope_theta': 5e5}},
+      {'pattern': (*['gated_deltanet'] * 3, 'attention:norm=post'),
+       'rope.base': 5e5, 'delta.doubled_beta': False},
+    ),
+    (
       {'model_type': 'afmoe', 'num_dense_layers': 4, 'sliding_window': 7},
       {'pattern': ('attention:window=7',) * 3 + ('attention:nope',),
        'norm': 'sandwich'},
@@ -323,7 +337,8 @@ def test_the_family_is_chosen_by_what_it_can_say(case):
   chosen = choose_family(config).name
   # They are one model, but for experts whose weights do not sum to one.
   same = {'qwen3_next': 'qwen3_5'} if config.moe.normalize else {}
-  if config.gate.position == 'none' and config.qk_norm:
+  plain = config.gate.position == 'none' and not config.qk_norm_joint
+  if plain and config.qk_norm:
     assert chosen in ('qwen3', 'qwen3_moe')
   else:
     assert chosen == same.get(family, family)

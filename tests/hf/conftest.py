@@ -246,6 +246,24 @@ CASES = {
       pattern=('short_conv', 'attention'),
     ),
   ),
+  'olmo_hybrid': (
+    'olmo_hybrid',
+    plain(
+      kv_heads=4,
+      qk_norm_joint=True,
+      delta=dataclasses.replace(DELTA, doubled_beta=True, norm_eps=1e-5),
+      pattern=('gated_deltanet', 'attention:nope,norm=post'),
+    ),
+  ),
+  'olmo_hybrid_rope': (
+    'olmo_hybrid',
+    plain(
+      qk_norm_joint=True,
+      delta=dataclasses.replace(DELTA, norm_eps=1e-5),
+      rope=RopeConfig(base=500.0),
+      pattern=('attention:norm=post', 'gated_deltanet'),
+    ),
+  ),
   'trinity': (
     'afmoe',
     plain(

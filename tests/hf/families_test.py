@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from safetensors.numpy import save_file
 
 from gated_jax.decode.generate import generate
 from gated_jax.hf import convert
@@ -95,6 +96,8 @@ LINEAR = {
   'linear_key_head_dim': 16,
   'linear_value_head_dim': 32,
 }
+# The class has some beyond this vocabulary.
+NO_TOKENS = {'pad_token_id': VOCAB - 1, 'eos_token_id': None}
 SHARED = {**EXPERTS, 'shared_expert_intermediate_size': 16}
 MUSE_VISION = {
   'hidden_size': 16,
@@ -247,6 +250,23 @@ MODELS = {
     },
     {},
   ),
+  'olmo_hybrid': (
+    'OlmoHybrid',
+    {**LINEAR, 'rope_parameters': {'rope_theta': None}, **NO_TOKENS},
+    {},
+  ),
+  'olmo_hybrid_rope': (
+    'OlmoHybrid',
+    {
+      **LINEAR,
+      'layer_types': ['linear_attention'] * 2 + ['full_attention'],
+      'linear_allow_neg_eigval': False,
+      'attention_bias': True,
+      'rope_parameters': {'rope_type': 'default', 'rope_theta': 500.0},
+      **NO_TOKENS,
+    },
+    {},
+  ),
   'step': ('Step3p7', STEP, {'vision_config': STEP_VISION}),
   'step_scaled': (
     'Step3p7',
@@ -259,6 +279,7 @@ MORE = (
   'qwen3_5_biases',
   'laguna_by_element',
   'lfm3_biases',
+  'olmo_hybrid_rope',
   'step_scaled',
 )
 # They only choose experts: the loss has no gradient for them there.
@@ -287,6 +308,32 @@ def build(kind, more, around):
   return model.float().eval()
 
 
+def save(model, folder):
+  """Saves a model as its authors do.
+
+  Transformers 5.24 cuts the filters of Olmo-Hybrid into equal thirds, and gives
+  a norm of one kind of layer the name that it has in the other.
+  """
+  model.save_pretrained(folder)
+  if model.config.model_type != 'olmo_hybrid':
+    return
+  file = folder / 'model.safetensors'
+  tensors = load_file(file)
+  for name in list(tensors):
+    layer, _, kind = name.partition('linear_attn.q_conv1d.')
+    if kind:
+      at = [f'{layer}linear_attn.{x}_conv1d.{kind}' for x in 'qkv']
+      rows = [len(tensors[x.replace('conv1d', 'proj')]) for x in at]
+      joined = np.concatenate([tensors[x] for x in at])
+      parts = np.split(joined, np.cumsum(rows)[:-1])
+      tensors |= dict(zip(at, parts, strict=True))
+    layer, _, kind = name.partition('post_feedforward_layernorm')
+    if kind:
+      norm = tensors.pop(f'{layer}feedforward_layer_norm{kind}')
+      tensors[f'{layer}post_attention_layernorm{kind}'] = norm
+  save_file(tensors, file, {'format': 'pt'})
+
+
 def run_theirs(model, tokens):
   with torch.no_grad():
     return model(input_ids=torch.tensor(tokens)).logits.numpy()
@@ -311,7 +358,7 @@ def model(request, tmp_path_factory):
   """(theirs, its folder, our config, our parameters)."""
   theirs = build(*MODELS[request.param])
   folder = tmp_path_factory.mktemp(request.param) / 'theirs'
-  theirs.save_pretrained(folder)
+  save(theirs, folder)
   return theirs, folder, *convert.load(folder)
 
 
@@ -375,7 +422,7 @@ def their_slopes(model, tokens, folder):
     with torch.no_grad():
       for p in model.parameters():
         p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
-      model.save_pretrained(folder)
+      save(model, folder)
   model.zero_grad()
   return logits.detach().numpy(), load_file(folder / 'model.safetensors')
 

@@ -46,6 +46,7 @@ FAMILIES = (
   'step',
   'lfm3',
   'beam',
+  'olmo_hybrid_rope',
 )
 WITH_EXPERTS = (
   'qwen3_moe_mixed',

@@ -11,6 +11,7 @@ from gated_jax.hf.families.family import Family
 from gated_jax.hf.families.laguna import LAGUNA
 from gated_jax.hf.families.lfm3 import LFM3
 from gated_jax.hf.families.muse import MUSE_GLIMMER
+from gated_jax.hf.families.olmo_hybrid import OLMO_HYBRID
 from gated_jax.hf.families.qwen3 import GATED_QWEN3
 from gated_jax.hf.families.qwen3 import QWEN3
 from gated_jax.hf.families.qwen3 import QWEN3_MOE
@@ -38,7 +39,6 @@ NOT_YET: dict[str, str] = {
   'minimax': 'its linear layers are lightning attention',
   'neomme': 'it is an encoder, whose tokens see those after them',
   'muse_spark': 'its residual stream has gates, its experts have norms',
-  'olmo_hybrid': 'its norms stand elsewhere in each type of layer',
   'qwen4_exp': 'its attention chooses tokens, its residual stream has gates',
 }
 FAMILIES: tuple[Family, ...] = (
@@ -56,4 +56,5 @@ FAMILIES: tuple[Family, ...] = (
   STEP,
   LFM3,
   BEAM,
+  OLMO_HYBRID,
 )

@@ -61,6 +61,8 @@ class Family:
     tied: tie_word_embeddings where config.json has none.
     rope_by_type: Types of layers have their own rotary embeddings, which
       `read` and `write` deal with.
+    divides_width: head_dim is hidden_size by num_attention_heads where it is
+      absent, and there are as many heads of keys where their number is.
     modules: Parts of the names of tensors, each with what transformers has in
       its place once the model is loaded; PEFT is told of modules.
     about: What is in such models, for a reader.
@@ -85,6 +87,7 @@ class Family:
   spelled: Mapping[str, str] = dataclasses.field(default_factory=dict)
   tied: bool = False
   rope_by_type: bool = False
+  divides_width: bool = False
   modules: tuple[tuple[str, str], ...] = ()
   about: str = ''
   limits: str = ''

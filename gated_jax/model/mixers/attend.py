@@ -49,6 +49,7 @@ class AttentionLayer:
   dropout: float = 0.0  # rate on attention weights
   qk_norm: bool = False  # RMSNorm of each query's and key's head
   qk_norm_scale: bool = True  # False: without a scale
+  qk_norm_joint: bool = False  # one norm of all heads together
   query_scale: float = 1.0  # multiplies queries
   norm_eps: float = 1e-6
   norm_zero_centered: bool = False

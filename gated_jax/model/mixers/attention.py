@@ -26,6 +26,7 @@ from gated_jax.model.gate import LOGITS_NAME
 from gated_jax.model.gate import apply_gate
 from gated_jax.model.gate import gate_logits
 from gated_jax.model.gate import key_and_gate_share_product
+from gated_jax.model.layers import rms_norm
 from gated_jax.model.linear import project
 from gated_jax.model.linear import project_both
 from gated_jax.model.mixers import attend as attention
@@ -183,4 +184,9 @@ def _norm_and_rotate(
   if scale is None and factor != 1:
     y = y * factor
   kind, eps = layer.implementation, layer.norm_eps
+  if layer.qk_norm_joint and scale is not None:
+    # A mean over heads that lie on several devices: XLA sums it up.
+    joined = rms_norm(y.reshape(*y.shape[:2], -1), scale, eps)
+    y, scale = joined.reshape(y.shape), None
+    y = sharding.constrain(y, 'batch', 'length', axis, None)
   return norm_and_rotate(y, scale, rotation, kind, eps=eps, axis=axis)

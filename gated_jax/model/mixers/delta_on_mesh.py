@@ -115,7 +115,8 @@ def gated_norm_on_mesh(
 
   def run(y: Array, logits: Array, scale: Array) -> Array:
     """The norm and the gate on the shard of one device."""
-    how = config.norm_eps, sizes.gate, sizes.implementation
+    eps = sizes.norm_eps or config.norm_eps
+    how = eps, sizes.gate, sizes.implementation
     return gated_norm(y, logits, scale, *how)
 
   heads = (*_ROWS, 'heads', None)

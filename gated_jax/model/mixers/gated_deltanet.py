@@ -2,7 +2,7 @@
 
     q, k, v = silu(filter(x W_q)), silu(filter(x W_k)), silu(filter(x W_v))
     g = -exp(log_rate) softplus(x W_decay + step_bias)
-    beta = sigmoid(x W_beta)
+    beta = sigmoid(x W_beta), or twice that
     y = gated delta rule of q / |q| / sqrt(H), k / |k|, v, g, beta
     out(output_scale y / rms(y) * silu(x W_gate))
 
@@ -151,6 +151,8 @@ class GatedDeltaNet(nn.Module):
     rate = jnp.exp(self._vector('log_rate', heads, Kind.DECAY, _log_rates))
     bias = self._vector('step_bias', heads, Kind.DECAY, _step_biases)
     log_decay, beta = -rate * jax.nn.softplus(step + bias), nn.sigmoid(share)
+    if self.config.delta.doubled_beta:
+      beta *= 2
     if probes.is_watched(self):
       weights = jnp.ones(x.shape[:2]) if ctx.valid is None else ctx.valid
       weights = weights[..., None] / (jnp.sum(weights) * heads)

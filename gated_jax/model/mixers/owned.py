@@ -39,10 +39,12 @@ def gate_matrix(
   return Gate(layer.gate, x.shape[-1], shape, axes, *kinds, name='gate')()
 
 
-def head_scale(layer: AttentionLayer, name: str) -> Float[Array, ' H']:
-  """The scale of a norm over each head, owned by the calling module."""
+def head_scale(
+  layer: AttentionLayer, name: str, size: int = 0
+) -> Float[Array, ' H']:
+  """The scale of a norm, owned by the calling module; 0: over each head."""
   kinds = (layer.norm_zero_centered, layer.param_dtype, layer.making.boxed)
-  return Scale(layer.head_dim, *kinds, name=name)()
+  return Scale(size or layer.head_dim, *kinds, name=name)()
 
 
 def norm_scale(
@@ -56,12 +58,15 @@ def norm_scale(
     factor: of what the norm gives.
 
   Returns:
-    [H]; None where heads are not normed.
+    [H], or that of all heads, [N H]; None where heads are not normed.
   """
   if not layer.qk_norm:
     return None
+  size = layer.head_dim
+  if layer.qk_norm_joint:
+    size *= layer.heads if name == 'query_norm' else layer.kv_heads
   owns = layer.qk_norm_scale
-  scale = head_scale(layer, name) if owns else jnp.ones(layer.head_dim)
+  scale = head_scale(layer, name, size) if owns else jnp.ones(size)
   return scale if factor == 1 else scale * factor
 
 

@@ -39,6 +39,7 @@ class SelfAttention(nn.Module):
       dropout=0.0 if ctx.deterministic else c.dropout,
       qk_norm=c.qk_norm,
       qk_norm_scale=c.qk_norm_scale,
+      qk_norm_joint=c.qk_norm_joint,
       query_scale=c.query_scale,
       norm_eps=c.norm_eps,
       norm_zero_centered=c.norm_zero_centered,

@@ -21,9 +21,10 @@ exp(G_last) are zero where a document's first token stands between. Those are
 zeros by choice, not by a large decay, so that nothing leaks.
 
 The inverse: an entry of T is beta_i k_i^T P k_j, P being a product of the maps
-I - beta k k^T that tokens apply to the state. Those are contractions, so that
-no entry exceeds one, nor does any of a block's, and T can be formed by products
-(`inverse.py`) where a general system would have to be solved row by row.
+I - beta k k^T that tokens apply to the state. Those are contractions while beta
+is at most two, so that no entry exceeds the largest beta, or one, nor does any
+of a block's, and T can be formed by products (`inverse.py`) where a general
+system would have to be solved row by row.
 """
 
 import jax
