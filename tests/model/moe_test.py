@@ -160,8 +160,12 @@ def test_router_learns_from_both_losses_and_the_output(params):
 
 @pytest.mark.long
 @pytest.mark.skipif(jax.device_count() < 2, reason='needs 2 devices')
-def test_policies_send_rows_again_or_save_them():
-  """Two chunks go there, back, their gradients there and back: eight."""
+def test_policies_send_rows_again_or_save_them_and_keep_chunks_in_order():
+  """Two chunks go there, back, their gradients there and back: eight.
+
+  The second is not read before the first's products are there, nor sent home
+  before the first is home: a barrier for each, and in backward as many.
+  """
   mesh = sharding.make_mesh(MeshConfig(expert=2), jax.devices()[:2])
   tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
 
@@ -169,7 +173,7 @@ def test_policies_send_rows_again_or_save_them():
     made = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), tokens)
   params = meta.unbox(made['params'])
 
-  def exchanges(remat):
+  def traced(remat):
     model = Decoder(dataclasses.replace(CONFIG, remat=remat))
 
     def total(params, tokens):
@@ -178,7 +182,10 @@ def test_policies_send_rows_again_or_save_them():
     with sharding.activate(mesh):
       text = str(jax.make_jaxpr(jax.grad(total))(params, tokens))
     # Of rows with 8 channels; further rounds have smaller buffers.
-    return len(re.findall(r'f32\[32,8\] = all_to_all', text))
+    exchanges = re.findall(r'f32\[32,8\] = all_to_all', text)
+    barriers = re.findall(r'f32\[32,8\] = optimization_barrier', text)
+    return len(exchanges), len(barriers)
 
   policies = 'minimal', 'exchange', 'full'
-  assert [exchanges(remat) for remat in policies] == [8, 8, 10]
+  counts = [traced(remat) for remat in policies]
+  assert counts == [(8, 4), (8, 4), (10, 5)]

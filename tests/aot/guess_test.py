@@ -1,0 +1,87 @@
+"""aot/guess.py: what a step needs, before anything is compiled."""
+
+import dataclasses
+
+import pytest
+
+from configs import dense_1b7
+from configs import moe_15b_a2b
+from gated_jax.aot.guess import RATE
+from gated_jax.aot.guess import Guesser
+from gated_jax.aot.topology import open_topology
+from gated_jax.config import from_dict
+
+pytest.importorskip('libtpu')
+
+
+def config_of(file, word, **changes):
+  config = file.get_config(word)
+  with config.unlocked():
+    config.update_from_flattened_dict(
+      {path.replace('__', '.'): value for path, value in changes.items()}
+    )
+  return from_dict(config.to_dict())
+
+
+@pytest.fixture(scope='module')
+def dense():
+  """28 layers on 256 devices of v6e, four rows a device."""
+  config = config_of(dense_1b7, '28,v6e')
+  return config, Guesser.of(config, open_topology('v6e:16x16'))
+
+
+def test_products_are_counted_at_a_share_of_the_rate_and_weights_by_links(
+  dense,
+):
+  config, guess = dense
+  flops = 4.940e16 / 256  # docs/tpu.md's figures for the step
+  products = flops / (RATE * 1.75e9 * 524_288)
+  # Four links in either direction; of 1.73e9 numbers of two bytes each device
+  # lacks 255 parts, gathered twice and summed twice around the ring.
+  links = 4 * 2 * 1_728_177_152 * 255 / 256 / 4e11
+  assert guess(config).seconds == pytest.approx(products + links, rel=0.01)
+
+
+def test_memory_is_below_what_the_compiler_needs_and_not_far(dense):
+  config, guess = dense
+  memory = guess(config).memory / 2**30
+  assert 0.85 * 23.15 < memory < 23.15
+
+
+@pytest.mark.parametrize(
+  ('change', 'quicker', 'smaller'),
+  [
+    ({'model__remat': 'none'}, False, False),
+    ({'model__remat': 'attention'}, False, True),
+    ({'model__remat': 'full'}, False, True),
+    ({'optimizer__accumulate': 2}, False, True),
+    ({'mesh__tensor': 2}, False, True),
+  ],
+)
+def test_a_change_moves_time_and_memory(dense, change, quicker, smaller):
+  config, guess = dense
+  before = guess(config)
+  after = guess(config_of(dense_1b7, '28,v6e', **change))
+  assert (after.seconds < before.seconds) == quicker
+  assert (after.memory < before.memory) == smaller
+
+
+@pytest.mark.parametrize(
+  ('topology', 'best', 'other'), [('v6e:16x16', 4, 8), ('tpu7x:4x4x8', 2, 8)]
+)
+def test_experts_are_split_where_their_rows_travel_quickest(
+  topology, best, other
+):
+  config = config_of(moe_15b_a2b, '', mesh__expert=best)
+  guess = Guesser.of(config, open_topology(topology))
+  mesh = dataclasses.replace(config.mesh, expert=other)
+  assert (
+    guess(config).seconds
+    < guess(dataclasses.replace(config, mesh=mesh)).seconds
+  )
+  # In backward the rows that were saved are not sent again.
+  model = dataclasses.replace(config.model, remat='exchange')
+  saved = guess(dataclasses.replace(config, model=model))
+  assert saved.seconds <= guess(config).seconds
+  rows = 16384 * 8 * config.model.moe.slack * 2048 * 2 * 24
+  assert saved.memory - guess(config).memory == pytest.approx(rows)
