@@ -38,7 +38,7 @@ NOT_YET: dict[str, str] = {
   'kimi_linear': _KDA,
   'minimax': 'its linear layers are lightning attention',
   'neomme': 'it is an encoder, whose tokens see those after them',
-  'muse_spark': 'its residual stream has gates, its experts have norms',
+  'muse_spark': 'its residual stream has gates, its experts norms and a width',
   'qwen4_exp': 'its attention chooses tokens, its residual stream has gates',
 }
 FAMILIES: tuple[Family, ...] = (
