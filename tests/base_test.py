@@ -109,6 +109,18 @@ def test_a_base_that_moved_is_found_where_one_says(made, how, tmp_path):
     same(checkpoint.load_parameters(run, abstract().params), state(1).params)
 
 
+def test_a_run_does_not_go_on_beside_another_base(made, tmp_path):
+  start, run = made
+  other = put(tmp_path / 'other', 5)
+  with pytest.raises(
+    checkpoint.CheckpointError, match="other' holds other parameters than"
+  ) as error:
+    restore(run, other)
+  assert '\n' not in str(error.value)
+  copy = shutil.copytree(start, tmp_path / 'copy')
+  same(restore(run, copy)[0], state(1))
+
+
 def no_base(start):
   shutil.rmtree(start)
 

@@ -28,6 +28,7 @@ from gated_jax.checkpoint.folder import COMMIT
 from gated_jax.checkpoint.folder import CheckpointError
 from gated_jax.checkpoint.folder import check_arrays
 from gated_jax.checkpoint.folder import damaged
+from gated_jax.checkpoint.folder import find
 from gated_jax.checkpoint.parameters import read_arrays
 from gated_jax.checkpoint.parameters import read_base
 from gated_jax.checkpoint.sums import records
@@ -110,12 +111,18 @@ class StepReader:
 
     Raises:
       NoBase: the base is gone, or is another one.
-      CheckpointError: it is damaged.
+      CheckpointError: it is damaged, or the run would begin at another one.
     """
     start = self._config.init_from
     place, params, problem, missing = path, None, '', False
     try:
       place = find_base(path, run, [start] if start else [])
+      # The first folder may hold a later step by now; another one is a mistake.
+      if start not in ('', run['config']['init_from']) and find(start) != place:
+        raise CheckpointError(
+          f'init_from={start!r} holds other parameters than {place}, beside '
+          'which this run was trained: name that one'
+        )
       params = read_base(path, run, rest, place)
     except Exception as error:
       problem, missing = str(error), isinstance(error, NoBase)
