@@ -33,6 +33,7 @@ from gated_jax.ops.attention import api
 from gated_jax.ops.attention import context
 from gated_jax.training.build import make_functions
 from gated_jax.training.rows import rows_of_process
+from tests.quick import QUICK
 
 BATCH, LENGTH = 8, 32
 MODEL = ModelConfig(
@@ -83,12 +84,6 @@ EVERY_RUN = [
   *((mesh, BEST) for mesh in MESHES if mesh not in HARD),
 ]
 ALL = list(itertools.product(MESHES, GATES))
-
-# Programs of this size take longer to optimise than to run.
-QUICK = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
 
 
 def tolerance(terms=BATCH * LENGTH):

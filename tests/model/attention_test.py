@@ -15,6 +15,7 @@ from gated_jax.model import gate as gate_module
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixers import attention
 from gated_jax.model.mixers.self_attention import SelfAttention
+from tests.quick import QUICK
 
 B, T, S, D, E = 2, 5, 7, 12, 10
 N, K, H = 4, 2, 6
@@ -189,15 +190,20 @@ def check_against_loops(gate):
         weights * layer.apply({'params': params}, *inputs, **kinds)
       )
 
-    found = jax.jit(lambda *a: layer.apply({'params': a[0]}, *a[1:], **kinds))(
-      params, *inputs
-    )
+    points = (params, *inputs)
+    slopes_of = jax.grad(scalar, tuple(range(len(points))))
+
+    def both(*points):
+      """Without a gradient, and the gradient: one program to compile."""
+      params, *inputs = points
+      output = layer.apply({'params': params}, *inputs, **kinds)
+      return output, slopes_of(*points)
+
+    found, gradients = jax.jit(both, compiler_options=QUICK)(*points)
     expected = reference(params, x, y, mask, gate)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
 
     # Along random directions: exact derivatives by an imaginary step.
-    points = (params, *inputs)
-    gradients = jax.jit(jax.grad(scalar, tuple(range(len(points)))))(*points)
     for which in range(len(points)):
       for path in range(2 if which else 5):
         leaves = jax.tree.map(lambda a: rng.normal(size=a.shape), points[which])
@@ -259,13 +265,15 @@ def test_queries_of_one_document_do_not_see_another():
   )  # fmt: skip
   layer = SelfAttention(config, config.layers[0])
   ctx = Context(segments=segments, valid=segments != 0)
-  params = layer.init(jax.random.key(1), x, ctx, None)
+  params = jax.jit(layer.init, compiler_options=QUICK)(
+    jax.random.key(1), x, ctx, None
+  )
 
-  def at(t):
-    return lambda x: layer.apply(params, x, ctx, None)[0][0, t].sum()
+  def outputs(x):
+    return layer.apply(params, x, ctx, None)[0][0].sum(-1)
 
-  gradients = jax.jit(lambda x: [jax.grad(at(t))(x) for t in range(6)])(x)
-  seen = (np.abs(np.stack(gradients))[:, 0].sum(-1) > 0).astype(int)
+  gradients = jax.jit(jax.jacrev(outputs), compiler_options=QUICK)(x)
+  seen = (np.abs(gradients)[:, 0].sum(-1) > 0).astype(int)
   np.testing.assert_array_equal(
     seen,
     [

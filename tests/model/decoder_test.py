@@ -15,6 +15,7 @@ from gated_jax import sharding
 from gated_jax.config import MoEConfig
 from gated_jax.config import RopeConfig
 from gated_jax.model.block import SAVED
+from tests.quick import QUICK
 
 SMALL = ModelConfig(
   vocab=61,
@@ -130,7 +131,10 @@ def batch_of(seed=0, rows=1):
 
 
 def loss_of(model, params, batch):
-  run = jax.jit(lambda p, b: model.apply({'params': p}, b, method='loss'))
+  run = jax.jit(
+    lambda p, b: model.apply({'params': p}, b, method='loss'),
+    compiler_options=QUICK,
+  )
   return run(params, batch)
 
 
@@ -283,7 +287,7 @@ def test_remat_changes_nothing_but_memory(policy):
     def total(p):
       return other.apply({'params': p}, batch, method='loss').total
 
-    return jax.jit(jax.grad(total))(params)
+    return jax.jit(jax.grad(total), compiler_options=QUICK)(params)
 
   def compare(a, b):
     # Sums in another order: a few roundings of the largest terms.
@@ -366,14 +370,15 @@ def test_the_first_step_is_the_one_it_always_was():
   """Guards against silent changes of initialisation or arithmetic."""
   model = Decoder(config_of('plain'))
   tokens = jnp.zeros((1, 8), jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(7), tokens)
-  params = meta.unbox(params)['params']
+  init = jax.jit(model.init, compiler_options=QUICK)
+  params = meta.unbox(init(jax.random.key(7), tokens))['params']
   batch = batch_of(7)
 
   def total(p):
     return model.apply({'params': p}, batch, method='loss').total
 
-  loss, gradient = jax.jit(jax.value_and_grad(total))(params)
+  step = jax.jit(jax.value_and_grad(total), compiler_options=QUICK)
+  loss, gradient = step(params)
   norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradient)))
   gate = np.linalg.norm(gradient['layers']['attention']['gate']['kernel'])
   np.testing.assert_allclose(
