@@ -252,7 +252,13 @@ MODELS = {
   ),
   'olmo_hybrid': (
     'OlmoHybrid',
-    {**LINEAR, 'rope_parameters': {'rope_theta': None}, **NO_TOKENS},
+    {
+      **LINEAR,
+      'num_hidden_layers': 2,
+      'layer_types': ['linear_attention', 'full_attention'],
+      'rope_parameters': {'rope_theta': None},
+      **NO_TOKENS,
+    },
     {},
   ),
   'olmo_hybrid_rope': (
