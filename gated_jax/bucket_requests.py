@@ -67,7 +67,7 @@ def bucket_error(
     return None
   kind = type(error)
   text = ' '.join(str(error).split()) or kind.__name__
-  if GAVE_UP in text:  # what follows is all that was said of the request
+  if GAVE_UP in text:  # the answer to the request comes after it
     answer = re.search(r"http_response_code='(\d+)'", text)
     text = f'status {answer[1]}' if answer else text.rpartition(GAVE_UP)[2]
   code = str(getattr(error, 'code', ''))

@@ -31,7 +31,7 @@ def _entry(path: pathlib.Path) -> list[int]:
 
 
 def _entries(folder: Path) -> dict[str, list[Any]]:
-  """What there is to say of each file of a folder, but for the list itself.
+  """Size and checksum of each file of a folder, but for the list itself.
 
   A bucket says size and checksum of all objects in one answer.
   """

@@ -1,4 +1,4 @@
-"""Where checkpoints lie, and what the folder of one says of itself.
+"""Finds the folders of checkpoints, and reads their records of themselves.
 
 A folder holds `params`, arrays that Orbax writes, and `run`, a JSON file with
 the config of the run, the record of every array (sums.py) and a digest of all

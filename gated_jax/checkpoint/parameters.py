@@ -214,7 +214,7 @@ def _read_parameters(
     params = read_arrays(folder, {'params': own}, handler, partial)['params']
   except Exception as error:
     cause = cause_in_bucket(error)
-    if cause is not None:  # what cannot be reached may be good
+    if cause is not None:  # a file out of reach may be good
       raise bucket_error(cause, folder) or error from error
     raise damaged(folder, error) from error
   check_arrays(folder, records(params, 'params'), recorded)

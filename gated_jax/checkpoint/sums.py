@@ -1,4 +1,4 @@
-"""What a checkpoint records of each array: its dtype, its shape and a sum.
+"""The record of each array of a checkpoint: its dtype, its shape and a sum.
 
 Whoever reads arrays compares these records, so a file that was damaged without
 becoming unreadable is found.
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 Tree = Any
-# By array: dtype, shape, sum.
+# The dtype, the shape and the sum of each array, by its name.
 Records = Mapping[str, list[Any]]
 
 

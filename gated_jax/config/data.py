@@ -28,8 +28,8 @@ SOURCES = (
 MADE_UP = ('synthetic', 'backcopy')
 # How documents become rows; see gated_jax/data/packing.py.
 ROWS = ('cut', 'joined', 'whole')
-# What a conversation teaches, and what becomes of one that fills no single row;
-# see gated_jax/data/chat.py.
+# The turns of a conversation that are learned, and the ways to treat one that
+# is longer than a row; see gated_jax/data/chat.py.
 TARGETS = ('assistant', 'last', 'all')
 TOO_LONG = ('cut', 'drop')
 

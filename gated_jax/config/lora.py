@@ -17,7 +17,7 @@ class LoraConfig:
 
   ROLE: ClassVar[str] = 'model'
 
-  rank: int = 0  # of A B; 0: there are no adapters
+  rank: int = 0  # columns of A, rows of B; 0: there are no adapters
   alpha: float = 16.0  # scale = alpha / rank
   rank_stabilized: bool = False  # scale = alpha / sqrt(rank), arXiv 2312.03732
   # Patterns over the names of the matrices that have adapters, as
@@ -47,6 +47,6 @@ class LoraConfig:
 
   @property
   def scale(self) -> float:
-    """What A B is multiplied by."""
+    """The factor of A B."""
     root = math.sqrt(self.rank) if self.rank_stabilized else self.rank
     return self.alpha / root

@@ -48,7 +48,7 @@ class Counted(NamedTuple):
   """A conversation as ids."""
 
   ids: Int32[np.ndarray, ' T']
-  counts: Bool[np.ndarray, ' T']  # where an id counts as a target
+  counts: Bool[np.ndarray, ' T']  # True at ids that count as targets
 
 
 class Chat:
@@ -146,7 +146,7 @@ class Chat:
   def _turn(
     self, text: str, messages: Messages, tools: Sequence[Any], i: int
   ) -> tuple[int, int]:
-    """Where message `i` begins and ends in the whole text.
+    """The begin and the end of message `i` in the whole text.
 
     Raises:
       ValueError: the text up to it is another than that of the whole, so that
@@ -204,7 +204,7 @@ class Chat:
 
 
 def _end_of_turn(text: str, begin: int, upto: str, content: Any) -> int:
-  """Where a turn that begins at `begin` ends in the whole text; -1: unknown.
+  """The end, in the whole text, of a turn from `begin` on; -1: unknown.
 
   Args:
     text: of the whole conversation.

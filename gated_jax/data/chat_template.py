@@ -154,7 +154,7 @@ def _compiled(name: str, text: str, now: datetime.datetime) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class TemplateText:
-  """What a tokenizer's folder says about conversations."""
+  """The chat template of a tokenizer's folder, and the tokens it names."""
 
   name: str
   text: str

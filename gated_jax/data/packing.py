@@ -92,10 +92,10 @@ def single(chunk: Chunk) -> Items:
 
 
 class Taken(NamedTuple):
-  """What `Stream.take` filled arrays with."""
+  """A report of `Stream.take` on the items that it wrote into arrays."""
 
   filled: int  # how many items there were
-  borders: Int64[np.ndarray, ' N']  # where among them documents begin
+  borders: Int64[np.ndarray, ' N']  # items at which documents begin
   counts: Bool[np.ndarray, ' M'] | None  # see `Rows`
 
 
@@ -144,7 +144,7 @@ class Stream:
     return int(self._open.values[0][self._offset])
 
   def counts(self) -> bool:
-    """Whether the next item counts as a target, where there is one."""
+    """True if the next item, which there must be, counts as a target."""
     counts = self._open.counts
     return counts is None or bool(counts[self._offset])
 

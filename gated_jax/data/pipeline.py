@@ -317,6 +317,6 @@ def _settings(config: DataConfig) -> dict[str, Any]:
   return {
     f'data.{name}': value
     for name, value in dataclasses.asdict(config).items()
-    # Where files lie may change: their names and sizes are compared instead.
+    # Files may move: their names and sizes are compared instead of paths.
     if name not in free
   }

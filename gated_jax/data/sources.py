@@ -59,7 +59,7 @@ class Texts(NamedTuple):
 
   cursors: list[int]  # the place after each
   texts: list[str]
-  origins: list[str]  # where each was read
+  origins: list[str]  # the file and place of each text
 
 
 class Ids(NamedTuple):
@@ -79,7 +79,7 @@ class Source(Protocol):
 
   units: list[Unit]
   skipped: 'Skipped'
-  files: DataFiles  # that it reads, if it reads any
+  files: DataFiles  # none where documents are made up
 
   def read(self, unit: Unit, cursor: int) -> Iterator[tuple[int, Document]]:
     """Yields the documents of `unit` from `cursor` on; 0: its beginning."""

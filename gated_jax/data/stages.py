@@ -42,8 +42,8 @@ from gated_jax.data.tokenizer import ends_of
 from gated_jax.data.whole import WholeRows
 from gated_jax.data.windows import Windows
 
-# Where rows are not shuffled, they are made by so many tokens at a time, or by
-# so many batches where those are smaller.
+# Rows that are not shuffled are made by so many tokens at a time, or by so many
+# batches if those are smaller.
 _UNSHUFFLED, _UNSHUFFLED_BATCHES = 1 << 16, 4
 
 
@@ -155,7 +155,7 @@ def documents(
       f'no usable data file in {what!r}: {view.skipped.summary()}'
     )
   train = view.split == 'train'
-  # With fewer units than processes all read all of them and deal documents.
+  # If units are fewer than processes, all read all and deal documents.
   deal_units = train and total >= view.shards
   deal = Deal(
     total,
@@ -184,7 +184,7 @@ def documents(
     select=select,
     encode=_encoder(part, view),
     vocab=view.vocab or 2**31,
-    # In rows of their own, documents of a single id predict nothing.
+    # A document of a single id predicts nothing in a row of its own.
     least=1 if joined else 2,
     nothing=nothing,
     pool=view.pool,
