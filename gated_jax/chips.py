@@ -204,7 +204,7 @@ _TPUS = (
     network=6.25e9,
     cores=1,
     core=_core_with_units_of_256(64),
-    compiler_options={TILES: '32768'},
+    compiler_options={TILES: '49152'},
     attention_blocks={},
   ),
 )

@@ -60,6 +60,7 @@ PODS = {
   ),
   'dense28_v6e': Pod('dense_1b7:28', V6E, {}),
   'dense28_v5p': Pod('dense_1b7:28', V5P, {}),
+  'dense28_tpu7x': Pod('dense_1b7:28,tpu7x', TPU7X, {}),
   'dense48_v5e': Pod('dense_1b7:48', V5E, {}),
   'dense48_v6e': Pod('dense_1b7:48', V6E, {}),
   'dense48_v5p': Pod('dense_1b7:48', V5P, {}),
