@@ -7,7 +7,7 @@ corrects a share beta, u = beta e. With E the matrix D, its columns times beta,
 
     e = T (v - exp(G) K S)                   T = (I + (K K^T) E)^-1
     o = exp(G) Q S + ((Q K^T) E) e
-    S <- exp(G_last) S + K^T (exp(G_last - G) beta e)
+    S <- exp(G_last) S + (K^T diag(exp(G_last - G) beta)) e
 
 Entries of this T are bounded by one, too: they are the shares of one token's
 value that a later one finds under its key.
@@ -20,6 +20,7 @@ import itertools
 from typing import Any
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
@@ -88,11 +89,11 @@ def kernel(*arrays: Any, spec: Spec, saves: bool) -> None:
     tokens[c, h] = PerToken(
       refs.rows[0, h, :, part], refs.columns[0, 0, part, spec.numbers(h)]
     )
-    share = decay_of(tokens[c, h]) * tokens[c, h].row('beta')
     if h % spec.repeats == 0:
       query, key = (x[0, part, spec.key(h)] for x in (refs.query, refs.key))
-      similar = product(key, key, of=(1, 1))
-      weights = product(query, key, of=(1, 1))
+      both = product(jnp.concatenate([key, query]), key, of=(1, 1))
+      similar, weights = both[:CHUNK], both[CHUNK:]
+    share = decay_of(tokens[c, h]) * tokens[c, h].row('beta')
     couplings[c, h] = similar * share
     scores[c, h] = (weights * share).astype(key.dtype)
   inverses = dict(
@@ -128,10 +129,19 @@ def _pass(
   keys = [refs.key[0, part, spec.key(h)] for h in heads]
   queries = [refs.query[0, part, spec.key(h)] for h in heads]
   entering = [x.tokens.column('entering') for x in chunk]
-  writing = [x.tokens.column('writing') for x in chunk]
+  # A token's share of the state scales a column of K^T: a row of numbers, which
+  # is spread over sublanes for nothing. As a factor of the errors it would be a
+  # column, and the units that spread those over lanes are the busiest.
+  turned = [
+    refs.key[0, part, spec.key(h)].T.astype(jnp.float32)
+    for h in heads[:: spec.repeats]
+  ]
   states = [refs.memory[h].astype(dtype) for h in heads]
-  known = [product(keys[h], states[h]) for h in heads]
-  read = [product(queries[h], states[h]) for h in heads]
+  both = [
+    product(jnp.concatenate([keys[h], queries[h]]), states[h]) for h in heads
+  ]
+  known = [x[:CHUNK] for x in both]
+  read = [x[CHUNK:] for x in both]
   errors = [
     product(
       chunk[h].inverse,
@@ -139,8 +149,13 @@ def _pass(
     )
     for h in heads
   ]
-  added = [product(keys[h], writing[h] * errors[h], of=(0, 0)) for h in heads]
   narrow = [x.astype(dtype) for x in errors]
+  added = [
+    product(
+      turned[h // spec.repeats] * chunk[h].tokens.row('writing'), narrow[h]
+    )
+    for h in heads
+  ]
   own = [product(chunk[h].scores, narrow[h]) for h in heads]
   for h in heads:
     keep = chunk[h].tokens.row('entering')[:, CHUNK - 1 :]
