@@ -25,7 +25,7 @@ from configs import base
 CHIPS = {
   '': (1, 'full'),
   'v5p': (8, 'minimal'),
-  'v6e': (4, 'full'),
+  'v6e': (4, 'exchange'),
   'tpu7x': (2, 'full'),
 }
 
