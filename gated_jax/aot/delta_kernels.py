@@ -83,7 +83,9 @@ def estimate(
   arguments = _arguments(sizes, length, device)
   before = set(folder.iterdir())
   with compiling_for(device):
-    jax.jit(_both_passes).lower(*arguments).compile()
+    # Many heads need the memory that a whole step lets a kernel have.
+    options: dict[str, Any] = dict(chip.compiler_options)
+    jax.jit(_both_passes).lower(*arguments).compile(options)
   cycles = {}
   for kernel in counts.kernels(_both_passes, *arguments):
     (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)

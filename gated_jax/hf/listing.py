@@ -61,6 +61,7 @@ class Step(NamedTuple):
 # 256 devices, as `python -m gated_jax.aot` predicts them: docs/models.md has
 # the command. Other families were not compiled at a released size.
 PREDICTED: dict[str, tuple[str, tuple[Step, ...]]] = {
+  'qwen3_5': ('27B', (Step('v5p', 8.89, 472_000),)),
   'qwen3_5_moe': (
     '35B-A3B',
     (
