@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gated_jax import GatedAttention
+from tests.quick import QUICK
 
 D = 16
 ROWS = (8, 6)  # eight rows divide over four devices, six do not
@@ -33,7 +34,8 @@ def drawn(rows):
 
 @functools.cache
 def parameters():
-  return MODULE.init(jax.random.key(0), drawn(8))
+  init = jax.jit(MODULE.init, compiler_options=QUICK)
+  return init(jax.random.key(0), drawn(8))
 
 
 def loss(params, x):
@@ -44,7 +46,9 @@ def loss(params, x):
 @functools.cache
 def expected(rows):
   """Output and gradients of parameters on one device."""
-  return jax.jit(jax.grad(loss, has_aux=True))(parameters(), drawn(rows))
+  return jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(
+    parameters(), drawn(rows)
+  )
 
 
 def check(results, rows):
@@ -71,7 +75,7 @@ def test_a_mesh_of_the_user_changes_no_number(names, kind, rows):
   mesh = mesh_of(names, kind)
   x = jax.device_put(drawn(rows), where(rows, mesh, names))
   params = jax.device_put(parameters(), NamedSharding(mesh, P()))
-  step = jax.jit(jax.grad(loss, has_aux=True))
+  step = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
   with jax.set_mesh(mesh):
     check(step(params, x), rows)
     made = jax.eval_shape(MODULE.init, jax.random.key(0), x)
@@ -93,7 +97,11 @@ def test_the_older_context_of_a_mesh_changes_no_number(names, rows):
   mesh = mesh_of(names, AxisType.Auto)
   with mesh:
     place = where(rows, mesh, names), NamedSharding(mesh, P())
-    step = jax.jit(jax.grad(loss, has_aux=True), in_shardings=place[::-1])
+    step = jax.jit(
+      jax.grad(loss, has_aux=True),
+      in_shardings=place[::-1],
+      compiler_options=QUICK,
+    )
     check(step(parameters(), drawn(rows)), rows)
 
 
@@ -111,7 +119,7 @@ def test_shard_map_of_the_user_gives_each_device_its_rows(names, rows, kind):
   )
   with jax.set_mesh(mesh):
     x = jax.device_put(drawn(rows), NamedSharding(mesh, each))
-    y = jax.jit(run)(parameters(), x)
+    y = jax.jit(run, compiler_options=QUICK)(parameters(), x)
   np.testing.assert_allclose(y, expected(rows)[1], rtol=1e-4, atol=1e-4)
 
 
@@ -130,7 +138,10 @@ def test_parameters_split_by_the_user_stay_split(rows):
 
   params = jax.tree_util.tree_map_with_path(place, parameters())
   x = jax.device_put(drawn(rows), where(rows, mesh, names))
-  check(jax.jit(jax.grad(loss, has_aux=True))(params, x), rows)
+  check(
+    jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(params, x),
+    rows,
+  )
 
 
 def test_pmap_of_the_user_gives_each_device_its_rows():
@@ -150,4 +161,9 @@ def test_names_of_axes_follow_rules_of_the_user():
   )
   assert places['params']['query']['kernel'].spec == P(None, 'tp', None)
   params = jax.device_put(parameters(), places)
-  check(jax.jit(jax.grad(loss, has_aux=True))(params, drawn(8)), 8)
+  check(
+    jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(
+      params, drawn(8)
+    ),
+    8,
+  )

@@ -13,6 +13,7 @@ from gated_jax.ops.attention import xla
 from gated_jax.ops.attention.cases import Case
 from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
+from tests.quick import QUICK
 
 PARTS = 4
 CASES = {
@@ -34,7 +35,8 @@ def run(attend, case):
     output, lse = attend(inputs, case.masking().query_segments)
     return jnp.sum(output * weights) + jnp.sum(jnp.sin(lse)), (output, lse)
 
-  return jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
+  run = jax.value_and_grad(total, has_aux=True)
+  return jax.jit(run, compiler_options=QUICK)(arrays)
 
 
 @pytest.mark.parametrize(

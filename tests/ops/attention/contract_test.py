@@ -22,6 +22,7 @@ from gated_jax.ops.attention.cases import CASES
 from gated_jax.ops.attention.spec import AttentionSpec
 from gated_jax.ops.attention.spec import Inputs
 from gated_jax.ops.attention.spec import Masking
+from tests.quick import QUICK
 
 SMALL = {n: c for n, c in CASES.items() if not c.compile_only}
 
@@ -216,10 +217,7 @@ def evaluate(name, case, arrays, d_output, d_lse):
     return total, result
 
   run = jax.value_and_grad(loss, has_aux=True)
-  options = {}
-  if jax.default_backend() == 'cpu':
-    # Interpreted kernels are long programs that run once: no polish.
-    options['xla_backend_optimization_level'] = 0
+  options = QUICK if jax.default_backend() == 'cpu' else {}
   (_, result), grads = jax.jit(run, compiler_options=options)(arrays)
   return result.output, result.lse, grads
 
