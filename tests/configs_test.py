@@ -61,6 +61,8 @@ WORDS = {
   'start_from': [],  # takes the folder of a checkpoint
   'lora': [],  # so does this
 }
+# Of so many models that tracing them takes seconds.
+MANY = ('gate_sweep', 'released')
 
 # By hand from the shapes. The authors' released 28-layer checkpoints have
 # 1720.8M and, gated, 1728.2M parameters.
@@ -123,7 +125,13 @@ def test_no_config_is_left_out():
   assert files - {'__init__'} == set(WORDS)
 
 
-@pytest.mark.parametrize('file', WORDS)
+@pytest.mark.parametrize(
+  'file',
+  [
+    pytest.param(file, marks=pytest.mark.long) if file in MANY else file
+    for file in WORDS
+  ],
+)
 def test_configs_build_models_whose_parameters_say_what_they_are(file):
   for words in WORDS[file]:
     model = load(f'{file}:{words}').model

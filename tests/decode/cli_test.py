@@ -61,6 +61,7 @@ def test_the_command_prints_prompt_and_text_the_same_each_time(run, capsys):
   assert '[0] def f' in both and '[1] class' in both
 
 
+@pytest.mark.long
 def test_lines_from_a_pipe_are_turns_of_a_talk(run, capsys, monkeypatch):
   monkeypatch.setattr('sys.stdin', io.StringIO('hi\n\nyou\n'))
   flags = [f'--checkpoint={run}', '--chat', '--system=x', '--max_tokens=4']
@@ -176,6 +177,7 @@ def test_a_prompt_that_spells_a_special_token_is_noted(words, capsys):
   assert capsys.readouterr().err == ''
 
 
+@pytest.mark.long
 def test_what_a_models_authors_say_of_sampling_holds(words, capsys):
   flags = [f'--checkpoint={words}', '--prompt=w1', '--max_tokens=20']
   assert main(flags) == 0

@@ -27,6 +27,7 @@ def tokens_of(shape, seed=0):
   return np.random.default_rng(seed).integers(0, 61, shape, np.int32)
 
 
+@pytest.mark.long
 def test_what_a_threshold_saves_and_costs_is_measured(make_params):
   config, params = for_decoding(CONFIG, make_params(CONFIG))
   shape = (2, 16)

@@ -120,6 +120,7 @@ def test_what_runs_in_a_bucket_print_is_there(folder, bucket, capsys):
   assert 'a: diverged before' in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_spent_budget_saves_and_the_same_command_goes_on(folder):
   start = time.monotonic()
   assert command('slow', '--budget=2s') == cli.UNFINISHED

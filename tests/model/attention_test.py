@@ -238,6 +238,7 @@ def test_a_zero_two_sigmoid_gate_leaves_a_trained_layer_as_it_was():
   )
 
 
+@pytest.mark.long
 def test_gate_in_bfloat16_rounds_once_unless_told_otherwise():
   x = jax.random.normal(jax.random.key(0), (1, 64, 16)).astype(jnp.bfloat16)
 

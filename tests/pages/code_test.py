@@ -22,13 +22,15 @@ def test_what_is_no_code_is_little_and_calls_nothing():
   assert len(PYTHON) >= 12 and len(SHELL) >= 50
 
 
-# What takes more than a few seconds.
+# What takes more than a few seconds, and the page with the most of it.
 SLOW = ("decode.load('runs/smoke'", 'vocab=257')
+LONG_PAGE = 'modules.md'
 
 
 @pytest.mark.parametrize('block', [
   pytest.param(b, id=str(b), marks=pytest.mark.long)
-  if any(word in b.text for word in SLOW) and not b.needed
+  if (any(word in b.text for word in SLOW) or str(b).startswith(LONG_PAGE))
+  and not b.needed
   else pytest.param(b, id=str(b))
   for b in PYTHON
 ])  # fmt: skip

@@ -172,6 +172,7 @@ def test_gates_can_be_frozen():
   assert not np.any(found['gate'])
 
 
+@pytest.mark.long
 def test_muon_makes_hidden_matrices_orthogonal_and_leaves_the_rest_to_adamw():
   boxes = {
     'query': boxed(Kind.MATRIX, (3, 16, 2, 4), inputs=1, outputs=2),
