@@ -70,7 +70,10 @@ PREDICTED: dict[str, tuple[str, tuple[Step, ...]]] = {
       Step('tpu7x', 1.35, 3_104_000),
     ),
   ),
-  'afmoe': ('Trinity Mini', (Step('v5p', 1.83, 2_293_000),)),
+  'afmoe': (
+    'Trinity Mini',
+    (Step('v5p', 1.83, 2_293_000), Step('v6e', 2.01, 2_084_000)),
+  ),
 }
 
 
