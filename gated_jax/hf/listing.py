@@ -72,7 +72,11 @@ PREDICTED: dict[str, tuple[str, tuple[Step, ...]]] = {
   ),
   'afmoe': (
     'Trinity Mini',
-    (Step('v5p', 1.83, 2_293_000), Step('v6e', 2.01, 2_084_000)),
+    (
+      Step('v5p', 1.83, 2_293_000),
+      Step('v6e', 2.01, 2_084_000),
+      Step('tpu7x', 1.16, 3_606_000),
+    ),
   ),
 }
 

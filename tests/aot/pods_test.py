@@ -84,6 +84,7 @@ for word, kernels, topology, parts, tiles in (
   ('qwen3_5_35b_a3b', (*EXPERTS, *DELTA), TPU7X, 2, False),
   ('trinity_mini', EXPERTS, V5P, 8, True),
   ('trinity_mini', EXPERTS, V6E, 4, True),
+  ('trinity_mini', EXPERTS, TPU7X, 2, True),
 ):
   PODS[f'{word}_{topology.partition(":")[0]}'] = Pod(
     f'released:{word}',
