@@ -23,6 +23,8 @@ from gated_jax.config import LayerSpec
 from gated_jax.config import RunConfig
 from gated_jax.model.accounting import flops_per_token
 from gated_jax.model.accounting import parameters
+from gated_jax.model.block import SAVED
+from gated_jax.ops.moe import ROWS_NAME
 from gated_jax.training.parts import step_flops
 
 # The share of the matrix units' rate that whole steps reach where nothing is
@@ -34,7 +36,7 @@ STATE = 3  # arrays of AdamW's that are as large as the parameters, those too
 # How often the rows of experts travel: there and back, in backward there again
 # where they were not saved, and their gradients there and back.
 TRIPS = 5
-SAVES_ROWS = ('exchange', 'minimal', 'none')
+SAVES_ROWS = ('none', *(p for p, names in SAVED.items() if ROWS_NAME in names))
 # What of forward runs again in backward, for each policy.
 AGAIN = {
   'none': (),

@@ -335,6 +335,19 @@ def layer_type(layer: LayerSpec) -> str:
   return 'sliding_attention' if layer.window else 'full_attention'
 
 
+def write_deltanet(config: ModelConfig) -> dict[str, Any]:
+  """Sizes of Gated DeltaNet, and a type for each layer of both kinds."""
+  delta = config.delta
+  return {
+    'layer_types': write_layer_types(config)['layer_types'],
+    'linear_num_key_heads': delta.key_heads,
+    'linear_num_value_heads': delta.value_heads,
+    'linear_key_head_dim': delta.key_dim,
+    'linear_value_head_dim': delta.value_dim,
+    'linear_conv_kernel_dim': delta.filter_width,
+  }
+
+
 def write_layer_types(config: ModelConfig) -> dict[str, Any]:
   """A type for each layer, and one window, which reading back compares."""
   return {

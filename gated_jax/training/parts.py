@@ -84,7 +84,9 @@ def step_flops(config: RunConfig) -> dict[str, float]:
   Args:
     config: every setting; what trains decides how much backward computes.
   """
-  with sharding.inactive():  # the row that is traced has one token
-    boxed = boxed_parameters(config.model)
-  part = trained_part(config.optimizer.train, boxed)
-  return flops_per_token(config.model, config.data.length, part.paths)
+  paths = None
+  if config.optimizer.train != 'all':  # else the model need not be traced
+    with sharding.inactive():  # the row that is traced has one token
+      boxed = boxed_parameters(config.model)
+    paths = trained_part(config.optimizer.train, boxed).paths
+  return flops_per_token(config.model, config.data.length, paths)

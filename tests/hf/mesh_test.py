@@ -22,6 +22,7 @@ from gated_jax import sharding
 from gated_jax.config import MeshConfig
 from gated_jax.hf import convert
 from gated_jax.model.decoder import Decoder
+from tests.quick import QUICK
 
 CLOSE = 1e-10  # of the largest gradient of a tensor
 ROWS, LENGTH = 8, 32
@@ -65,11 +66,6 @@ ALL = [
 # Heads of both kinds, and experts with a bias. States that are handed on have a
 # test of their own: tests/model/gated_deltanet_test.py.
 EVERY_RUN = [('tensor', 'trinity')]
-# Programs of this size take longer to optimise than to run.
-QUICK = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
 
 
 def batch_of(vocab):

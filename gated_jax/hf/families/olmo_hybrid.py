@@ -18,7 +18,7 @@ from gated_jax.hf.families.rows import PLAIN_QUERY
 from gated_jax.hf.families.rows import layer_rows
 from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import read_layer_types
-from gated_jax.hf.keys import write_layer_types
+from gated_jax.hf.keys import write_deltanet
 from gated_jax.hf.names import Row
 from gated_jax.hf.rope import read_rope
 from gated_jax.hf.rope import write_rope
@@ -124,15 +124,9 @@ def _read(keys: Keys, depth: int) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-  delta = config.delta
   return {
-    'layer_types': write_layer_types(config)['layer_types'],
-    'linear_num_key_heads': delta.key_heads,
-    'linear_num_value_heads': delta.value_heads,
-    'linear_key_head_dim': delta.key_dim,
-    'linear_value_head_dim': delta.value_dim,
-    'linear_conv_kernel_dim': delta.filter_width,
-    'linear_allow_neg_eigval': delta.doubled_beta,
+    **write_deltanet(config),
+    'linear_allow_neg_eigval': config.delta.doubled_beta,
     **(
       {'rope_parameters': {'rope_type': 'default', 'rope_theta': None}}
       if config.has_unrotated

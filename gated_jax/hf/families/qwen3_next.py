@@ -26,7 +26,7 @@ from gated_jax.hf.families.rows import renamed
 from gated_jax.hf.families.rows import shared_expert
 from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import read_layer_types
-from gated_jax.hf.keys import write_layer_types
+from gated_jax.hf.keys import write_deltanet
 from gated_jax.hf.names import Row
 
 
@@ -147,18 +147,6 @@ def _read_qwen3_5_moe(keys: Keys, depth: int) -> dict[str, Any]:
   return values
 
 
-def _write_hybrid(config: ModelConfig) -> dict[str, Any]:
-  delta = config.delta
-  return {
-    'layer_types': write_layer_types(config)['layer_types'],
-    'linear_num_key_heads': delta.key_heads,
-    'linear_num_value_heads': delta.value_heads,
-    'linear_key_head_dim': delta.key_dim,
-    'linear_value_head_dim': delta.value_dim,
-    'linear_conv_kernel_dim': delta.filter_width,
-  }
-
-
 def _write_experts(config: ModelConfig) -> dict[str, Any]:
   moe = config.moe
   return {
@@ -171,7 +159,7 @@ def _write_experts(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
-  values = _write_hybrid(config)
+  values = write_deltanet(config)
   if not config.has_experts:
     return values | {'num_experts': 0}
   dense = [i for i, layer in enumerate(config.layers) if layer.ffn == 'mlp']
@@ -183,7 +171,7 @@ def _write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write_qwen3_5_moe(config: ModelConfig) -> dict[str, Any]:
-  return _write_hybrid(config) | _write_experts(config)
+  return write_deltanet(config) | _write_experts(config)
 
 
 # Keys that change nothing in the classes of transformers.
@@ -218,7 +206,7 @@ QWEN3_5 = Family(
   architecture='Qwen3_5ForCausalLM',
   rows=_DENSE_ROWS,
   read=_read_hybrid,
-  write=_write_hybrid,
+  write=write_deltanet,
   fraction=0.25,
   inert=_UNUSED,
   aside=('mtp.*',),
