@@ -10,9 +10,10 @@ plain one, writes the conversations, and its rows are as long as they were:
     python train.py --config=configs/sft.py:runs/imported --workdir=runs/tuned \
       --config.data.paths='/data/*.jsonl'
 
-Expected for the small one (2 CPU minutes; seed 0): validation loss 0.08 nats
-per token of the assistant's turns, and answers to most questions that are put
-as those of the file are.
+Expected for the small one (80 seconds on 2 CPU cores; seed 0): validation loss
+0.08 nats per token of the assistant's turns, and answers to most questions that
+are put as those of the file are. On the model of `configs/smoke.py`, at the
+lower rate that what was trained takes: 2.69.
 """
 
 import ml_collections
@@ -33,15 +34,14 @@ def get_config(path: str = '') -> ml_collections.ConfigDict:
   config.data.paths = 'tests/conversations.jsonl'
   config.data.rows = 'whole'
   config.data.targets = 'assistant'
+  config.steps = 200
+  config.eval_every = 100
   if path:
     # Less than pre-training: what the model knows is to stay.
-    config.steps = 1000
     config.optimizer.learning_rate = 1e-5
     config.optimizer.final_learning_rate = 1e-6
     config.optimizer.warmup_steps = 50
     return config
-  config.steps = 200
-  config.eval_every = 100
   config.data.batch = 8
   config.data.shuffle_tokens = 1 << 15
   return config

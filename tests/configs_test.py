@@ -277,6 +277,7 @@ def test_a_run_starts_from_the_model_and_the_tokenizer_of_a_checkpoint(
   assert config.data.tokenizer == str(folder / 'tokenizer')
   tuned = load(f'lora:{folder}')
   assert tuned.model.lora.rank and tuned.optimizer.train == 'adapters'
+  assert tuned.steps == load(f'sft:{folder}').steps == load('sft:').steps
   assert dataclasses.replace(tuned.model, lora=model.lora) == model
   folder.rename(tmp_path / 'moved')
   config = load(f'start_from:{tmp_path / "moved"}')
