@@ -6,15 +6,15 @@
 
 Differences to `start_from.py`: rank 16 on every matrix of the layers, gates and
 experts included, with a scale of 2; AdamW on the adapters alone, at the larger
-rate that they take, for 200 steps (`--config.steps`). `--config.model.lora.matrices='*/attention'` chooses among
-the matrices, `--config.model.param_dtype=bfloat16` halves what a base in
-float32 takes. A checkpoint that has adapters already goes on with its own.
-docs/tune.md says more.
+rate that they take, for 200 steps. `--config.model.lora.matrices='*/attention'`
+chooses among the matrices, `--config.model.param_dtype=bfloat16` halves what a
+base in float32 takes. A checkpoint that has adapters already goes on with its
+own. docs/tune.md says more.
 
-Expected with `--config.data.source=conversations` and
-`--config.data.paths=tests/conversations.jsonl` (80 seconds on 2 CPU cores; seed 0):
-validation loss 1.25 nats per token of the assistant's turns on `runs/smoke`,
-which has seen nothing but Python.
+Expected on `runs/smoke`, which has seen nothing but Python, with
+`--config.data.source=conversations --config.data.paths=tests/conversations.jsonl`
+(80 seconds on 2 CPU cores; seed 0): validation loss 1.25 nats per token of the
+assistant's turns.
 """
 
 import ml_collections
