@@ -12,9 +12,9 @@ base in float32 takes. A checkpoint that has adapters already goes on with its
 own. docs/tune.md says more.
 
 Expected on `runs/smoke`, which has seen nothing but Python, with
-`--config.data.source=conversations --config.data.paths=tests/conversations.jsonl`
-(80 seconds on 2 CPU cores; seed 0): validation loss 1.25 nats per token of the
-assistant's turns.
+`--config.data.source=conversations` of `tests/conversations.jsonl` (80 seconds
+on 2 CPU cores; seed 0): validation loss 1.25 nats per token of the assistant's
+turns.
 """
 
 import ml_collections
