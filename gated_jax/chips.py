@@ -206,7 +206,7 @@ _TPUS = (
     cores=1,
     core=_core_with_units_of_256(64),
     compiler_options={TILES: '49152', ASYNC_GATHERS: 'true'},
-    attention_blocks={},
+    attention_blocks={'back_strip': 128},
   ),
 )
 _GPUS = (
