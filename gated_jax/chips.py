@@ -18,8 +18,8 @@ LANES = 128
 # fusion. A larger share gives matmuls larger tiles, so that they read their
 # operands less often and become bound by the matrix units.
 TILES = 'xla_tpu_scoped_vmem_limit_kib'
-# Weights come by all-gathers, which computing hides, where the compiler would
-# make one all-reduce of zero-padded shards of a layer's, which nothing overlaps.
+# Weights come by all-gathers, beside computing, where the compiler would make one
+# all-reduce of zero-padded shards of a layer, which nothing overlaps.
 ASYNC_GATHERS = 'xla_tpu_prefer_async_allgather_to_allreduce'
 # Lets the rows of experts travel beside computing. On tpu7x they do so anyway.
 ASYNC_EXCHANGE = 'xla_tpu_enable_async_all_to_all'
