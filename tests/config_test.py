@@ -235,6 +235,32 @@ REFUSED = [
     {'model.qk_norm_joint': True, 'model.qk_norm': False},
     'qk_norm_joint=True does nothing without model.qk_norm=True',
   ),
+  (
+    {'model.ffn_post_scale': 'before'},
+    "ffn_post_scale='before' does nothing without model.norm='sandwich' or",
+  ),
+  (
+    {'model.mixer_post_scale': 'none'},
+    "mixer_post_scale='none' does nothing without model.norm='sandwich' or",
+  ),
+  (
+    {'model.norm': 'post', 'model.mixer_post_scale': 'beside'},
+    "mixer_post_scale='beside' must be one of after, before, none",
+  ),
+  (
+    {'model.residual_temperature': 0.3},
+    "residual_temperature=0.3 does nothing without model.residual='gated'",
+  ),
+  (
+    {'model.residual': 'gated', 'model.residual_temperature': 0.0},
+    'residual_temperature=0.0 must be positive',
+  ),
+  (
+    {'model.head_norm': True, 'model.pattern': ('gated_deltanet',)},
+    'head_norm=True does nothing without a layer that attends',
+  ),
+  ({'model.moe.reduced_width': -1}, 'moe.reduced_width=-1 must not be nega'),
+  ({'model.moe.logit_scale': 0.0}, 'moe.logit_scale=0.0 must be positive'),
   ({'model.delta.norm_eps': -1.0}, 'delta.norm_eps=-1.0'),
   (
     {'model.pattern': ('attention:norm=around',)},

@@ -60,6 +60,17 @@ DELTA = {
 LINEAR = ('gated_deltanet',) * 3 + ('attention',)
 SPARSE = tuple(f'{word}+moe' for word in LINEAR)
 WINDOW = 'attention:window=128'
+MUSE = {
+  'norm': 'sandwich',
+  'norm_zero_centered': True,
+  'final_norm_plain': True,
+  'post_norm_eps': 1e-8,
+  'qk_norm_scale': False,
+  'embed_norm': True,
+  'output_scale': 0.2,
+  'logit_softcap': 20.0,
+  'gate': GATE,
+}
 # What each family's small model has beside the plain one.
 FAMILIES: dict[str, dict[str, Any]] = {
   'qwen3': {},
@@ -85,16 +96,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     'moe': SCORED,
   },
   'muse_glimmer': {
-    'norm': 'sandwich',
-    'norm_zero_centered': True,
-    'final_norm_plain': True,
-    'post_norm_eps': 1e-8,
-    'qk_norm_scale': False,
+    **MUSE,
     'query_scale': 3.87,
-    'embed_norm': True,
-    'output_scale': 0.2,
-    'logit_softcap': 20.0,
-    'gate': GATE,
     'pattern': (WINDOW,) * 3 + ('attention:nope',),
   },
   'laguna': {
@@ -141,6 +144,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
       4, 4, key_dim=48, value_dim=96, norm_eps=1e-5, doubled_beta=True
     ),
     'pattern': (*LINEAR[:3], 'attention:nope,norm=post'),
+  },
+  'muse_spark': {
+    **MUSE,
+    'query_scale': 5.47,
+    'head_norm': True,
+    'mixer_post_scale': 'none',
+    'ffn_post_scale': 'before',
+    'residual': 'gated',
+    'residual_temperature': 0.3,
+    'pattern': (f'{WINDOW}+moe',) * 3 + ('attention:nope+moe',),
+    'moe': dataclasses.replace(
+      EXPERTS,
+      score='sigmoid',
+      bias=True,
+      reduced_width=128,
+      output_norm=True,
+      logit_scale=0.2,
+      router_dtype='float32',
+    ),
   },
 }
 

@@ -153,11 +153,18 @@ class MoEConfig:
   experts: int = 128
   top_k: int = 8
   width: int = 768  # hidden channels of one expert
+  # Channels that experts read and write, behind a matrix and a norm that they
+  # share, and before a matrix back; 0: model.width, without any of these.
+  reduced_width: int = 0
+  # RMSNorm of each expert's output before its weight, by one scale of all
+  # experts, which stands before the division and so only turns.
+  output_norm: bool = False
   # Hidden channels of an expert that every token takes; 0: there is none.
   shared_width: int = 0
   shared_gate: bool = False  # scales its output by a sigmoid of the token
   normalize: bool = True  # the chosen weights sum to one
   score: str = 'softmax'  # makes scores of the router's logits; or 'sigmoid'
+  logit_scale: float = 1.0  # multiplies those logits
   # c: those logits become c tanh(logits / c); 0: they stay as they are.
   softcap: float = 0.0
   scale: float = 1.0  # multiplies the chosen weights
@@ -165,6 +172,8 @@ class MoEConfig:
   bias: bool = False
   groups: int = 1  # a token chooses experts from the best `top_groups`
   top_groups: int = 1
+  # The router is stored in; 'model': in param_dtype.
+  router_dtype: str = setting('model', 'execution')
   # The paper does not print these two; the values are this project's.
   balance_loss: float = setting(1e-2, 'execution')
   router_z_loss: float = setting(1e-3, 'execution')
@@ -184,6 +193,7 @@ class MoEConfig:
     not_negative(
       **{
         'moe.shared_width': self.shared_width,
+        'moe.reduced_width': self.reduced_width,
         'moe.softcap': self.softcap,
         'moe.balance_loss': self.balance_loss,
         'moe.router_z_loss': self.router_z_loss,
@@ -195,6 +205,7 @@ class MoEConfig:
         'moe.top_k': self.top_k,
         'moe.width': self.width,
         'moe.scale': self.scale,
+        'moe.logit_scale': self.logit_scale,
         'moe.groups': self.groups,
         'moe.top_groups': self.top_groups,
         'moe.chunks': self.chunks,
@@ -202,6 +213,7 @@ class MoEConfig:
       }
     )
     choice('moe.score', self.score, ('softmax', 'sigmoid'))
+    choice('moe.router_dtype', self.router_dtype, ('model', 'float32'))
     choice(
       'moe.implementation',
       self.implementation,

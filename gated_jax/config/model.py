@@ -22,6 +22,10 @@ from gated_jax.config.stack import read_word
 
 # From what saves most to what recomputes most; see model/block.py.
 REMAT = ('none', 'minimal', 'attention', 'exchange', 'full')
+# How a block's output joins the residual stream.
+RESIDUALS = ('sum', 'depth_scaled', 'gated')
+# Where the scale of a norm of a block's output stands.
+POST_SCALES = ('after', 'before', 'none')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +56,23 @@ class ModelConfig:
   # both. A layer's word may say another.
   norm: str = 'pre'
   # What reads the stream finds the sum of the embedding and all blocks before;
-  # 'depth_scaled' divides a sum of n terms by sqrt(n).
+  # 'depth_scaled' divides a sum of n terms by sqrt(n), and 'gated' takes a
+  # trained share of each channel from a block's output; see model/block.py.
   residual: str = 'sum'
+  residual_temperature: float = 1.0  # divides the logits of those shares
   norm_eps: float = 1e-6
-  post_norm_eps: float = 0.0  # of norms on a block's output; 0: norm_eps
+  # Of norms on the output of a block or of an expert; 0: norm_eps.
+  post_norm_eps: float = 0.0
+  # Where the scale of such a norm stands, of a mixer and of what follows it:
+  # 'after' the division, 'before' it, where it only turns, or 'none'.
+  mixer_post_scale: str = 'after'
+  ffn_post_scale: str = 'after'
   norm_zero_centered: bool = False  # scale stored as its distance from one
   final_norm_plain: bool = False  # but the last norm's is stored as it is
   qk_norm: bool = True
   qk_norm_scale: bool = True  # False: the norms of heads own no scale
   qk_norm_joint: bool = False  # one norm of all heads of a token together
+  head_norm: bool = False  # RMSNorm of each head's output, before its gate
   query_scale: float = 1.0  # multiplies queries, beside head_dim ** -0.5
   # p: queries of layers without rotary embedding are multiplied by
   # (1 + (position + 1) / query_growth_length) ** p, which counts from 0.
@@ -108,12 +120,15 @@ class ModelConfig:
           'query_scale',
           'init_std',
           'query_growth_length',
+          'residual_temperature',
         )
       }
     )
     self._check_shapes()
     choice('model.norm', self.norm, NORMS)
-    choice('model.residual', self.residual, ('sum', 'depth_scaled'))
+    choice('model.residual', self.residual, RESIDUALS)
+    for name in ('mixer_post_scale', 'ffn_post_scale'):
+      choice(f'model.{name}', getattr(self, name), POST_SCALES)
     choice('model.dtype', self.dtype, ('bfloat16', 'float16', 'float32'))
     choice('model.param_dtype', self.param_dtype, ('float32', 'bfloat16'))
     choice(
@@ -139,15 +154,27 @@ class ModelConfig:
 
   def _refuse_idle(self) -> None:
     """Refuses settings that do nothing beside the others."""
+    post = self.has_post_norms
     idle = {
-      'post_norm_eps': self.post_norm_eps and not self.has_post_norms,
+      'post_norm_eps': self.post_norm_eps
+      and not (post or self.moe.output_norm),
+      'mixer_post_scale': self.mixer_post_scale != 'after' and not post,
+      'ffn_post_scale': self.ffn_post_scale != 'after' and not post,
+      'residual_temperature': self.residual_temperature != 1
+      and self.residual != 'gated',
+      'head_norm': self.head_norm
+      and not any(layer.attends for layer in self.distinct_layers),
       'final_norm_plain': self.final_norm_plain and not self.norm_zero_centered,
       'qk_norm_scale': not self.qk_norm_scale and not self.qk_norm,
       'qk_norm_joint': self.qk_norm_joint and not self.qk_norm,
       'query_growth': self.query_growth and not self.has_unrotated,
     }
     needs = {
-      'post_norm_eps': "model.norm='sandwich' or 'post'",
+      'post_norm_eps': "model.norm='sandwich' or 'post', or moe.output_norm",
+      'mixer_post_scale': "model.norm='sandwich' or 'post'",
+      'ffn_post_scale': "model.norm='sandwich' or 'post'",
+      'residual_temperature': "model.residual='gated'",
+      'head_norm': "a layer that attends, as 'attention'",
       'final_norm_plain': 'model.norm_zero_centered=True',
       'qk_norm_scale': 'model.qk_norm=True',
       'qk_norm_joint': 'model.qk_norm=True',
@@ -156,7 +183,7 @@ class ModelConfig:
     for name, does_nothing in idle.items():
       if does_nothing:
         raise ValueError(
-          f'model.{name}={getattr(self, name)} does nothing without '
+          f'model.{name}={getattr(self, name)!r} does nothing without '
           f'{needs[name]}'
         )
 

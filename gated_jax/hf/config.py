@@ -22,6 +22,7 @@ from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import read_common
 from gated_jax.hf.keys import write_common
 from gated_jax.hf.rope import read_rope
+from gated_jax.hf.rope import write_nested_rope
 from gated_jax.hf.rope import write_rope
 
 
@@ -147,7 +148,7 @@ def _read_settings(
   if shapes is not None:
     _check_sizes({'num_hidden_layers': depth}, len(shapes))
   if not family.rope_by_type:
-    rope = read_rope(keys, length, family.fraction)
+    rope = _read_rope(keys, length, family)
     settings['rope'] = rope
     if family.fraction == 1 and rope.get('fraction', 1) != 1:
       keys.refuse(
@@ -160,6 +161,20 @@ def _read_settings(
     return settings | family.read(keys, depth)
   finally:
     keys.refused += common + outside
+
+
+def _read_rope(keys: Keys, length: int, family: Family) -> dict[str, Any]:
+  """The rotary embedding of all layers."""
+  if not family.theta:
+    return read_rope(keys, length, family.fraction)
+  if keys.peek('rope_parameters') is None:
+    for key in ('rope_theta', 'rope_scaling'):
+      if keys.peek(key) is not None:
+        keys.refuse(
+          f' has {key}={reprlib.repr(keys.peek(key))} and no rope_parameters, '
+          f'without which {family.architecture} reads none of it'
+        )
+  return read_rope(keys, length, family.fraction, family.theta)
 
 
 def _axes(config: ModelConfig) -> dict[str, int]:
@@ -190,6 +205,7 @@ def _axes(config: ModelConfig) -> dict[str, int]:
     ),
     **({'intermediate_size': config.mlp_width} if 'mlp' in ffns else {}),
     **({'moe_intermediate_size': config.moe.width} if 'moe' in ffns else {}),
+    **({'moe_hidden_size': config.moe.reduced_width} if 'moe' in ffns else {}),
   }
 
 
@@ -210,7 +226,7 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     )
   inner = {
     **write_common(config),
-    **({} if family.rope_by_type else write_rope(config.rope)),
+    **_write_rope(config, family),
     **family.write(config),
   }
   inner = {family.spelled.get(key, key): x for key, x in inner.items()}
@@ -224,7 +240,10 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     values |= {
       'text_config': {'model_type': family.inside, **inner},
       'tie_word_embeddings': config.tie_embeddings,
-      **family.around,
+      **{
+        key: value(config) if callable(value) else value
+        for key, value in family.around.items()
+      },
     }
   else:
     values |= inner
@@ -240,6 +259,14 @@ def write_config(config: ModelConfig, family: Family) -> dict[str, Any]:
     )
     raise ValueError(f'{family.name} has no words for {shown}')
   return values
+
+
+def _write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
+  """Keys of the rotary embedding, where all layers have the same."""
+  if family.rope_by_type:
+    return {}
+  write = write_nested_rope if family.theta else write_rope
+  return write(config.rope)
 
 
 def choose_family(config: ModelConfig, first: str = '') -> Family:

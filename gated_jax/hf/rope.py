@@ -16,13 +16,16 @@ from gated_jax.hf.keys import Keys
 from gated_jax.hf.keys import layer_type
 
 
-def read_rope(keys: Keys, length: int, fraction: float) -> dict[str, Any]:
+def read_rope(
+  keys: Keys, length: int, fraction: float, base: float = RopeConfig().base
+) -> dict[str, Any]:
   """The rotary settings, from rope_parameters or the older keys.
 
   Args:
     keys: Of config.json.
     length: max_position_embeddings.
     fraction: partial_rotary_factor where it is absent.
+    base: rope_theta where it is absent.
   """
   # The classes of transformers let rope_scaling win where both are there.
   scaling, inside = (
@@ -32,7 +35,7 @@ def read_rope(keys: Keys, length: int, fraction: float) -> dict[str, Any]:
   if not isinstance(scaling, dict) or not isinstance(inside, dict):
     raise ValueError(f'{keys.where}: rope parameters are no object')
   rope = Keys(scaling or inside, f'rope parameters of {keys.where}')
-  base = keys.number('rope_theta', RopeConfig().base)
+  base = keys.number('rope_theta', base)
   fraction = keys.number('partial_rotary_factor', fraction)
   values = _read(rope, length, base, fraction)
   keys.refused += rope.refused
@@ -130,6 +133,12 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     'partial_rotary_factor': rope.fraction,
     'rope_scaling': scaling or None,
   }
+
+
+def write_nested_rope(rope: RopeConfig) -> dict[str, Any]:
+  """The newer spelling, of all layers, for a class that turns whole heads."""
+  values = {'rope_type': 'default', 'rope_theta': rope.base}
+  return {'rope_parameters': values | _write_scaling(rope)}
 
 
 def write_ropes(layers: Iterable[LayerSpec]) -> dict[str, Any]:

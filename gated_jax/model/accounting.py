@@ -202,7 +202,8 @@ class _Backward:
       layer: whose slice it is.
     """
     path = parameter.paths(self._config)[layer]
-    stage = stages.reads(layer, parameter.within, parameter.about)
+    within, about = parameter.within, parameter.about
+    stage = stages.reads(self._config, layer, within, about)
     needs_input = self.reaches(stage)
     if parameter.about.kind is Kind.ADAPTER and path[-1].endswith(NAMES[1]):
       a = path[-1].removesuffix(NAMES[1]) + NAMES[0]

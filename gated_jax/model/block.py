@@ -8,6 +8,11 @@ is divided by sqrt(n):
 
     x = sqrt((n - 1) / n) x + sqrt(1 / n) y
 
+With 'gated' each channel has its own share b of what is added, and the stream
+keeps its size where both are independent and equally large:
+
+    b = sigmoid(logits / temperature)      x = sqrt(1 - b^2) x + b y
+
 What backward recomputes is `config.remat`; arrays are saved by name:
 
     none       nothing is recomputed
@@ -36,11 +41,16 @@ from gated_jax.model.gate import LOGITS_NAME
 from gated_jax.model.layers import MEAN_NAME
 from gated_jax.model.layers import MLP
 from gated_jax.model.layers import norm
+from gated_jax.model.layers import post_norm
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixer import State
 from gated_jax.model.mixers import mixer_named
+from gated_jax.model.moe import REDUCED_NAME
 from gated_jax.model.moe import ROUTING_NAME
+from gated_jax.model.moe import SUM_NAME
 from gated_jax.model.moe import MoE
+from gated_jax.model.parameters import Kind
+from gated_jax.model.parameters import parameter
 from gated_jax.ops import probes
 from gated_jax.ops.attention.spec import LSE_NAME
 from gated_jax.ops.attention.spec import OUTPUT_NAME
@@ -56,7 +66,7 @@ _GATED = (LOGITS_NAME, OUTPUT_NAME, LSE_NAME)
 # The names that each policy saves; 'none' is no policy at all.
 SAVED: dict[str, tuple[str, ...]] = {
   'full': (),
-  'exchange': (ROUTING_NAME, ROWS_NAME),
+  'exchange': (ROUTING_NAME, ROWS_NAME, SUM_NAME),
   'attention': ('query', 'key', 'value', *_GATED, MEAN_NAME),
   'minimal': (
     'query_projection',
@@ -70,11 +80,18 @@ SAVED: dict[str, tuple[str, ...]] = {
     'mlp_gate',
     'mlp_up',
     ROUTING_NAME,
+    REDUCED_NAME,
     ROWS_NAME,
     PRODUCT_NAME,
+    SUM_NAME,
     MEAN_NAME,
   ),
 }
+
+
+# A channel keeps the root of this at least: the slope of a root has no bound
+# where an output takes the whole.
+LEAST_OF_STREAM = 1e-3
 
 
 class Output(NamedTuple):
@@ -114,7 +131,7 @@ class Block(nn.Module):
     mixer = mixer(c, layer, name=layer.mixer)
     h = self._normed(f'{layer.mixer}_norm', x)
     y, state = mixer(h, ctx, state)
-    x = self._add((x, y), f'{layer.mixer}_post_norm', ctx, terms[0])
+    x = self._add((x, y), layer.mixer, ctx, terms[0])
     x = checkpoint_name(x, 'attention_result')
     h = self._normed('mlp_norm', x)
     extras: Extras = {}
@@ -126,7 +143,7 @@ class Block(nn.Module):
       extras = {'losses': losses, 'logs': logs}
     else:
       y = MLP(c, layer.ffn_width, layer.limit, name='mlp')(h)
-    x = self._add((x, y), 'mlp_post_norm', ctx, terms[1])
+    x = self._add((x, y), 'mlp', ctx, terms[1])
     if self.is_mutable_collection('probes') and not self.is_initializing():
       valid = ctx.valid
       valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
@@ -150,7 +167,8 @@ class Block(nn.Module):
 
     Args:
       arrays: the stream, and the output.
-      name: of the output's norm, which it has but if 'pre'.
+      name: what its norm's and its shares' names begin with; there is a norm
+        but if 'pre'.
       ctx: what all layers share.
       terms: how many there are in the sum, whose root divides it; None: it
         stays as it is.
@@ -158,10 +176,15 @@ class Block(nn.Module):
     c = self.config
     x, y = arrays
     if (self.layer.norm or c.norm) != 'pre':
-      y = norm(c, name, y, c.post_norm_eps)
+      place = c.ffn_post_scale if name == 'mlp' else c.mixer_post_scale
+      y = post_norm(c, f'{name}_post_norm', place, y)
     if c.dropout:
       y = nn.Dropout(c.dropout, deterministic=ctx.deterministic)(y)
-    if terms is None:
+    if c.residual == 'gated':
+      shares = Shares(c.width, c.residual_temperature, name=f'{name}_shares')
+      of_stream, of_output = shares()
+      x = (of_stream * x + of_output * y).astype(x.dtype)
+    elif terms is None:
       x += y.astype(x.dtype)
     else:
       one = 1 / terms.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -179,6 +202,35 @@ def _of_call(config: ModelConfig, ctx: Context) -> ModelConfig:
     return config
   lora = dataclasses.replace(config.lora, dropout=0.0)
   return dataclasses.replace(config, lora=lora)
+
+
+class Shares(nn.Module):
+  """Owns `logits` [D]: how much of each channel an output is, and the stream.
+
+  The squares of both shares sum to one.
+  """
+
+  size: int
+  temperature: float
+
+  @nn.compact
+  def __call__(self) -> tuple[Float[Array, ' D'], Float[Array, ' D']]:
+    """The factor of the stream, and that of the output."""
+    logits = parameter(
+      self,
+      'logits',
+      (self.size,),
+      (None,),
+      Kind.VECTOR,
+      init=nn.initializers.zeros,
+      dtype='float32',
+    )
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide /= self.temperature
+    share = jax.nn.sigmoid(wide)
+    # 1 - b would lose the last of the stream to rounding.
+    rest = jnp.maximum(jax.nn.sigmoid(-wide) * (1 + share), LEAST_OF_STREAM)
+    return jnp.sqrt(rest), share
 
 
 class Period(nn.Module):

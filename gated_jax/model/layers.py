@@ -58,6 +58,11 @@ class Scale(nn.Module):
     return scale.astype(wide) + (1 if self.zero_centered else 0)
 
 
+def bare_norm(x: Float[Array, '*b D'], eps: float) -> Float[Array, '*b D']:
+  """`rms_norm` without a scale."""
+  return rms_norm(x, jnp.ones(x.shape[-1:]), eps)
+
+
 def rms_norm(
   x: Float[Array, '*b D'], scale: Float[Array, ' D'], eps: float
 ) -> Float[Array, '*b D']:
@@ -86,6 +91,29 @@ def norm(
   size, centered = x.shape[-1], config.norm_zero_centered
   scale = Scale(size, centered, config.param_dtype, name=name)
   return rms_norm(x, scale(), eps or config.norm_eps)
+
+
+def post_norm(
+  config: ModelConfig, name: str, place: str, x: Float[Array, '*b D']
+) -> Float[Array, '*b D']:
+  """The norm of an output, by a scale that the calling module owns.
+
+  Args:
+    config: of the model.
+    name: of the scale's module.
+    place: where the scale stands; see `ModelConfig.mixer_post_scale`.
+    x: the output.
+  """
+  if place == 'after':
+    return norm(config, name, x, config.post_norm_eps)
+  eps = config.post_norm_eps or config.norm_eps
+  if place == 'none':
+    return bare_norm(x, eps)
+  kinds = config.norm_zero_centered, config.param_dtype
+  scale = Scale(x.shape[-1], *kinds, name=name)()
+  # Wide until the norm divides it: a scale of the output rounds nothing twice.
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return bare_norm(wide * scale.astype(wide.dtype), eps).astype(x.dtype)
 
 
 class MLP(nn.Module):
@@ -138,7 +166,7 @@ class Embed(nn.Module):
     )
     x = ops.embed(self.embedding, tokens, spec, _on_each_device)
     if self.config.embed_norm:
-      x = rms_norm(x, jnp.ones(x.shape[-1:]), self.config.norm_eps)
+      x = bare_norm(x, self.config.norm_eps)
     return x
 
 

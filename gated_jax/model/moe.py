@@ -2,8 +2,14 @@
 
     router/kernel [D, E]    gate_proj, up [E, D, F]    down [E, F, D]
     router/bias [E]                        (with config.moe.bias)
+    reduce/kernel [D, R], input_norm/scale [R], expand/kernel [R, D]
+                                           (with config.moe.reduced_width)
+    output_norm/scale [D]                  (with config.moe.output_norm)
     shared/{gate_proj, up, down}/kernel    (with config.moe.shared_width)
     shared_gate/kernel [D, 1]              (with config.moe.shared_gate)
+
+Experts of a reduced width R read and write R channels in place of D; the router
+and a shared expert see all of them.
 
 The router's losses go over the whole batch: they stand outside the part that
 runs device by device, where a sum over a sharded axis is a global sum.
@@ -21,6 +27,8 @@ from jaxtyping import Float
 
 from gated_jax.config import ModelConfig
 from gated_jax.model.layers import MLP
+from gated_jax.model.layers import Scale
+from gated_jax.model.layers import norm
 from gated_jax.model.linear import Kernel
 from gated_jax.model.linear import project
 from gated_jax.model.parameters import Kind
@@ -37,6 +45,9 @@ from gated_jax.sharding import per_device
 
 # The chosen experts and their weights; remat policies know this name.
 ROUTING_NAME = 'routing'
+# What experts of a reduced width read, before its norm, and what they give.
+REDUCED_NAME = 'reduced'
+SUM_NAME = 'expert_sum'
 
 
 class MoEOutput(NamedTuple):
@@ -70,7 +81,6 @@ class MoE(nn.Module):
         None: all. Every token is computed either way.
     """
     c = self.config
-    e, d, f = c.moe.experts, c.width, self.width
     # The router is small, and whole on every device: its choices are needed
     # where the tokens are.
     kernel, bias = Router(c, name='router')()
@@ -82,26 +92,16 @@ class MoE(nn.Module):
       groups=c.moe.groups,
       top_groups=c.moe.top_groups,
       softcap=c.moe.softcap,
+      logit_scale=c.moe.logit_scale,
     )
     routing = route(x, kernel, spec, bias, valid)
     statistics = router_statistics(routing, valid)
-    axes = ('experts', 'expert_embed', 'mlp')
-    swapped = ('experts', 'mlp', 'expert_embed')
-
-    def weights(name: str, shape: tuple[int, ...], axes: Axes) -> Array:
-      """A stack of matrices, one for each expert."""
-      init, dtype = normal(c.init_std), c.param_dtype
-      return parameter(
-        self, name, shape, axes, Kind.MATRIX, init=init, dtype=dtype, inputs=1
-      )
-
-    experts = moe.ExpertWeights(
-      weights('gate_proj', (e, d, f), axes),
-      weights('up', (e, d, f), axes),
-      weights('down', (e, f, d), swapped),
-    )
+    experts = self._weights()
     x = x.astype(jnp.dtype(c.dtype))
-    y = self._apply(x, routing, experts)
+    if c.moe.reduced_width:
+      y = self._expanded(self._apply(self._reduced(x), routing, experts))
+    else:
+      y = self._apply(x, routing, experts)
     if c.moe.shared_width:
       y += self._shared(x)
     return MoEOutput(
@@ -117,6 +117,44 @@ class MoE(nn.Module):
         'idle_experts': statistics.idle_experts,
       },
     )
+
+  def _weights(self) -> moe.ExpertWeights:
+    """All experts, and the scale of their outputs where they are normed."""
+    c = self.config
+    e, d, f = c.moe.experts, c.moe.reduced_width or c.width, self.width
+    axes = ('experts', 'expert_embed', 'mlp')
+    swapped = ('experts', 'mlp', 'expert_embed')
+
+    def weights(name: str, shape: tuple[int, ...], axes: Axes) -> Array:
+      """A stack of matrices, one for each expert."""
+      init, dtype = normal(c.init_std), c.param_dtype
+      return parameter(
+        self, name, shape, axes, Kind.MATRIX, init=init, dtype=dtype, inputs=1
+      )
+
+    kinds = c.norm_zero_centered, c.param_dtype
+    return moe.ExpertWeights(
+      weights('gate_proj', (e, d, f), axes),
+      weights('up', (e, d, f), axes),
+      weights('down', (e, f, d), swapped),
+      Scale(d, *kinds, name='output_norm')() if c.moe.output_norm else None,
+    )
+
+  def _reduced(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T R']:
+    """The tokens in the channels of the experts."""
+    c = self.config
+    shape = (c.width, c.moe.reduced_width)
+    kinds = (c.init_std, c.param_dtype)
+    matrix = Kernel(shape, ('embed', 'mlp'), 1, *kinds, name='reduce')()
+    return norm(c, 'input_norm', project(x, matrix, c.dtype, REDUCED_NAME))
+
+  def _expanded(self, y: Float[Array, 'B T R']) -> Float[Array, 'B T D']:
+    """The experts' sum in the channels of the residual stream."""
+    c = self.config
+    shape = (c.moe.reduced_width, c.width)
+    kinds = (c.init_std, c.param_dtype)
+    matrix = Kernel(shape, ('mlp', 'embed'), 1, *kinds, name='expand')()
+    return project(checkpoint_name(y, SUM_NAME), matrix, c.dtype)
 
   def _shared(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     """The expert that every token takes, scaled where it has a gate."""
@@ -150,6 +188,7 @@ class MoE(nn.Module):
       chunks=self.config.moe.chunks,
       saved=self.saved,
       limit=self.limit,
+      norm_eps=self.config.post_norm_eps or self.config.norm_eps,
       expert_axis=split[0] if split else '',
       token_axes=mesh_axes('batch') + mesh_axes('length'),
       tensor_axis=''.join(mesh_axes('mlp')),
@@ -165,14 +204,16 @@ class MoE(nn.Module):
 
     tokens = ('batch', 'length', None)
     into, out = ('experts', None, 'mlp'), ('experts', 'mlp', None)
-    placed = per_device(run, (tokens, tokens, tokens, into, into, out), tokens)
+    scaled = (tokens, tokens, tokens, into, into, out, (None,))
+    placed = per_device(run, scaled, tokens)
     # Where these are saved, gradients can travel to the experts before the
     # router's input is there again.
     return placed(
       x,
       checkpoint_name(routing.indices, ROUTING_NAME),
       checkpoint_name(routing.weights, ROUTING_NAME),
-      *(matrix.astype(x.dtype) for matrix in experts),
+      *(matrix.astype(x.dtype) for matrix in experts[:3]),
+      experts.scale,
     )
 
 
@@ -191,7 +232,7 @@ class Router(nn.Module):
       ('embed', None),
       Kind.ROUTER,
       init=normal(c.init_std),
-      dtype=c.param_dtype,
+      dtype=c.param_dtype if c.moe.router_dtype == 'model' else 'float32',
       inputs=1,
     )
     if not c.moe.bias:

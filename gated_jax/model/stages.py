@@ -11,7 +11,8 @@ or the experts, and within each of them these steps:
     CORE     attention, or a memory's products; SwiGLU
     GATED    a gate that acts on what the core gives
     WRITE    the matrix back to the residual stream
-    AFTER    norms and gates of what is added to the stream
+    AFTER    norms, gates and shares of what is added to the stream, and the
+             matrix that brings the outputs of reduced experts back to it
 """
 
 import enum
@@ -46,10 +47,23 @@ class Stage(NamedTuple):
 EMBEDDING = Stage(-1)
 # The names of modules and arrays that write to the residual stream.
 WRITERS = frozenset({'out', 'down'})
+# The steps at which experts of a reduced width multiply: they read behind a
+# matrix that reduces the stream, and write before the one that brings it back.
+OF_REDUCED = {
+  'gate_proj': Step.CORE,
+  'up': Step.CORE,
+  'down': Step.WRITE,
+  'expand': Step.AFTER,
+}
 # Of those that act on what a mixer's core gives.
 GATES = frozenset({'gate', 'output_gate', 'output_scale'})
 # Of those in the experts: a router's weights scale what its experts write back.
-FACTORS = {'router': Step.GATED, 'shared_gate': Step.AFTER}
+FACTORS = {
+  'router': Step.GATED,
+  'shared_gate': Step.AFTER,
+  'input_norm': Step.REFINE,
+  'output_norm': Step.WRITE,
+}
 # Where a gate of attention acts, by its position in the config.
 POSITIONS = {
   'sdpa_output': Step.GATED,
@@ -67,15 +81,20 @@ def logits(config: ModelConfig) -> Stage:
   return Stage(config.depth, False, Step.WRITE)
 
 
-def reads(layer: int, within: Path, about: About) -> Stage:
+def reads(config: ModelConfig, layer: int, within: Path, about: About) -> Stage:
   """The stage whose result a matrix or a filter multiplies.
 
   Args:
+    config: of the model.
     layer: that owns it.
     within: its path below that layer.
     about: facts about it.
   """
   is_mlp = within[0] in ('mlp', 'moe')
+  if within[0] == 'moe' and config.moe.reduced_width:
+    name = within[1].partition('_lora_')[0]
+    if name in OF_REDUCED:
+      return Stage(layer, is_mlp, OF_REDUCED[name])
   if _names(within) & WRITERS:
     return Stage(layer, is_mlp, Step.WRITE)
   refines = about.kind is Kind.FILTER
@@ -102,10 +121,14 @@ def acts(
   if block.endswith('_norm'):
     after = Step.AFTER if block.endswith('_post_norm') else Step.NORM
     return Stage(layer, block.startswith('mlp_'), after)
-  stage = reads(layer, within, about)
+  if block.endswith('_shares'):
+    return Stage(layer, block.startswith('mlp_'), Step.AFTER)
+  stage = reads(config, layer, within, about)
   names = _names(within)
   if stage.step is not Step.READ:
     return stage
+  if within[:2] == ('moe', 'router') and config.moe.output_norm:
+    return stage._replace(step=Step.WRITE)  # its weights come behind the norm
   if stage.is_mlp:
     return stage._replace(step=FACTORS.get(within[1], stage.step))
   if names & GATES:

@@ -52,6 +52,7 @@ class RouteSpec:
   groups: int = 1  # number of groups of experts, in their order
   top_groups: int = 1  # groups whose experts a token may choose
   softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: they stay
+  logit_scale: float = 1.0  # factor of the logits, before any softcap
 
   def __post_init__(self):
     if self.score not in SCORES:
@@ -112,6 +113,8 @@ def route(
     kernel.astype(dtype),
     precision=jax.lax.Precision.HIGHEST,
   )
+  if spec.logit_scale != 1:
+    logits *= spec.logit_scale
   if spec.softcap:
     logits = spec.softcap * jnp.tanh(logits / spec.softcap)
   score = SCORES[spec.score]

@@ -1,6 +1,7 @@
 """A config.json of a family that cannot be: one line, with the value in it."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -92,6 +93,28 @@ BEAM = [
   ({'rope_parameters': ROPES}, 'stretch rotary embeddings differently'),
   ({'rope_parameters': {'full_attention': None}}, 'of sliding_attention'),
 ]
+SPARK = [
+  ({'mlp_layer_types': ['thin'] * 4}, "layer 0 is 'thin'"),
+  ({'mlp_layer_types': ['dense']}, 'has 1 mlp_layer_types for num_hidden_lay'),
+  ({'moe_hidden_size': 0}, 'moe_hidden_size=0, which is not an integer from 1'),
+  ({'num_local_experts': 'x'}, "num_local_experts='x', which is not an inte"),
+  ({'num_experts_per_tok': 5}, r'moe\.top_k=5'),
+  ({'residual_gate_temperature': 0}, r'model\.residual_temperature=0'),
+  ({'residual_gate_temperature': NAN}, 'residual_gate_temperature=nan'),
+  ({'output_multiplier': -1}, r'moe\.logit_scale=-1'),
+  ({'routed_scaling_factor': 0.0}, r'moe\.scale=0'),
+  ({'layer_rope_theta': [1.0] * 3}, 'has 3 layer_rope_theta for num_hidden_la'),
+  ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
+  (
+    {'rope_parameters': None, 'rope_theta': 1e4},
+    'rope_theta=10000.0 and no rope_parameters, without which MuseSpark',
+  ),
+  (
+    {'rope_parameters': {'partial_rotary_factor': 0.5}},
+    'partial_rotary_factor=0.5, which MuseSparkForConditionalGeneration does',
+  ),
+  ({'tie_word_embeddings': True}, 'tie_word_embeddings=False, and its text_co'),
+]
 OLMO = [
   ({'layer_types': ['conv'] * 4}, "layer 0 is 'conv'"),
   ({'linear_allow_neg_eigval': 2.0}, 'eigval=2.0, which is not true or false'),
@@ -110,6 +133,7 @@ BAD = [
   *(('step', *row) for row in STEP),
   *(('lfm3', *row) for row in LFM3),
   *(('beam', *row) for row in BEAM),
+  *(('muse_spark', *row) for row in SPARK),
   *(('olmo_hybrid', *row) for row in OLMO),
 ]
 
@@ -129,6 +153,21 @@ def test_what_cannot_be_is_refused_in_one_line(name, changes, message, cases):
   with pytest.raises(ValueError, match=message) as error:
     read_config(values, kind)
   assert '\n' not in str(error.value)
+
+
+def test_a_table_that_also_makes_logits_is_no_spark(cases):
+  _, config = cases['muse_spark']
+  kind = family_named('muse_spark')
+  values = write_config(config, kind)['text_config']
+  with pytest.raises(ValueError, match='has a matrix of its own for the logi'):
+    read_config(values | {'tie_word_embeddings': True}, kind)
+  tied = dataclasses.replace(config, tie_embeddings=True)
+  with pytest.raises(ValueError, match='muse_spark has no words for this mod'):
+    write_config(tied, kind)
+  wide = dataclasses.replace(config.moe, reduced_width=0)
+  wide = dataclasses.replace(config, moe=wide)
+  with pytest.raises(ValueError, match=r'no words for model\.moe\.reduced_wid'):
+    write_config(wide, kind)
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,17 @@ def test_a_key_can_be_ignored():
        'rope.base': 5e5, 'delta.doubled_beta': False},
     ),
     (
+      {'model_type': 'muse_spark_text', 'rope_theta': None,
+       'mlp_layer_types': ['dense', *['sparse'] * 3], 'num_local_experts': 16},
+      {'pattern': ('attention:window=2048',
+                   *['attention:window=2048+moe'] * 2, 'attention:nope+moe'),
+       'rope.base': 5e5, 'residual': 'gated', 'residual_temperature': 0.3,
+       'head_norm': True, 'mixer_post_scale': 'none',
+       'ffn_post_scale': 'before', 'moe.experts': 16, 'moe.top_k': 8,
+       'moe.width': 4096, 'moe.reduced_width': 4096, 'moe.output_norm': True,
+       'moe.logit_scale': 0.1767766952966369, 'moe.bias': True},
+    ),
+    (
       {'model_type': 'afmoe', 'num_dense_layers': 4, 'sliding_window': 7},
       {'pattern': ('attention:window=7',) * 3 + ('attention:nope',),
        'norm': 'sandwich'},

@@ -55,6 +55,23 @@ SCORED = MoEConfig(
   bias=True,
   scale=1.7,
 )
+SPARK = {
+  'norm': 'sandwich',
+  'norm_zero_centered': True,
+  'final_norm_plain': True,
+  'post_norm_eps': 1e-8,
+  'mixer_post_scale': 'none',
+  'ffn_post_scale': 'before',
+  'residual': 'gated',
+  'residual_temperature': 0.3,
+  'qk_norm_scale': False,
+  'head_norm': True,
+  'query_scale': 5.47,
+  'embed_norm': True,
+  'output_scale': 0.2,
+  'logit_softcap': 20.0,
+  'gate': GATE,
+}
 # Name of the case: family and model.
 CASES = {
   'qwen3': ('qwen3', plain()),
@@ -245,6 +262,29 @@ CASES = {
       conv=ConvConfig(filter_width=3),
       pattern=('short_conv', 'attention'),
     ),
+  ),
+  'muse_spark': (
+    'muse_spark',
+    plain(
+      **SPARK,
+      pattern=('attention:window=6', 'attention:nope+moe'),
+      moe=MoEConfig(
+        experts=4,
+        top_k=2,
+        width=24,
+        reduced_width=16,
+        output_norm=True,
+        router_dtype='float32',
+        score='sigmoid',
+        logit_scale=0.2,
+        bias=True,
+        scale=1.7,
+      ),
+    ),
+  ),
+  'muse_spark_dense': (
+    'muse_spark',
+    plain(**SPARK, pattern=('attention:nope', 'attention:window=6')),
   ),
   'olmo_hybrid': (
     'olmo_hybrid',

@@ -61,15 +61,31 @@ def _check_round_trip(family, config, make_params, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize(
+  ('name', 'words'),
+  [
+    ('qwen3_5_hybrid', {'A_log', 'dt_bias', 'norm.weight'}),
+    (
+      'muse_spark',
+      {
+        'post_attention_residual_gate.gate',
+        'post_feedforward_residual_gate.gate',
+        'mlp.gate.weight',
+        'mlp.gate.e_score_correction_bias',
+      },
+    ),
+  ],
+)
 def test_float32_that_stays_float32_makes_no_other_parameter_wide(
-  cases, make_params, tmp_path
+  name, words, cases, make_params, tmp_path
 ):
-  family, config = cases['qwen3_5_hybrid']
+  family, config = cases[name]
   config = dataclasses.replace(config, param_dtype='bfloat16', dtype='bfloat16')
   convert.save(tmp_path / 'x', make_params(config), config, family)
   tensors = load_file(tmp_path / 'x/model.safetensors')
-  wide = {n.rpartition('attn.')[2] for n in tensors if tensors[n].itemsize > 2}
-  assert wide == {'A_log', 'dt_bias', 'norm.weight'}
+  wide = [n for n in tensors if tensors[n].itemsize > 2]
+  assert {w for w in words for n in wide if n.endswith('.' + w)} == words
+  assert all(n.endswith(tuple(words)) for n in wide)
   found, _ = convert.load(tmp_path / 'x')
   assert found.param_dtype == 'bfloat16'
   convert.save(tmp_path / 'y', make_params(config), config, family, 'bfloat16')

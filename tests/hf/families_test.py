@@ -110,6 +110,13 @@ MUSE_VISION = {
   'pos_emb_width': 4,
   'max_position_embeddings': 16,
 }
+SPARK_AUDIO = {
+  'patch_sizes': [2],
+  'hidden_sizes': [8],
+  'depths': [1],
+  'num_hidden_layers': 1,
+  'out_hidden_size': 32,
+}
 STEP_VISION = {'width': 16, 'heads': 2, 'layers': 1, 'image_size': 8}
 STEP = {
   **{k: v for k, v in EXPERTS.items() if k != 'num_experts'},
@@ -249,6 +256,33 @@ MODELS = {
       'final_logit_softcapping': 5.0,
     },
     {},
+  ),
+  'muse_spark': (
+    'MuseSpark',
+    {
+      'num_hidden_layers': 2,
+      # Outputs wider than elsewhere, of which few are as small as the norm after
+      # them, and a softmax less sharp: both enlarge roundings before them.
+      'head_dim': 16,
+      'qk_scale_factor': 2.0,
+      'residual_gate_temperature': 0.6,
+      'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4},
+      'num_local_experts': 4,
+      'num_experts_per_tok': 2,
+      'moe_intermediate_size': 24,
+      'moe_hidden_size': 16,
+      'mlp_layer_types': ['dense', 'sparse'],
+      'routed_scaling_factor': 1.7,
+      'sliding_window': 6,
+      'output_multiplier': 0.4,
+      'final_logit_softcapping': 5.0,
+    },
+    {
+      'vision_config': MUSE_VISION,
+      'audio_config': SPARK_AUDIO,
+      'out_hidden_size': 64,
+      'projector_hidden_size': 16,
+    },
   ),
   'olmo_hybrid': (
     'OlmoHybrid',

@@ -33,6 +33,8 @@ MESHES = {
   'tensor': MeshConfig(tensor=4, data=2),
   'expert': MeshConfig(expert=4, fsdp=2),
   'context': MeshConfig(context=4, data=2),
+  # Sums over a tensor axis inside of an exchange, before a norm of the rows.
+  'both': MeshConfig(expert=2, tensor=4),
 }
 FAMILIES = (
   'qwen3_windows',
@@ -48,6 +50,7 @@ FAMILIES = (
   'lfm3',
   'beam',
   'olmo_hybrid_rope',
+  'muse_spark',
 )
 WITH_EXPERTS = (
   'qwen3_moe_mixed',
@@ -57,11 +60,13 @@ WITH_EXPERTS = (
   'laguna',
   'step',
   'beam',
+  'muse_spark',
 )
 ALL = [
   (mesh, family)
   for mesh, family in itertools.product(MESHES, FAMILIES)
-  if mesh != 'expert' or family in WITH_EXPERTS
+  if mesh not in ('expert', 'both') or family in WITH_EXPERTS
+  if mesh != 'both' or family == 'muse_spark'
 ]
 # Heads of both kinds, and experts with a bias. States that are handed on have a
 # test of their own: tests/model/gated_deltanet_test.py.

@@ -39,9 +39,12 @@ MADE = {
   'step': (['g_proj', 'shared_experts.down_proj'], EXPERTS),
   'muse_glimmer': ([], ['self_attn.gate_proj.weight']),
   'olmo_hybrid': (['q_proj', 'g_proj', 'o_proj'], []),
+  'muse_spark': (['pre_expert_proj', 'o_proj'], EXPERTS),
 }
 BASES = [
-  pytest.param(x, marks=pytest.mark.nightly) if x == 'olmo_hybrid' else x
+  pytest.param(x, marks=pytest.mark.nightly)
+  if x in ('olmo_hybrid', 'muse_spark')
+  else x
   for x in MADE
 ]
 

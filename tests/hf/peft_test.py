@@ -33,7 +33,7 @@ NAMES = (
     pytest.param(name, marks=pytest.mark.nightly)
     for name in (
       'qwen3', 'gated_elementwise', 'qwen3_5_moe', 'step', 'trinity',
-      'olmo_hybrid',
+      'olmo_hybrid', 'muse_spark',
     )
   ),
 )  # fmt: skip

@@ -124,6 +124,22 @@ MODELS = {
       experts=4, top_k=2, width=8, shared_width=10, implementation='ragged_dot'
     ),
   ),
+  'reduced_experts': dataclasses.replace(
+    TINY,
+    norm='sandwich',
+    mixer_post_scale='none',
+    ffn_post_scale='before',
+    residual='gated',
+    pattern=('attention', 'attention+moe'),
+    moe=MoEConfig(
+      experts=4,
+      top_k=2,
+      width=8,
+      reduced_width=12,
+      output_norm=True,
+      implementation='ragged_dot',
+    ),
+  ),
   **{
     '-'.join(f'{k}={v}' for k, v in gate.items()): dataclasses.replace(
       TINY, gate=GateConfig(**gate)
@@ -148,8 +164,22 @@ def by_path(config: ModelConfig) -> dict[str, int]:
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   variables = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
   params = meta.unbox(variables['params'])
-  words = ('norm', 'gate/', 'router', 'moe', 'mlp', 'attention', 'unembed')
-  names = {'moe': 'experts', 'norm': 'norms', 'gate/': 'gate'}
+  words = (
+    'norm',
+    'shares',
+    'gate/',
+    'router',
+    'moe',
+    'mlp',
+    'attention',
+    'unembed',
+  )
+  names = {
+    'moe': 'experts',
+    'norm': 'norms',
+    'shares': 'norms',
+    'gate/': 'gate',
+  }
   counts: dict[str, int] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     path = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -251,6 +281,7 @@ def batch(length: int) -> dict[str, jax.ShapeDtypeStruct]:
     'windows',
     'untied',
     'shared_expert',
+    'reduced_experts',
     'position=dense_output',
     'position=value-granularity=headwise',
     'position=sdpa_output-channels=12',
@@ -296,6 +327,7 @@ ADAPTED = dataclasses.replace(
 GATED_EXPERTS = dataclasses.replace(
   MODELS['shared_expert'], scan=False, attention='xla'
 )
+REDUCED = dataclasses.replace(MODELS['reduced_experts'], scan=False)
 # What trains of which model.
 PARTS: dict[str, tuple[ModelConfig, str]] = {
   'all': (MODELS['not_scanned'], 'all'),
@@ -326,6 +358,13 @@ PARTS: dict[str, tuple[ModelConfig, str]] = {
   'last norm': (MODELS['not_scanned'], 'final_norm'),
   'unembed': (ADAPTED, 'unembed'),
   'routers': (GATED_EXPERTS, '*/router'),
+  'routers behind a norm': (REDUCED, '*/router'),
+  'matrices to fewer channels': (REDUCED, '*/reduce'),
+  'norms of inputs': (REDUCED, '*/input_norm'),
+  'norms of outputs': (REDUCED, '*/moe/output_norm'),
+  'matrices back from fewer': (REDUCED, '*/expand'),
+  'experts': (REDUCED, '*/moe/down'),
+  'shares': (REDUCED, '*/attention_shares'),
   'shared experts': (GATED_EXPERTS, '*/shared'),
 }
 # Products of the lowest layer that are counted and that nothing needs: of keys

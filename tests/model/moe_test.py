@@ -41,6 +41,10 @@ UNSHARED = dataclasses.replace(
 GATED = dataclasses.replace(
   CONFIG, moe=dataclasses.replace(CONFIG.moe, shared_gate=True)
 )
+REDUCED = dataclasses.replace(
+  UNSHARED,
+  moe=dataclasses.replace(UNSHARED.moe, reduced_width=4, output_norm=True),
+)
 
 
 def boxed(config=CONFIG):
@@ -78,6 +82,17 @@ def test_parameters_have_these_names_shapes_and_logical_axes():
     'shared/gate_proj/kernel': ((8, 5), ('embed', 'mlp')),
     'shared/up/kernel': ((8, 5), ('embed', 'mlp')),
     'shared/down/kernel': ((5, 8), ('mlp', 'embed')),
+  }
+  flat = traverse_util.flatten_dict(meta.unbox(boxed(REDUCED)), sep='/')
+  assert {k: v.shape for k, v in flat.items()} == {
+    'router/kernel': (8, 4),
+    'reduce/kernel': (8, 4),
+    'input_norm/scale': (4,),
+    'gate_proj': (4, 4, 6),
+    'up': (4, 4, 6),
+    'down': (4, 6, 4),
+    'output_norm/scale': (4,),
+    'expand/kernel': (4, 8),
   }
 
 
@@ -160,7 +175,14 @@ def test_router_learns_from_both_losses_and_the_output(params):
 
 @pytest.mark.long
 @pytest.mark.skipif(jax.device_count() < 2, reason='needs 2 devices')
-def test_policies_send_rows_again_or_save_them_and_keep_chunks_in_order():
+@pytest.mark.parametrize(
+  ('config', 'channels', 'full'),
+  # Where all is made again, the gradient of `expand` needs the rows home again.
+  [(CONFIG, 8, (10, 5)), (REDUCED, 4, (14, 7))],
+)
+def test_policies_send_rows_again_or_save_them_and_keep_chunks_in_order(
+  config, channels, full
+):
   """Two chunks go there, back, their gradients there and back: eight.
 
   The second is not read before the first's products are there, nor sent home
@@ -170,22 +192,23 @@ def test_policies_send_rows_again_or_save_them_and_keep_chunks_in_order():
   tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
 
   with sharding.activate(mesh):
-    made = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), tokens)
+    made = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
   params = meta.unbox(made['params'])
 
   def traced(remat):
-    model = Decoder(dataclasses.replace(CONFIG, remat=remat))
+    model = Decoder(dataclasses.replace(config, remat=remat))
 
     def total(params, tokens):
       return model.apply({'params': params}, tokens)[0].sum()
 
     with sharding.activate(mesh):
       text = str(jax.make_jaxpr(jax.grad(total))(params, tokens))
-    # Of rows with 8 channels; further rounds have smaller buffers.
-    exchanges = re.findall(r'f32\[32,8\] = all_to_all', text)
-    barriers = re.findall(r'f32\[32,8\] = optimization_barrier', text)
+    # Of rows with all channels; further rounds have smaller buffers.
+    rows = rf'f32\[32,{channels}\] = '
+    exchanges = re.findall(rows + 'all_to_all', text)
+    barriers = re.findall(rows + 'optimization_barrier', text)
     return len(exchanges), len(barriers)
 
   policies = 'minimal', 'exchange', 'full'
   counts = [traced(remat) for remat in policies]
-  assert counts == [(8, 4), (8, 4), (10, 5)]
+  assert counts == [(8, 4), (8, 4), full]

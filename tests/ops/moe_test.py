@@ -42,6 +42,9 @@ def softmax(x):
   return e / e.sum(-1, keepdims=True)
 
 
+EPS = 1e-3  # of the norm of outputs, where `a` has a scale for one
+
+
 def loop(a, top_k, normalize=True, limit=np.inf):
   """Every token, every chosen expert, one after the other, in float64."""
   x = a['x'].reshape(-1, a['x'].shape[-1])
@@ -54,7 +57,11 @@ def loop(a, top_k, normalize=True, limit=np.inf):
       g, u = token @ a['gate_proj'][e], token @ a['up'][e]
       g = np.minimum(g / (1 + np.exp(-g)), limit)
       u = np.minimum(np.maximum(u, -limit), limit)
-      out[m] += p[e] / total * ((g * u) @ a['down'][e])
+      y = (g * u) @ a['down'][e]
+      if 'scale' in a:
+        y = y * a['scale']
+        y = y / np.sqrt(np.mean(y**2) + EPS)
+      out[m] += p[e] / total * y
   return out.reshape(a['x'].shape)
 
 
@@ -63,7 +70,8 @@ PLAIN = moe.ExpertSpec()
 
 def apply(a, top_k, normalize=True, spec=PLAIN):
   routing = route(a['x'], a['router'], RouteSpec(top_k, normalize=normalize))
-  weights = moe.ExpertWeights(a['gate_proj'], a['up'], a['down'])
+  names = ('gate_proj', 'up', 'down', 'scale')
+  weights = moe.ExpertWeights(*(a.get(name) for name in names))
   return moe.apply_experts(
     a['x'], routing.indices, routing.weights, weights, spec
   )
@@ -101,6 +109,23 @@ def test_values_and_gradients_equal_a_loop_over_experts(
   direction = np.random.default_rng(1).normal(size=a['x'].shape)
   grads = jax.jit(jax.grad(lambda p: jnp.sum(run(p) * direction)))(a32)
   expected = slopes(lambda p: loop(p, top_k, normalize), a, direction)
+  for name, (line, slope) in expected.items():
+    found = np.sum(np.asarray(grads[name], np.float64) * line)
+    scale = np.linalg.norm(grads[name]) * np.linalg.norm(line)
+    assert abs(found - slope) < 2e-5 * scale + 1e-6, name
+
+
+@pytest.mark.parametrize('implementation', ['ragged_dot', 'gmm', 'tiles'])
+def test_a_norm_of_every_experts_output_comes_before_its_weight(implementation):
+  r = np.random.default_rng(5)
+  a = {**make(), 'scale': r.normal(size=D)}
+  spec = moe.ExpertSpec(implementation, interpret=True, norm_eps=EPS)
+  run = jax.jit(functools.partial(apply, top_k=2, spec=spec))
+  a32 = to_float32(a)
+  np.testing.assert_allclose(run(a32), loop(a, 2), rtol=1e-4, atol=1e-5)
+  direction = r.normal(size=a['x'].shape)
+  grads = jax.jit(jax.grad(lambda p: jnp.sum(run(p) * direction)))(a32)
+  expected = slopes(lambda p: loop(p, 2), a, direction)
   for name, (line, slope) in expected.items():
     found = np.sum(np.asarray(grads[name], np.float64) * line)
     scale = np.linalg.norm(grads[name]) * np.linalg.norm(line)
@@ -153,7 +178,7 @@ def test_unknown_implementation_is_refused():
     apply(to_float32(make()), 2, spec=moe.ExpertSpec('cublas'))
 
 
-def split(mesh_shape, spec):
+def split(mesh_shape, spec, normed):
   """`apply` with experts, tokens and F split over a mesh, and its mesh."""
   names = ('data', 'expert', 'tensor')
   devices = np.array(jax.devices()[: int(np.prod(mesh_shape))])
@@ -176,6 +201,7 @@ def split(mesh_shape, spec):
         P('expert', None, 'tensor'),
         P('expert', None, 'tensor'),
         P('expert', 'tensor'),
+        P() if normed else None,
       ),
     ),
     out_specs=tokens,
@@ -185,7 +211,8 @@ def split(mesh_shape, spec):
   def run(a, top_k):
     routing = route(a['x'], a['router'], RouteSpec(top_k))
     stats = router_statistics(routing)
-    experts = moe.ExpertWeights(a['gate_proj'], a['up'], a['down'])
+    names = ('gate_proj', 'up', 'down', 'scale')
+    experts = moe.ExpertWeights(*(a.get(name) for name in names))
     y = inner(a['x'], routing.indices, routing.weights, experts)
     return y, stats
 
@@ -209,16 +236,22 @@ SPLITS = [
 @pytest.mark.parametrize(
   'implementation, shape, top_k, slack, chunks, saved', SPLITS
 )
-@pytest.mark.parametrize('skewed', [False, True])
+@pytest.mark.parametrize(
+  ('skewed', 'normed'), [(False, False), (True, False), (True, True)]
+)
 def test_splitting_experts_changes_neither_loss_nor_gradients(
-  implementation, shape, top_k, slack, chunks, saved, skewed
+  implementation, shape, top_k, slack, chunks, saved, skewed, normed
 ):
+  if normed and shape not in ((1, 2, 1), (2, 2, 2)):
+    pytest.skip('experts on two devices, and their channels too, are enough')
   a = to_float32(make(batch=8))
+  if normed:
+    a['scale'] = jnp.linspace(-1, 2, D)
   if skewed:  # nearly every token goes to the experts of one device
     a['x'] = jnp.abs(a['x'])
     a['router'] = a['router'].at[:, 0].add(4).at[:, 1].add(3)
   spec = moe.ExpertSpec(implementation, slack=slack, chunks=chunks, saved=saved)
-  run = split(shape, spec)
+  run = split(shape, spec, normed)
 
   def loss(a, function):
     y, stats = function(a)

@@ -28,7 +28,7 @@ def reference(x, kernel, bias, spec):
   """Choices and weights of each token, one after the other."""
   choices, weights = [], []
   for token in x.reshape(-1, x.shape[-1]):
-    r = token @ kernel
+    r = token @ kernel * spec.logit_scale
     if spec.softcap:
       r = spec.softcap * np.tanh(r / spec.softcap)
     if spec.score == 'softmax':
@@ -59,6 +59,9 @@ SPECS = {
   'sigmoid as it is': RouteSpec(3, 'sigmoid', normalize=False, scale=0.5),
   'sigmoid in groups': RouteSpec(
     3, 'sigmoid', groups=4, top_groups=2, softcap=1.5
+  ),
+  'sigmoid of scaled logits': RouteSpec(
+    3, 'sigmoid', logit_scale=0.2, softcap=0.7
   ),
   'one expert a group': RouteSpec(2, 'sigmoid', groups=8, top_groups=3),
 }

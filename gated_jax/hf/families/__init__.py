@@ -11,6 +11,7 @@ from gated_jax.hf.families.family import Family
 from gated_jax.hf.families.laguna import LAGUNA
 from gated_jax.hf.families.lfm3 import LFM3
 from gated_jax.hf.families.muse import MUSE_GLIMMER
+from gated_jax.hf.families.muse_spark import MUSE_SPARK
 from gated_jax.hf.families.olmo_hybrid import OLMO_HYBRID
 from gated_jax.hf.families.qwen3 import GATED_QWEN3
 from gated_jax.hf.families.qwen3 import QWEN3
@@ -38,7 +39,6 @@ NOT_YET: dict[str, str] = {
   'kimi_linear': _KDA,
   'minimax': 'its linear layers are lightning attention',
   'neomme': 'it is an encoder, whose tokens see those after them',
-  'muse_spark': 'its residual stream has gates, its experts norms and a width',
   'qwen4_exp': 'its attention chooses tokens, its residual stream has gates',
 }
 FAMILIES: tuple[Family, ...] = (
@@ -57,4 +57,5 @@ FAMILIES: tuple[Family, ...] = (
   LFM3,
   BEAM,
   OLMO_HYBRID,
+  MUSE_SPARK,
 )

@@ -47,12 +47,15 @@ class Family:
     write: Its own keys; None: files of this form hold more than a language
       model, and are only read.
     fraction: partial_rotary_factor where config.json has none.
+    theta: rope_theta of a class that fills in rope_parameters itself where it
+      has none, and so never sees an older spelling; 0: it reads both.
     inert: Keys of its own that change no logits.
     marks: Keys of which one tells it from another of the same architecture.
     inside: The model_type of `text_config`, which then holds the keys; '':
       they stand at the top.
-    around: What else stands at the top then. Its values are written and are
-      not read: they belong to parts that are no language model.
+    around: What else stands at the top then. Its values, or what functions
+      make them of the model, are written and are not read: they belong to
+      parts that are no language model.
     aside: Patterns of the names of tensors that no logits of text depend on.
     after: The same, with {layer} for a layer beyond the last one.
     aliases: Older names of keys, each with the one that `read` knows.
@@ -76,6 +79,7 @@ class Family:
   read: Callable[[Keys, int], dict[str, Any]]
   write: Callable[[ModelConfig], dict[str, Any]] | None = None
   fraction: float = 1.0
+  theta: float = 0.0
   inert: frozenset[str] = frozenset()
   marks: frozenset[str] = frozenset()
   inside: str = ''

@@ -2,7 +2,7 @@
 
 The embedding and the heads of queries and keys have norms without a scale. The
 last layers of groups of four see all tokens and have no rotary embedding, which
-two lists say apart from one another.
+two lists say apart from one another. `muse_spark.py` has more of its kind.
 """
 
 from typing import Any
@@ -33,8 +33,7 @@ _ROWS = renamed(
 )
 # The smallest tower that the class builds: an export has none, and the class
 # cannot be made without one.
-_NO_VISION = {
-  'model_type': 'muse_glimmer_vision',
+NO_VISION = {
   'hidden_size': 16,
   'intermediate_size': 16,
   'num_attention_heads': 2,
@@ -47,8 +46,23 @@ _NO_VISION = {
 }
 
 
-def _read(keys: Keys, depth: int) -> dict[str, Any]:
-  keys.expect('hidden_activation', 'silu')
+# What stands around the language model, but for the type of the tower.
+AROUND = {
+  'out_hidden_size': 64,
+  'projector_hidden_size': 16,
+  'projector_hidden_act': 'gelu',
+  'image_token_id': 200092,
+  'video_token_id': 200091,
+}
+ASIDE = (
+  'model.vision_tower.*',
+  'model.vision_adapter.*',
+  'model.vision_projection.*',
+)
+
+
+def read_words(keys: Keys, depth: int) -> list[str]:
+  """The word of every layer, from its type and its rotary base."""
   last = [(depth - 1 - layer) % 4 == 0 for layer in range(depth)]
   default = ['full_attention' if x else 'sliding_attention' for x in last]
   words = read_layer_types(keys, default, keys.integer('sliding_window', 2048))
@@ -59,28 +73,33 @@ def _read(keys: Keys, depth: int) -> dict[str, Any]:
       f'num_hidden_layers={depth}'
     )
   # The class reads of a base only whether it is zero.
-  words = [
+  return [
     word if base else word + (',nope' if ':' in word else ':nope')
     for word, base in zip(words, bases, strict=True)
   ]
+
+
+def read_scales(
+  keys: Keys, query_scale: float, output_scale: float
+) -> dict[str, Any]:
+  """Settings of norms, factors and the gate; the class's factors if absent."""
   return {
-    'pattern': shortest_pattern(words),
     'norm': 'sandwich',
     'norm_zero_centered': True,
     'final_norm_plain': True,
     'post_norm_eps': keys.number('post_norm_eps', 1e-8),
     'qk_norm_scale': False,
-    'query_scale': keys.number('qk_scale_factor', 3.87),
+    'query_scale': keys.number('qk_scale_factor', query_scale),
     'embed_norm': True,
-    'output_scale': keys.number('output_multiplier', 0.19611613513818404),
+    'output_scale': keys.number('output_multiplier', output_scale),
     'logit_softcap': keys.number('final_logit_softcapping', 20.0),
     'gate': {'position': 'sdpa_output'},
   }
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def write_words_and_scales(config: ModelConfig) -> dict[str, Any]:
+  """The inverse of both."""
   return write_layer_types(config) | {
-    'hidden_activation': 'silu',
     'layer_rope_theta': [
       0.0 if layer.rope is None else config.rope.base for layer in config.layers
     ],
@@ -89,6 +108,17 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     'output_multiplier': config.output_scale,
     'final_logit_softcapping': config.logit_softcap,
   }
+
+
+def _read(keys: Keys, depth: int) -> dict[str, Any]:
+  keys.expect('hidden_activation', 'silu')
+  words = read_words(keys, depth)
+  scales = read_scales(keys, 3.87, 0.19611613513818404)
+  return {'pattern': shortest_pattern(words), **scales}
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+  return write_words_and_scales(config) | {'hidden_activation': 'silu'}
 
 
 MUSE_GLIMMER = Family(
@@ -100,18 +130,10 @@ MUSE_GLIMMER = Family(
   write=_write,
   inside='muse_glimmer_text',
   around={
-    'vision_config': _NO_VISION,
-    'out_hidden_size': 64,
-    'projector_hidden_size': 16,
-    'projector_hidden_act': 'gelu',
-    'image_token_id': 200092,
-    'video_token_id': 200091,
+    'vision_config': {'model_type': 'muse_glimmer_vision', **NO_VISION},
+    **AROUND,
   },
-  aside=(
-    'model.vision_tower.*',
-    'model.vision_adapter.*',
-    'model.vision_projection.*',
-  ),
+  aside=ASIDE,
   about=(
     'norms on both sides, norms without a scale on embeddings and heads, muP,'
     ' capped logits'

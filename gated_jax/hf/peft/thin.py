@@ -20,6 +20,7 @@ import numpy as np
 
 from gated_jax.hf.families import Family
 from gated_jax.hf.families.rows import FUSED_EXPERTS
+from gated_jax.hf.families.rows import renamed
 from gated_jax.hf.names import Row
 from gated_jax.hf.names import Tensor
 
@@ -54,8 +55,11 @@ class Thin(NamedTuple):
 def joined_rows(family: Family) -> tuple[Row, ...]:
   """A family's tensors with the experts of a layer in one, as modules are."""
   own = [row for row in family.rows if not _EXPERTS & set(row.ours)]
-  experts = FUSED_EXPERTS if len(own) < len(family.rows) else ()
-  return (*own, *experts)
+  split = [row for row in family.rows if _EXPERTS & set(row.ours)]
+  if not split:
+    return tuple(own)
+  before = split[0].theirs.partition('layers.')[0]
+  return (*own, *renamed(FUSED_EXPERTS, 'model.', before))
 
 
 def target(name: str, family: Family) -> str:

@@ -23,6 +23,7 @@ from gated_jax.config import GateConfig
 from gated_jax.model.gate import apply_gate
 from gated_jax.model.gate import gate_scores
 from gated_jax.model.gate import gate_spec
+from gated_jax.model.layers import bare_norm
 from gated_jax.model.linear import Making
 from gated_jax.model.mixers import probes
 from gated_jax.model.mixers.sink import SinkLogits
@@ -50,6 +51,7 @@ class AttentionLayer:
   qk_norm: bool = False  # RMSNorm of each query's and key's head
   qk_norm_scale: bool = True  # False: without a scale
   qk_norm_joint: bool = False  # one norm of all heads together
+  head_norm: bool = False  # RMSNorm of each head's output, before the gate
   query_scale: float = 1.0  # multiplies queries
   norm_eps: float = 1e-6
   norm_zero_centered: bool = False
@@ -147,6 +149,7 @@ def attend(
       cache is not None
       and call.cache_length is not None
       and call.mask is None
+      and not layer.head_norm
       and decode.reads_pages(
         query.shape[1], query.shape[3], layer.implementation
       )
@@ -155,7 +158,7 @@ def attend(
       return _read_pages(cache, tokens, layer.window), cache
   if cache is not None and call.cache_length is not None:
     key, value = (x.swapaxes(1, 2).astype(query.dtype) for x in cache)
-  gate = logits if layer.gate.fused else None
+  gate = logits if layer.gate.fused and not layer.head_norm else None
   output, lse = _on_mesh(module, layer, (query, key, value, gate), call)
   if layer.gate.has_sink and lse is not None:
     making = layer.param_dtype, layer.making.boxed
@@ -164,11 +167,19 @@ def attend(
   if lse is not None and cache is None and probes.is_watched(module):
     documents = call.segments
     probes.sow_attention(module, query, key, lse, documents, layer.window)
-  if logits is not None and gate is None:
-    output = apply_gate(layer.gate, output, logits)
+  output = _finished(layer, output, logits if gate is None else None)
   if skipped is not None:
     output = decode.zero_skipped(output, skipped)
   return output, cache
+
+
+def _finished(
+  layer: AttentionLayer, output: Float[Array, 'B T N H'], logits: Array | None
+) -> Float[Array, 'B T N H']:
+  """Outputs of heads through their norm, and a gate that waits for it."""
+  if layer.head_norm:
+    output = bare_norm(output, layer.norm_eps)
+  return output if logits is None else apply_gate(layer.gate, output, logits)
 
 
 def _saved_as(x: Float[Array, 'B T N H'], name: str) -> Float[Array, 'B T N H']:

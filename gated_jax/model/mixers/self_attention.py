@@ -40,6 +40,7 @@ class SelfAttention(nn.Module):
       qk_norm=c.qk_norm,
       qk_norm_scale=c.qk_norm_scale,
       qk_norm_joint=c.qk_norm_joint,
+      head_norm=c.head_norm,
       query_scale=c.query_scale,
       norm_eps=c.norm_eps,
       norm_zero_centered=c.norm_zero_centered,

@@ -5,7 +5,9 @@
 `gated_jax/ops/route.py` chooses. (token, expert) pairs are sorted by expert
 and go through one grouped matmul per projection. The weight p_e is multiplied
 into the hidden activations, before `down`, which is linear: so the backward
-pass never needs the experts' outputs again.
+pass never needs the experts' outputs again. Where each expert's output is
+normed first (`experts.normed`), the weight comes after the norm, and the
+backward pass computes the outputs once more.
 
 With experts split over devices, `apply_experts` runs inside `shard_map`
 (`exchange.py`). `gated_jax/model/moe.py` owns the parameters.
@@ -51,7 +53,7 @@ def apply_experts(
   matrices = Matrices.of(experts, resolve(spec.implementation) != 'tiles')
   run = exchange if spec.expert_axis else _local
   y = run(flat, weights, choices, matrices, spec)
-  if spec.tensor_axis:
+  if spec.tensor_axis and experts.scale is None:  # else they are sums already
     y = jax.lax.psum(y, spec.tensor_axis)
   return y.reshape(b, t, d)
 

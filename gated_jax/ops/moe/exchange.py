@@ -335,7 +335,8 @@ def _forward(
     rows = checkpoint_name(route.send(x, previous), ROWS_NAME)
     row_weights = route.send_weights(weights)
     both = first_product(rows, matrices.into, route.sizes, spec)
-    y = second_product(both, row_weights, matrices.down, route.sizes, spec)
+    out = matrices.down, matrices.scale
+    y = second_product(both, row_weights, out, route.sizes, spec)
     saved = _Saved(
       rows if ROWS_NAME in spec.saved else None,
       both if PRODUCT_NAME in spec.saved else None,
@@ -354,27 +355,31 @@ def _backward(
 
   def body(route: _Route, previous: _Result | None, old: _Saved) -> _Result:
     """The gradients of one round. `send` and `collect` are each other's."""
-    into, down = (previous and previous.common) or (None, None)
+    earlier = (previous and previous.common) or (None, None, None)
+    into, down, d_scale = earlier
 
     def first(rows: Array, matrices: tuple[Array, ...]) -> Array:
       """The first product, which is made again where it was not saved."""
       return first_product(rows, matrices, route.sizes, spec, into)
 
-    def second(both: Array, weights: Array, matrix: Array) -> Array:
-      """The second product, whose value nobody reads."""
-      return second_product(both, weights, matrix, route.sizes, spec, down)
+    def second(both: Array, weights: Array, out: tuple[Array, Any]) -> Array:
+      """The second product, whose value a norm alone reads."""
+      return second_product(both, weights, out, route.sizes, spec, down)
 
     rows = route.send(x, previous) if old.rows is None else old.rows
     d_y = route.send(grad, previous)
     both, pull_first = jax.vjp(first, rows, matrices.into)
     both = both if old.both is None else old.both
     row_weights = route.send_weights(weights)
-    pull_second = jax.vjp(second, both, row_weights, matrices.down)[1]
-    d_both, d_weights, d_down = pull_second(d_y)
+    out = matrices.down, matrices.scale
+    pull_second = jax.vjp(second, both, row_weights, out)[1]
+    d_both, d_weights, (d_down, added) = pull_second(d_y)
+    if added is not None:
+      d_scale = added if d_scale is None else d_scale + added
     d_rows, d_into = pull_first(d_both)
     d_x, home = route.collect(d_rows, previous)
     own = d_x, route.collect_weights(d_weights)
-    return _Result(d_rows, home, own, Matrices(d_into, d_down))
+    return _Result(d_rows, home, own, Matrices(d_into, d_down, d_scale))
 
   own, common, _ = _run(choices, matrices.down.shape[0], spec, body, saved)
   return *own, None, common

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
@@ -27,6 +28,7 @@ class ExpertWeights(NamedTuple):
   gate_proj: Float[Array, 'E D F']
   up: Float[Array, 'E D F']
   down: Float[Array, 'E F D']
+  scale: Float[Array, ' D'] | None = None  # of all outputs; see `normed`
 
 
 class Matrices(NamedTuple):
@@ -40,14 +42,15 @@ class Matrices(NamedTuple):
 
   into: tuple[Float[Array, 'E D F'], ...]
   down: Float[Array, 'E F D']
+  scale: Float[Array, ' D'] | None = None
 
   @classmethod
   def of(cls, experts: ExpertWeights, joined: bool) -> 'Matrices':
     """Those of the experts."""
-    into = (experts.gate_proj, experts.up)
-    return cls(
-      (jnp.concatenate(into, axis=-1),) if joined else into, experts.down
-    )
+    into: tuple[Array, ...] = (experts.gate_proj, experts.up)
+    if joined:
+      into = (jnp.concatenate(into, axis=-1),)
+    return cls(into, experts.down, experts.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class ExpertSpec:
   implementation: str = 'auto'  # see grouped_matmul.py
   interpret: bool = False  # runs 'gmm' on a CPU, for tests
   limit: float = 0.0  # of SwiGLU's factors; see gated_jax/ops/swiglu.py
+  norm_eps: float = 1e-6  # of the outputs' norm, where the experts have one
   # Rows of an exchange buffer over the mean. A larger buffer seldom needs a
   # further round; a smaller one sends fewer padded bytes.
   slack: float = 1.0625
@@ -96,7 +100,8 @@ def swiglu(
     spec: static options.
   """
   both = first_product(rows, matrices.into, sizes, spec)
-  return second_product(both, weights, matrices.down, sizes, spec)
+  out = matrices.down, matrices.scale
+  return second_product(both, weights, out, sizes, spec)
 
 
 def first_product(
@@ -129,7 +134,7 @@ def first_product(
 def second_product(
   both: Float[Array, 'R F2'],
   weights: Float[Array, 'R 1'],
-  down: Float[Array, 'E F D'],
+  out: tuple[Float[Array, 'E F D'], Float[Array, ' D'] | None],
   sizes: Int[Array, ' E'],
   spec: ExpertSpec,
   start: Float[Array, 'E F D'] | None = None,
@@ -139,12 +144,16 @@ def second_product(
   Args:
     both: gate_proj x and up x.
     weights: as in `swiglu`, like the rest.
-    down: the experts' matrices.
+    out: the experts' matrices, and the scale of the norm behind them.
     sizes: as above.
     spec: static options.
-    start: what the gradient of `down` is added to, that of earlier rows.
+    start: what the gradient of the matrices is added to, that of earlier rows.
   """
+  down, scale = out
   used = sizes.sum()
+  after = weights
+  if scale is not None:  # a norm would take factors before it away
+    weights = jnp.ones_like(weights)
   if resolve(spec.implementation) == 'gmm' and swiglu_tpu.fits(both.shape):
     hidden = swiglu_tpu.hidden(both, weights, used, spec.limit, spec.interpret)
   else:
@@ -155,4 +164,33 @@ def second_product(
     inside = (jnp.arange(both.shape[0]) < used)[:, None]
     hidden = jnp.where(inside, product, 0).astype(both.dtype)
   options = (spec.implementation, spec.interpret)
-  return grouped_matmul(hidden, down, sizes, *options, start)
+  y = grouped_matmul(hidden, down, sizes, *options, start)
+  if scale is None:
+    return y
+  return (normed(y, scale, used, spec) * after).astype(y.dtype)
+
+
+def normed(
+  y: Float[Array, 'R D'],
+  scale: Float[Array, ' D'],
+  used: Int[Array, ''],
+  spec: ExpertSpec,
+) -> Float[Array, 'R D']:
+  """RMSNorm of y * scale, row by row: the scale turns rows and no more.
+
+  Where devices share the hidden channels each has a part of every sum in y, so
+  that the parts are added up before anything is squared.
+
+  Args:
+    y: outputs of the experts, sorted by expert.
+    scale: one for all experts.
+    used: how many rows belong to an expert; the others come out as zeros.
+    spec: static options.
+  """
+  inside = (jnp.arange(y.shape[0]) < used)[:, None]
+  y = jnp.where(inside, y, 0)
+  if spec.tensor_axis:
+    y = jax.lax.psum(y, spec.tensor_axis)
+  wide = y.astype(scale.dtype) * scale
+  mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+  return wide * jax.lax.rsqrt(mean + spec.norm_eps)
