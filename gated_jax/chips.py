@@ -18,6 +18,9 @@ LANES = 128
 # fusion. A larger share gives matmuls larger tiles, so that they read their
 # operands less often and become bound by the matrix units.
 TILES = 'xla_tpu_scoped_vmem_limit_kib'
+# Weights come by all-gathers, beside computing, where the compiler would make
+# one all-reduce of zero-padded shards of a layer, which nothing overlaps.
+ASYNC_GATHERS = 'xla_tpu_prefer_async_allgather_to_allreduce'
 # Lets the rows of experts travel beside computing. On tpu7x they do so anyway.
 ASYNC_EXCHANGE = 'xla_tpu_enable_async_all_to_all'
 
@@ -116,9 +119,7 @@ def _core_with_units_of_256(vmem_mib: int) -> TensorCore:
 # A device is a chip, except on tpu7x: there it is one of a chip's two cores and
 # gets half of the chip's links and network. A v4 chip is one device when it
 # runs, and two in a topology to compile for (`Tpu.with_cores`).
-# docs/tpu.md has the reasons for the compiler's options. On v5e it is also told
-# to prefer asynchronous all-gathers: it turned small gathers into all-reduces
-# of zero-padded shards, which nothing overlaps.
+# docs/tpu.md has the reasons for the compiler's options.
 _TPUS = (
   Tpu(
     'v4',
@@ -151,7 +152,7 @@ _TPUS = (
     core=_core_with_units_of_128(128),
     compiler_options={
       TILES: '40960',
-      'xla_tpu_prefer_async_allgather_to_allreduce': 'true',
+      ASYNC_GATHERS: 'true',
       ASYNC_EXCHANGE: 'true',
     },
     attention_blocks={'strip': 128, 'dq_mib': 32.0},
@@ -204,8 +205,8 @@ _TPUS = (
     network=6.25e9,
     cores=1,
     core=_core_with_units_of_256(64),
-    compiler_options={TILES: '49152'},
-    attention_blocks={},
+    compiler_options={TILES: '49152', ASYNC_GATHERS: 'true'},
+    attention_blocks={'back_strip': 128},
   ),
 )
 _GPUS = (
