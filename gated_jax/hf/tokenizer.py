@@ -37,6 +37,10 @@ Files = Mapping[str, Path]
 def in_folder(folder: Path) -> Files:
   """The files of a tokenizer in a folder of theirs, by name.
 
+  Without a tokenizer itself there are none: what is said of it, as in the
+  generation_config.json that transformers always writes, would make a folder of
+  a tokenizer that nothing can read.
+
   Raises:
     ValueError: one is no regular file of that folder, or the tokenizer
       cannot be read.
@@ -46,7 +50,7 @@ def in_folder(folder: Path) -> Files:
   for name in MODELS:
     if name in present:
       make_tokenizer(str(folder / name))
-  return present
+  return present if set(MODELS) & set(present) else {}
 
 
 def of_run(name: str) -> Files:
