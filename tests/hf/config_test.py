@@ -13,6 +13,7 @@ from gated_jax.hf.config import family_named
 from gated_jax.hf.config import find_family
 from gated_jax.hf.config import read_config
 from gated_jax.hf.config import write_config
+from gated_jax.model.accounting import parameters
 
 QWEN3 = {
   'architectures': ['Qwen3ForCausalLM'],
@@ -51,6 +52,21 @@ def test_reading_back_gives_the_same_model(case):
   values = write_config(config, kind)
   assert find_family(values).name == family
   assert read_config(values, kind) == config
+
+
+@pytest.mark.long
+def test_muse_sparks_defaults_have_the_parameters_of_its_name():
+  # 816B-A42B, without the two tables of the vocabulary; the sizes are those of
+  # the class in transformers.
+  config = read(
+    model_type='muse_spark_text', vocab_size=202_048, hidden_size=8192,
+    intermediate_size=16_384, num_hidden_layers=62, num_attention_heads=128,
+    num_key_value_heads=16, head_dim=64, rope_theta=None,
+  )  # fmt: skip
+  counts = parameters(config)
+  tables = counts['embed'] + counts['unembed']
+  assert (counts['total'] - tables) // 10**9 == 816
+  assert (counts['active'] - tables) // 10**9 == 42
 
 
 def test_trinity_is_compiled_as_eight_layers_of_its_thirty_two():
