@@ -188,7 +188,7 @@ _TPUS = (
     network=12.5e9,
     cores=1,
     core=_core_with_units_of_256(128),
-    compiler_options={TILES: '40960', ASYNC_EXCHANGE: 'true'},
+    compiler_options={TILES: '57344', ASYNC_EXCHANGE: 'true'},
     attention_blocks={'dq_mib': 32.0},
   ),
   Tpu(

@@ -154,6 +154,14 @@ def _language(name: str) -> str:
   return name.replace('model.language_model.', 'model.')
 
 
+def _in_patterns(tensor: Tensor, family: Family) -> set[str]:
+  """The names that a tensor may have in patterns, which are of modules."""
+  module = thin.target(tensor.name, family)
+  alone = _language(module)
+  inside = alone.replace('model.', 'model.language_model.', 1)
+  return {tensor.name, module, alone, inside}
+
+
 def _key(tensor: Tensor, rows: Mapping[str, int]) -> str:
   """The name that a tensor's adapter has in the files, without its side.
 
@@ -199,7 +207,8 @@ def _read(
         )
     whole = thin.Thin(*(files.read(name).astype(np.float32) for name in (a, b)))
     rank = len(whole.a) // thin.experts(tensor)
-    factor = settings.scale(tensor.name, rank) / settings.model_scale
+    scale = settings.scale(_in_patterns(tensor, family), rank)
+    factor = scale / settings.model_scale
     for path, side in thin.to_ours(tensor, whole, settings.rank).items():
       sides[path, tensor.at] = side._replace(b=side.b * np.float32(factor))
   return sides

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import reprlib
+from collections.abc import Collection
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,18 +76,17 @@ class Settings:
       return self.alpha
     return self.model_scale * self._root(rank)
 
-  def scale(self, name: str, rank: int) -> float:
+  def scale(self, names: Collection[str], rank: int) -> float:
     """The scale of one tensor's adapter.
 
     Args:
-      name: Of the tensor.
+      names: Any that a pattern may have for the tensor.
       rank: Of its adapter.
     """
     alpha = self.alpha
     for pattern, value in self.alphas.items():
       if any(
-        re.match(rf'(.*\.)?({pattern})$', form)
-        for form in (name, name.removesuffix('.weight'))
+        re.match(rf'(.*\.)?({pattern})(\.weight)?$', name) for name in names
       ):
         alpha = value
         break
