@@ -262,10 +262,8 @@ MODELS = {
     {
       'num_hidden_layers': 2,
       # Outputs wider than elsewhere, of which few are as small as the norm after
-      # them, and a softmax less sharp: both enlarge roundings before them.
+      # them, which enlarges roundings.
       'head_dim': 16,
-      'qk_scale_factor': 2.0,
-      'residual_gate_temperature': 0.6,
       'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4},
       'num_local_experts': 4,
       'num_experts_per_tok': 2,
