@@ -26,7 +26,7 @@ CHIPS = {
   '': (1, 'full'),
   'v5p': (8, 'minimal'),
   'v6e': (4, 'exchange'),
-  'tpu7x': (2, 'full'),
+  'tpu7x': (2, 'minimal'),
 }
 
 

@@ -71,6 +71,7 @@ PODS = {
   '128k_v5p': Pod(
     'long_context:yarn128k', V5P, {'mesh.context': 16}, (FORWARD,), False
   ),
+  '32k_tpu7x': Pod('long_context:base32k', TPU7X, {'mesh.context': 4}),
   '128k_tpu7x': Pod('long_context:yarn128k', TPU7X, {'mesh.context': 16}),
 }
 # Released sizes: three of four layers are Gated DeltaNet.
