@@ -34,20 +34,20 @@ NEAR: dict[str, tuple[str, str]] = {
 # training, as `python -m gated_jax.bench families --cpu_time` printed them for
 # one core of a CPU.
 SPEED: dict[str, tuple[int, int]] = {
-  'qwen3': (302, 849),
-  'qwen3_moe': (306, 945),
-  'gated_qwen3': (301, 810),
-  'qwen3_5': (329, 679),
-  'qwen3_5_moe': (228, 626),
-  'qwen3_next': (212, 641),
-  'afmoe': (225, 773),
-  'muse_glimmer': (247, 770),
-  'laguna': (203, 705),
-  'step': (230, 749),
-  'lfm3': (260, 876),
-  'beam': (166, 617),
-  'olmo_hybrid': (224, 612),
-  'muse_spark': (293, 906),
+  'qwen3': (334, 878),
+  'qwen3_moe': (294, 979),
+  'gated_qwen3': (290, 827),
+  'qwen3_5': (339, 697),
+  'qwen3_5_moe': (240, 637),
+  'qwen3_next': (235, 626),
+  'afmoe': (223, 780),
+  'muse_glimmer': (273, 778),
+  'laguna': (259, 738),
+  'step': (262, 770),
+  'lfm3': (325, 923),
+  'beam': (273, 778),
+  'olmo_hybrid': (298, 637),
+  'muse_spark': (281, 888),
 }
 
 
@@ -76,7 +76,7 @@ PREDICTED: dict[str, tuple[str, tuple[Step, ...]]] = {
     'Trinity Mini',
     (
       Step('v5p', 1.83, 2_293_000),
-      Step('v6e', 2.01, 2_084_000),
+      Step('v6e', 1.98, 2_123_000),
       Step('tpu7x', 1.16, 3_606_000),
     ),
   ),
