@@ -24,7 +24,7 @@ from configs import base
 # Devices of a group of experts and what is recomputed, by the chip.
 CHIPS = {
   '': (1, 'full'),
-  'v5p': (8, 'minimal'),
+  'v5p': (16, 'minimal'),
   'v6e': (4, 'exchange'),
   'tpu7x': (2, 'minimal'),
 }
