@@ -249,6 +249,11 @@ class ModelConfig:
     return any(layer.ffn == 'moe' for layer in self.distinct_layers)
 
   @property
+  def output_eps(self) -> float:
+    """The constant of norms on the output of a block or of an expert."""
+    return self.post_norm_eps or self.norm_eps
+
+  @property
   def has_post_norms(self) -> bool:
     """True where any layer has norms of its blocks' outputs."""
     return any(

@@ -105,15 +105,15 @@ def post_norm(
     x: the output.
   """
   if place == 'after':
-    return norm(config, name, x, config.post_norm_eps)
-  eps = config.post_norm_eps or config.norm_eps
+    return norm(config, name, x, config.output_eps)
   if place == 'none':
-    return bare_norm(x, eps)
+    return bare_norm(x, config.output_eps)
   kinds = config.norm_zero_centered, config.param_dtype
   scale = Scale(x.shape[-1], *kinds, name=name)()
   # Wide until the norm divides it: a scale of the output rounds nothing twice.
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return bare_norm(wide * scale.astype(wide.dtype), eps).astype(x.dtype)
+  wide = bare_norm(wide * scale.astype(wide.dtype), config.output_eps)
+  return wide.astype(x.dtype)
 
 
 class MLP(nn.Module):

@@ -188,7 +188,7 @@ class MoE(nn.Module):
       chunks=self.config.moe.chunks,
       saved=self.saved,
       limit=self.limit,
-      norm_eps=self.config.post_norm_eps or self.config.norm_eps,
+      norm_eps=self.config.output_eps,
       expert_axis=split[0] if split else '',
       token_axes=mesh_axes('batch') + mesh_axes('length'),
       tensor_axis=''.join(mesh_axes('mlp')),

@@ -151,23 +151,29 @@ def second_product(
   """
   down, scale = out
   used = sizes.sum()
-  after = weights
-  if scale is not None:  # a norm would take factors before it away
-    weights = jnp.ones_like(weights)
+  # A norm would take factors before it away.
+  before = weights if scale is None else jnp.ones_like(weights)
   if resolve(spec.implementation) == 'gmm' and swiglu_tpu.fits(both.shape):
-    hidden = swiglu_tpu.hidden(both, weights, used, spec.limit, spec.interpret)
+    hidden = swiglu_tpu.hidden(both, before, used, spec.limit, spec.interpret)
   else:
     # Split before widening: in the other order XLA writes a float32 copy.
     halves = jnp.split(both, 2, axis=-1)
-    gate, up = (half.astype(weights.dtype) for half in halves)
-    product = ops.hidden(gate, up, spec.limit) * weights
-    inside = (jnp.arange(both.shape[0]) < used)[:, None]
-    hidden = jnp.where(inside, product, 0).astype(both.dtype)
+    gate, up = (half.astype(before.dtype) for half in halves)
+    product = ops.hidden(gate, up, spec.limit) * before
+    hidden = _first_rows(product, used).astype(both.dtype)
   options = (spec.implementation, spec.interpret)
   y = grouped_matmul(hidden, down, sizes, *options, start)
   if scale is None:
     return y
-  return (normed(y, scale, used, spec) * after).astype(y.dtype)
+  return (normed(y, scale, used, spec) * weights).astype(y.dtype)
+
+
+def _first_rows(
+  x: Float[Array, 'R D'], used: Int[Array, '']
+) -> Float[Array, 'R D']:
+  """The rows that belong to an expert, and zeros in place of the others."""
+  inside = (jnp.arange(x.shape[0]) < used)[:, None]
+  return jnp.where(inside, x, 0)
 
 
 def normed(
@@ -187,8 +193,7 @@ def normed(
     used: how many rows belong to an expert; the others come out as zeros.
     spec: static options.
   """
-  inside = (jnp.arange(y.shape[0]) < used)[:, None]
-  y = jnp.where(inside, y, 0)
+  y = _first_rows(y, used)
   if spec.tensor_axis:
     y = jax.lax.psum(y, spec.tensor_axis)
   wide = y.astype(scale.dtype) * scale
