@@ -24,6 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
@@ -32,6 +33,10 @@ from gated_jax.ops.embed import unsharded
 
 # Number of logits in one chunk whose size is not given.
 CHUNK_ELEMENTS = 2**29
+# Sums of exponentials between these are held by float32 and bfloat16, and so is
+# every term that counts in one. For other sums there is a second attempt.
+SUMS = 1e-30, 1e30
+ATTEMPTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +151,14 @@ def _sum(x: Array, axes: tuple[str, ...]) -> Array:
   return jax.lax.psum(x, axes) if axes else x
 
 
+class _Row(NamedTuple):
+  """What the logits of a chunk's tokens come to, on one device."""
+
+  shift: Float[Array, ' C']
+  total: Float[Array, ' C']  # sum over V of exp(logits - shift)
+  target: Float[Array, ' C']  # the logit of the target; 0 if it lies elsewhere
+
+
 def _one_chunk(
   matrix: Array,
   spec: LossSpec,
@@ -161,21 +174,16 @@ def _one_chunk(
   x, targets, weights = rows
   nll_sum, z_sum, d_matrix = carry
   wide = jnp.promote_types(x.dtype, jnp.float32)
-  width, vocab = (1, 0) if spec.vocab_first else (0, 1)
-  logits = jax.lax.dot_general(
-    x, matrix, (((1,), (width,)), ((), ())), preferred_element_type=wide
-  )
-  logits = softcapped(logits, spec.softcap)
+  vocab = 0 if spec.vocab_first else 1
   first = jnp.int32(0)
   if spec.vocab_axis:
-    first = jax.lax.axis_index(spec.vocab_axis) * logits.shape[1]
-  hit = jnp.arange(logits.shape[1]) + first == targets[:, None]
-  top = jnp.max(jax.lax.stop_gradient(logits), axis=1)
+    first = jax.lax.axis_index(spec.vocab_axis) * matrix.shape[vocab]
+  hit = jnp.arange(matrix.shape[vocab]) + first == targets[:, None]
+  terms, row = _exponentials(x, matrix, hit, spec)
+  top, total, target = row
   if spec.vocab_axis:
-    top = jax.lax.pmax(top, spec.vocab_axis)
-  total = jnp.sum(jnp.exp(logits - top[:, None]), axis=1)
-  target = jnp.sum(jnp.where(hit, logits, 0.0), axis=1)
-  if spec.vocab_axis:
+    top = jax.lax.pmax(row.shift, spec.vocab_axis)
+    total *= jnp.exp(row.shift - top)
     total, target = jax.lax.psum((total, target), spec.vocab_axis)
   lse = jnp.log(total) + top
   nll_sum += jnp.sum((lse - target) * weights)
@@ -184,10 +192,14 @@ def _one_chunk(
     return (nll_sum, z_sum, d_matrix), None
   # d total / d logits = w (softmax (1 + 2 z_loss lse) - one_hot)
   scale = weights * (1 + 2 * spec.z_loss * lse)
-  d_logits = jnp.exp(logits - lse[:, None]) * scale[:, None]
-  d_logits -= jnp.where(hit, weights[:, None], 0.0)
+  d_logits = terms * (scale * jnp.exp(row.shift - lse))[:, None]
+  # Of a target that is certain almost nothing is left: no rounded term will do.
+  d_target = scale * jnp.exp(target - lse) - weights
+  d_logits = jnp.where(hit, d_target[:, None], d_logits)
   if spec.softcap:
-    d_logits *= 1 - (logits / spec.softcap) ** 2
+    share = jnp.log(terms.astype(wide)) + row.shift[:, None]
+    share = jnp.where(hit, target[:, None], share) / spec.softcap
+    d_logits *= 1 - jnp.clip(share, -1, 1) ** 2
   d_logits = d_logits.astype(x.dtype)
   d_x = jax.lax.dot_general(
     d_logits, matrix, (((1,), (vocab,)), ((), ())), preferred_element_type=wide
@@ -197,6 +209,50 @@ def _one_chunk(
     *pair, (((0,), (0,)), ((), ())), preferred_element_type=wide
   )
   return (nll_sum, z_sum, d_matrix), d_x.astype(x.dtype)
+
+
+def _exponentials(
+  x: Float[Array, 'C D'],
+  matrix: Array,
+  hit: Bool[Array, 'C V'],
+  spec: LossSpec,
+) -> tuple[Float[Array, 'C V'], _Row]:
+  """exp(logits - shift), as precise as gradients are, and what they sum up to.
+
+  If the shift is known beforehand a TPU sums while it multiplies, and never
+  writes the logits themselves. So it is 0. Only where a sum cannot be held,
+  all is done once more, with the largest logit as the shift of such a token.
+  A sum that is not a number stays what it is.
+  """
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  # float16 would not hold them.
+  stored = jnp.bfloat16 if x.dtype.itemsize == 2 else x.dtype
+  width = 1 if spec.vocab_first else 0
+
+  def attempt(
+    state: tuple[Array, Array, Array, _Row],
+  ) -> tuple[Array, Array, Array, _Row]:
+    number, shift, _, _ = state
+    logits = jax.lax.dot_general(
+      x, matrix, (((1,), (width,)), ((), ())), preferred_element_type=wide
+    )
+    logits = softcapped(logits, spec.softcap)
+    terms = jnp.exp(logits - shift[:, None])
+    total = jnp.sum(terms, axis=1)
+    target = jnp.sum(jnp.where(hit, logits, 0.0), axis=1)
+    held = (SUMS[0] < total) & (total < SUMS[1])
+    number = jnp.where(jnp.all(held), ATTEMPTS, number + 1)
+    next_shift = jnp.where(held, shift, jnp.max(logits, axis=1))
+    row = _Row(shift, total, target)
+    return number, next_shift, terms.astype(stored), row
+
+  zeros = jnp.zeros(x.shape[0], wide)
+  nothing = jax.lax.empty(hit.shape, stored)
+  start = jnp.int32(0), zeros, nothing, _Row(zeros, zeros, zeros)
+  _, _, terms, row = jax.lax.while_loop(
+    lambda state: state[0] < ATTEMPTS, attempt, start
+  )
+  return terms, row
 
 
 def cross_entropy(

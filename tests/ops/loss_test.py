@@ -14,6 +14,7 @@ import pytest
 from gated_jax.ops.loss import LossSpec
 from gated_jax.ops.loss import chunk_of
 from gated_jax.ops.loss import cross_entropy
+from gated_jax.ops.loss import local_loss
 
 B, T, D, V = 2, 7, 5, 11
 # Padding, tokens that count, and some that count otherwise: their sum is 8.
@@ -147,6 +148,58 @@ def test_logits_that_exp_cannot_hold_are_no_trouble():
   np.testing.assert_allclose(sums.nll, 2500, rtol=1e-6)
   np.testing.assert_allclose(d_x.ravel(), [0, 0.25], atol=1e-6)
   np.testing.assert_allclose(d_matrix, [[5e3, 0, -5e3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize('first', [300.0, -300.0, 3e4])
+@pytest.mark.parametrize('second', [300.0, -300.0, 1.0])
+def test_nor_where_only_a_part_of_the_vocabulary_has_them(first, second):
+  """Two devices, of which each may need another shift than the other."""
+  x, matrix, targets = arrays()
+  matrix = np.concatenate([first + matrix[:, :5], second + matrix[:, 5:10]], 1)
+  x, targets = np.abs(x), targets % 10
+  spec = LossSpec(z_loss=0.1, vocab_axis='half')
+
+  def both(x, part):
+    return local_loss(x, part, targets, jnp.asarray(WEIGHTS), spec, True)
+
+  run = jax.vmap(both, in_axes=(None, 0), axis_name='half')
+  with jax.enable_x64(True):
+    halves = np.stack([matrix[:, :5], matrix[:, 5:]])
+    sums, gradients = jax.jit(run)(x, halves)
+  logits = x @ matrix
+  lse = np.logaddexp.reduce(logits, axis=2)
+  own = np.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
+  share = WEIGHTS / WEIGHTS.sum()
+  for nll, z in zip(sums.nll, sums.z, strict=True):
+    np.testing.assert_allclose(nll, np.sum(share * (lse - own)), rtol=1e-9)
+    np.testing.assert_allclose(z, np.sum(share * lse**2), rtol=1e-9)
+  d_logits = np.exp(logits - lse[..., None]) * (1 + 0.2 * lse)[..., None]
+  d_logits -= np.eye(10)[targets]
+  d_logits *= share[..., None]
+  d_matrix = np.einsum('btd,btv->dv', x, d_logits)
+  found = np.concatenate(list(gradients.matrix), axis=1)
+  atol = 1e-9 * np.abs(d_matrix).max()
+  np.testing.assert_allclose(found, d_matrix, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_what_is_no_number_ends_and_shows(value):
+  x, *rest = arrays()
+  x[0, 0, 0] = value
+  sums, _ = run(x, *rest, WEIGHTS, LossSpec(chunk=4))
+  assert not np.isfinite(sums.total)
+
+
+def test_what_is_left_of_a_certain_target_is_not_rounded_away():
+  """Its share is nearly one in bfloat16, and the rest of it is the gradient."""
+  x, targets = jnp.ones((1, 1, 1), jnp.bfloat16), np.zeros((1, 1), np.int32)
+  matrix = np.array([[9.0, 0.0, 0.5]], np.float32)
+  _, (_, d_matrix) = run(x, matrix, targets, np.ones((1, 1)), LossSpec())
+  share = np.exp(matrix[0].astype(np.float64))
+  share /= share.sum()
+  expected = share - np.eye(3)[0]
+  eps = float(jnp.finfo(jnp.bfloat16).eps)
+  np.testing.assert_allclose(d_matrix[0], expected, rtol=eps)
 
 
 def test_bfloat16_is_multiplied_as_it_is_and_summed_in_float32():
