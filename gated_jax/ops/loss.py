@@ -47,6 +47,9 @@ class LossSpec:
   z_loss: float = 0.0
   softcap: float = 0.0  # 0: there is none
   vocab_first: bool = False  # True: the matrix is [V, D], an embedding's
+  shift: str = (
+    'auto'  # of exponentials at first: 'zero', or the 'largest' logit
+  )
   token_axes: tuple[str, ...] = ()
   vocab_axis: str = ''
   width_axes: tuple[str, ...] = ()
@@ -219,40 +222,84 @@ def _exponentials(
 ) -> tuple[Float[Array, 'C V'], _Row]:
   """exp(logits - shift), as precise as gradients are, and what they sum up to.
 
-  If the shift is known beforehand a TPU sums while it multiplies, and never
-  writes the logits themselves. So it is 0. Only where a sum cannot be held,
-  all is done once more, with the largest logit as the shift of such a token.
-  A sum that is not a number stays what it is.
+  Where products have an epilogue that adds up, the shift had better be known
+  before; GPUs have none, and take the largest logit as they always did.
   """
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  # float16 would not hold them.
-  stored = jnp.bfloat16 if x.dtype.itemsize == 2 else x.dtype
+  ways = {
+    'zero': functools.partial(_shifted_if_need_be, spec),
+    'largest': functools.partial(_shifted_by_largest, spec),
+  }
+  if spec.shift != 'auto':
+    return ways[spec.shift](x, matrix, hit)
+  gpu = ways['largest']
+  return jax.lax.platform_dependent(
+    x, matrix, hit, cuda=gpu, rocm=gpu, default=ways['zero']
+  )
+
+
+def _logits(spec: LossSpec, x: Array, matrix: Array) -> Float[Array, 'C V']:
   width = 1 if spec.vocab_first else 0
+  logits = jax.lax.dot_general(
+    x,
+    matrix,
+    (((1,), (width,)), ((), ())),
+    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+  )
+  return softcapped(logits, spec.softcap)
+
+
+def _kept(dtype: jnp.dtype) -> Any:
+  """The dtype of exponentials: float16, for one, would not hold them."""
+  return jnp.bfloat16 if dtype.itemsize == 2 else dtype
+
+
+def _sums(
+  logits: Float[Array, 'C V'],
+  shift: Float[Array, ' C'],
+  hit: Bool[Array, 'C V'],
+  dtype: jnp.dtype,
+) -> tuple[Float[Array, 'C V'], _Row]:
+  """The exponentials, and their sums. `dtype` is that of the model."""
+  terms = jnp.exp(logits - shift[:, None])
+  total = jnp.sum(terms, axis=1)
+  target = jnp.sum(jnp.where(hit, logits, 0.0), axis=1)
+  return terms.astype(_kept(dtype)), _Row(shift, total, target)
+
+
+def _shifted_by_largest(
+  spec: LossSpec, x: Array, matrix: Array, hit: Array
+) -> tuple[Float[Array, 'C V'], _Row]:
+  logits = _logits(spec, x, matrix)
+  return _sums(logits, jnp.max(logits, axis=1), hit, x.dtype)
+
+
+def _shifted_if_need_be(
+  spec: LossSpec, x: Array, matrix: Array, hit: Array
+) -> tuple[Float[Array, 'C V'], _Row]:
+  """By 0; a TPU then sums while it multiplies, and never writes the logits.
+
+  Only where a sum cannot be held, all is done once more, with the largest logit
+  as the shift of such a token. A sum that is not a number stays what it is.
+  """
 
   def attempt(
-    state: tuple[Array, Array, Array, _Row],
-  ) -> tuple[Array, Array, Array, _Row]:
-    number, shift, _, _ = state
-    logits = jax.lax.dot_general(
-      x, matrix, (((1,), (width,)), ((), ())), preferred_element_type=wide
-    )
-    logits = softcapped(logits, spec.softcap)
-    terms = jnp.exp(logits - shift[:, None])
-    total = jnp.sum(terms, axis=1)
-    target = jnp.sum(jnp.where(hit, logits, 0.0), axis=1)
-    held = (SUMS[0] < total) & (total < SUMS[1])
+    state: tuple[Array, Array, tuple[Array, _Row]],
+  ) -> tuple[Array, Array, tuple[Array, _Row]]:
+    number, shift, _ = state
+    logits = _logits(spec, x, matrix)
+    terms, row = _sums(logits, shift, hit, x.dtype)
+    held = (SUMS[0] < row.total) & (row.total < SUMS[1])
     number = jnp.where(jnp.all(held), ATTEMPTS, number + 1)
-    next_shift = jnp.where(held, shift, jnp.max(logits, axis=1))
-    row = _Row(shift, total, target)
-    return number, next_shift, terms.astype(stored), row
+    shift = jnp.where(held, shift, jnp.max(logits, axis=1))
+    return number, shift, (terms, row)
 
-  zeros = jnp.zeros(x.shape[0], wide)
-  nothing = jax.lax.empty(hit.shape, stored)
-  start = jnp.int32(0), zeros, nothing, _Row(zeros, zeros, zeros)
-  _, _, terms, row = jax.lax.while_loop(
+  zeros = jnp.zeros(x.shape[0], jnp.promote_types(x.dtype, jnp.float32))
+  nothing = jax.lax.empty(hit.shape, _kept(x.dtype))
+  start = jnp.int32(0), zeros, (nothing, _Row(zeros, zeros, zeros))
+  _, _, result = jax.lax.while_loop(
     lambda state: state[0] < ATTEMPTS, attempt, start
   )
-  return terms, row
+  return result
 
 
 def cross_entropy(

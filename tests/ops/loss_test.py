@@ -63,6 +63,9 @@ def run(x, matrix, targets, weights, spec):
   return both(x, matrix)
 
 
+SHIFTS = 'zero', 'largest'
+
+
 @pytest.mark.parametrize('vocab_first', [False, True])
 @pytest.mark.parametrize('z_loss', [0.0, 0.3])
 @pytest.mark.parametrize('chunk', [0, 1, 4, 7, 14, 100])  # of 14 tokens
@@ -73,8 +76,9 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(
 
 
 @pytest.mark.parametrize('chunk', [0, 4])
-def test_and_those_of_capped_logits(chunk):
-  check(LossSpec(chunk, z_loss=0.3, softcap=1.5))
+@pytest.mark.parametrize('shift', SHIFTS)
+def test_and_those_of_capped_logits(chunk, shift):
+  check(LossSpec(chunk, z_loss=0.3, softcap=1.5, shift=shift))
 
 
 def check(spec):
@@ -139,11 +143,13 @@ def test_a_batch_of_padding_alone_costs_nothing(chunk):
   assert not any(np.any(g) for g in gradients)
 
 
-def test_logits_that_exp_cannot_hold_are_no_trouble():
+@pytest.mark.parametrize('shift', SHIFTS)
+def test_logits_that_exp_cannot_hold_are_no_trouble(shift):
   x = np.full((1, 2, 1), 1e4, np.float32)
   matrix = np.array([[1.0, -1.0, 0.5]], np.float32)
   targets, weights = np.array([[0, 2]]), np.ones((1, 2))
-  sums, (d_x, d_matrix) = run(x, matrix, targets, weights, LossSpec())
+  spec = LossSpec(shift=shift)
+  sums, (d_x, d_matrix) = run(x, matrix, targets, weights, spec)
   # The first is certain and right; the second certain, and wrong by 5000.
   np.testing.assert_allclose(sums.nll, 2500, rtol=1e-6)
   np.testing.assert_allclose(d_x.ravel(), [0, 0.25], atol=1e-6)
@@ -152,12 +158,13 @@ def test_logits_that_exp_cannot_hold_are_no_trouble():
 
 @pytest.mark.parametrize('first', [300.0, -300.0, 3e4])
 @pytest.mark.parametrize('second', [300.0, -300.0, 1.0])
-def test_nor_where_only_a_part_of_the_vocabulary_has_them(first, second):
+@pytest.mark.parametrize('shift', SHIFTS)
+def test_nor_where_only_a_part_of_the_vocabulary_has_them(shift, first, second):
   """Two devices, of which each may need another shift than the other."""
   x, matrix, targets = arrays()
   matrix = np.concatenate([first + matrix[:, :5], second + matrix[:, 5:10]], 1)
   x, targets = np.abs(x), targets % 10
-  spec = LossSpec(z_loss=0.1, vocab_axis='half')
+  spec = LossSpec(z_loss=0.1, vocab_axis='half', shift=shift)
 
   def both(x, part):
     return local_loss(x, part, targets, jnp.asarray(WEIGHTS), spec, True)
