@@ -81,7 +81,7 @@ DELTA = tuple(
   for name in ('gated_delta', 'delta_filter', 'delta_unit_filter', 'delta_norm')
   for way in ('forward', 'backward')
 )
-for word, kernels, topology, parts, tiles in (
+for word, called, topology, parts, tiles in (
   ('qwen3_5_35b_a3b', (*EXPERTS, *DELTA), V5P, 8, False),
   ('qwen3_5_35b_a3b', (*EXPERTS, *DELTA), V6E, 4, True),
   ('qwen3_5_35b_a3b', (*EXPERTS, *DELTA), TPU7X, 2, False),
@@ -93,7 +93,7 @@ for word, kernels, topology, parts, tiles in (
     f'released:{word}',
     topology,
     {'mesh.expert': parts},
-    kernels,
+    called,
     tiles=tiles,
   )
 EVERY_RUN = ('dense28_v5e',)
