@@ -65,12 +65,17 @@ def test_the_delta_rule_costs_its_tokens_and_value_heads():
     )
 
 
-def test_kernels_around_the_delta_rule_cost_their_tokens_and_channels():
-  known = {'rotation': {}, 'delta': {'delta_norm_forward': 1.5}}
+@pytest.mark.parametrize(
+  ('name', 'table'),
+  [('delta_norm_forward', []), ('delta_filter_forward', ['s32[2,2]'])],
+)
+def test_kernels_around_the_delta_rule_cost_their_tokens_and_channels(
+  name, table
+):
+  known = {'rotation': {}, 'delta': {name: 1.5}}
+  tokens = 'bf16[2,512,4096]{2,1,0:T(8,128)(2,1)}'
   kernel = types.SimpleNamespace(
-    name='delta_norm_forward',
-    operands=['bf16[2,512,4096]{2,1,0:T(8,128)(2,1)}'] * 2 + ['f32[8,128]'],
-    output='',
+    name=name, operands=[*table, tokens, tokens, 'f32[8,128]'], output=''
   )
   assert kernels.price(kernel, known) == 1.5 * 2 * 512 * 32
 

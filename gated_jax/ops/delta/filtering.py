@@ -81,14 +81,14 @@ def by_kernel(
   else:
     rows = history.astype(x.dtype).reshape(batch, taps - 1, -1)
     rows = jnp.pad(rows, [(0, 0), (HALO - taps + 1, 0), (0, 0)])
-  age = None if first is None else pad_tokens(_age(first, taps), pad)
+  age = None if first is None else _age(pad_tokens(first, pad), taps)
   spec = FilterSpec(width, taps, scale)
   y = filter_heads(flat, weights, rows, age, spec, interpret)
   return y[:, :length].reshape(x.shape)
 
 
-def _age(first: Bool[Array, 'B T'], most: int) -> Int[Array, 'B T 1']:
+def _age(first: Bool[Array, 'B T'], most: int) -> Int[Array, 'B T']:
   """Inputs before each token that are of its document, at least `most`."""
   token = jnp.arange(first.shape[1], dtype=jnp.int32)
   begin = jax.lax.cummax(jnp.where(first, token, -most), axis=1)
-  return (token - begin)[..., None]
+  return token - begin

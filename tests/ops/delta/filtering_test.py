@@ -7,10 +7,11 @@ import pytest
 
 from gated_jax.ops.delta import filtering
 
-# Two steps of two pieces, of which the last is padded; documents begin within
-# pieces, at their ends, and nearer to one another than a filter is wide.
-LENGTH = 500
-FIRST = (3, 4, 127, 128, 130, 256, 300)
+# Four steps of two pieces, of which the last is padded; documents begin within
+# pieces, at their ends, and nearer to one another than a filter is wide. None
+# begins in two steps, of which one needs masks for the step after it.
+LENGTH = 900
+FIRST = (3, 4, 127, 128, 130, 769)
 RNG = np.random.default_rng(0)
 
 

@@ -13,10 +13,14 @@ The backward pass makes z again. With the gradient dz,
     dx_t = sum_j w_j dz_(t + j)      dw_j = sum_t dz_t x_(t - j)
 
 so that steps of the grid take the tokens from the last to the first, and hand
-on what the first few of a step give to the tokens before them.
+on the gradients dz of a step's first few.
+
+Sums over another document are masked. Steps that no document begins in or near
+leave the masks out, which are a fifth of their time.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -29,11 +33,13 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from gated_jax.chips import LANES
 from gated_jax.ops.delta.norm import inverse_norm
 from gated_jax.ops.delta.pallas_tpu.products import SUBLANES
 
-PIECE = 128  # tokens that are computed together
+PIECE = 128  # tokens
 HALO = 16  # tokens before a step: rows of a tile of bfloat16
+ROWS = 32  # of these are computed together
 PIECES = 2  # a step takes so many, where they divide the row
 LANES_OF_STEP = 512
 
@@ -51,33 +57,12 @@ class FilterSpec(NamedTuple):
     return 'delta_unit_filter' if self.scale else 'delta_filter'
 
 
-class _Piece(NamedTuple):
-  """A head's tokens of a step: rows and lanes of its blocks."""
-
-  number: int
-  lanes: slice
-  # Inputs before each token that are of its document, the same in all lanes;
-  # None: all are.
-  age: Int[Array, 'P H'] | None
-
-  @property
-  def rows(self) -> slice:
-    """Its tokens."""
-    return slice(self.number * PIECE, (self.number + 1) * PIECE)
-
-  def of_document(
-    self, lag: int, x: Float[Array, 'P H']
-  ) -> Float[Array, 'P H']:
-    """x, zero where a token has no inputs of its own document so far back."""
-    return x if self.age is None else jnp.where(self.age >= lag, x, 0)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def filter_heads(
   x: Float[Array, 'B L C'],
   weights: Float[Array, 'S C'],
   history: Float[Array, 'B I C'],
-  age: Int[Array, 'B L 1'] | None,
+  age: Int[Array, 'B L'] | None,
   spec: FilterSpec,
   interpret: bool = False,
 ) -> Float[Array, 'B L C']:
@@ -102,26 +87,15 @@ def _forward(
   spec: FilterSpec,
   interpret: bool,
 ) -> tuple[Array, tuple[Array | None, ...]]:
-  arrays = (x, x, history, weights, *([] if age is None else [age]))
-  grid, blocks = _grid(x, spec), _blocks(x, spec)
-  given = [
-    blocks['tokens'],
-    blocks['before'],
-    blocks['rows'],
-    blocks['weights'],
-  ]
-  (output,) = pl.pallas_call(
+  call = _Call(x, age, spec, interpret)
+  scratch = [call.rows(SUBLANES)] + [call.ages()] * (age is not None)
+  (output,) = call.run(
     functools.partial(_forward_kernel, spec=spec, masked=age is not None),
-    grid=grid,
-    in_specs=given + [blocks['age']] * (age is not None),
-    out_specs=[blocks['tokens']],
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', 'parallel')
-    ),
-    interpret=interpret,
-    name=f'{spec.name}_forward',
-  )(*arrays)
+    (x, x, history, weights),
+    [('tokens', x.shape, x.dtype)],
+    scratch,
+    f'{spec.name}_forward',
+  )
   return output, (x, weights, history, age)
 
 
@@ -133,33 +107,27 @@ def _backward(
 ) -> tuple[Array, Array, Array, None]:
   x, weights, history, age = saved
   batch, _, channels = x.shape
-  grid, blocks = _grid(x, spec), _blocks(x, spec, backwards=True)
-  arrays = (x, x, history, weights, *([] if age is None else [age]))
-  given = [
-    blocks['tokens'],
-    blocks['before'],
-    blocks['rows'],
-    blocks['weights'],
-  ]
-  lanes = _lanes(x, spec)
-  by_batch = jax.ShapeDtypeStruct((batch, SUBLANES, channels), jnp.float32)
-  d_x, d_weights, d_history = pl.pallas_call(
+  call = _Call(x, age, spec, interpret, backwards=True)
+  sums = batch, spec.taps, SUBLANES, channels
+  by_batch = batch, SUBLANES, channels
+  scratch = [call.rows(SUBLANES), call.rows(2 * SUBLANES)]
+  scratch += [call.ages()] * (age is not None)
+  d_x, d_weights, d_history = call.run(
     functools.partial(_backward_kernel, spec=spec, masked=age is not None),
-    grid=grid,
-    in_specs=given + [blocks['age']] * (age is not None) + [blocks['tokens']],
-    out_specs=[blocks['tokens'], blocks['sums'], blocks['sums']],
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), by_batch, by_batch],
-    scratch_shapes=[pltpu.VMEM((SUBLANES, lanes), jnp.float32)],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', 'arbitrary')
-    ),
-    interpret=interpret,
-    name=f'{spec.name}_backward',
-  )(*arrays, d_output)
+    (x, x, history, weights, d_output),
+    [
+      ('tokens', x.shape, x.dtype),
+      ('sums', sums, jnp.float32),
+      ('last', by_batch, jnp.float32),
+    ],
+    scratch,
+    f'{spec.name}_backward',
+  )
+  d_weights = jnp.sum(d_weights, axis=(0, 2)).astype(weights.dtype)
   d_history = jnp.pad(d_history, [(0, 0), (HALO - SUBLANES, 0), (0, 0)])
   return (
     d_x,
-    jnp.sum(d_weights, axis=0).astype(weights.dtype),
+    jnp.pad(d_weights, [(0, SUBLANES - spec.taps), (0, 0)]),
     d_history.astype(history.dtype),
     None,
   )
@@ -168,178 +136,322 @@ def _backward(
 filter_heads.defvjp(_forward, _backward)
 
 
-def _lanes(x: Float[Array, 'B L C'], spec: FilterSpec) -> int:
-  """Channels of a step: whole heads that divide them all."""
-  heads = x.shape[2] // spec.width
-  most = max(1, LANES_OF_STEP // spec.width)
-  return spec.width * max(n for n in range(1, most + 1) if heads % n == 0)
+class _Call:
+  """Steps over an array of inputs, and the part of each array in one."""
+
+  def __init__(
+    self,
+    x: Float[Array, 'B L C'],
+    age: Int[Array, 'B L'] | None,
+    spec: FilterSpec,
+    interpret: bool,
+    backwards: bool = False,
+  ):
+    batch, length, channels = x.shape
+    heads, most = channels // spec.width, max(1, LANES_OF_STEP // spec.width)
+    self.lanes = spec.width * max(
+      n for n in range(1, most + 1) if heads % n == 0
+    )
+    self.tokens = PIECE * (PIECES if length % (PIECE * PIECES) == 0 else 1)
+    self.steps = length // self.tokens
+    self.grid = batch, channels // self.lanes, self.steps
+    self.spec, self.age, self.interpret = spec, age, interpret
+    self.backwards = backwards
+
+  def rows(self, more: int) -> Any:
+    """Memory for the tokens of a step and some more, lanes by lanes."""
+    shape = self.lanes // LANES, self.tokens + more, LANES
+    return pltpu.VMEM(shape, jnp.float32)
+
+  def ages(self) -> Any:
+    """Memory for the ages of a step's tokens and of some around, spread."""
+    return pltpu.VMEM((self.tokens + 2 * SUBLANES, LANES), jnp.int32)
+
+  def begun(self) -> Int[Array, 'B S']:
+    """1 for steps that read an input or a gradient of another document."""
+    if self.age is None:
+      return jnp.zeros((self.grid[0], self.steps), jnp.int32)
+    few = self.spec.taps - 1
+    young = self.age.reshape(self.grid[0], self.steps, self.tokens) < few
+    own, first = jnp.any(young, axis=2), jnp.any(young[..., :few], axis=2)
+    following = jnp.pad(first[:, 1:], [(0, 0), (0, 1)])
+    return (own | following).astype(jnp.int32)
+
+  def blocks(self) -> dict[str, pl.BlockSpec]:
+    """The block of each array that a step reads or writes."""
+    tokens, lanes, last = self.tokens, self.lanes, self.steps - 1
+    halos = tokens // HALO
+
+    def at(t: Any) -> Any:
+      return last - t if self.backwards else t
+
+    def of_age(b: Any, c: Any, t: Any, begun: Any) -> Any:
+      # What is not read is not fetched: the place does not change.
+      return b, jnp.where(begun[b, at(t)] > 0, at(t), 0), 0
+
+    return {
+      'tokens': pl.BlockSpec(
+        (1, tokens, lanes), lambda b, c, t, _: (b, at(t), c)
+      ),
+      'before': pl.BlockSpec(
+        (1, HALO, lanes),
+        lambda b, c, t, _: (b, jnp.maximum(at(t) * halos - 1, 0), c),
+      ),
+      'rows': pl.BlockSpec((1, HALO, lanes), lambda b, c, t, _: (b, 0, c)),
+      'weights': pl.BlockSpec((SUBLANES, lanes), lambda b, c, t, _: (0, c)),
+      'age': pl.BlockSpec((1, tokens, 1), of_age),
+      'sums': pl.BlockSpec(
+        (1, self.spec.taps, SUBLANES, lanes), lambda b, c, t, _: (b, 0, 0, c)
+      ),
+      'last': pl.BlockSpec((1, SUBLANES, lanes), lambda b, c, t, _: (b, 0, c)),
+    }
+
+  def run(
+    self,
+    kernel: Any,
+    arrays: tuple[Array, ...],
+    written: list[tuple[str, tuple[int, ...], Any]],
+    scratch: list[Any],
+    name: str,
+  ) -> list[Array]:
+    """Calls a kernel.
+
+    Args:
+      kernel: takes references.
+      arrays: inputs, inputs, those before them, weights, and a gradient.
+      written: the block, shape and dtype of each output.
+      scratch: memory of a step.
+      name: of the kernel.
+    """
+    blocks = self.blocks()
+    names = ['tokens', 'before', 'rows', 'weights', 'tokens'][: len(arrays)]
+    if self.age is not None:
+      arrays, names = (*arrays, self.age[..., None]), [*names, 'age']
+    return pl.pallas_call(
+      kernel,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=self.grid,
+        in_specs=[blocks[x] for x in names],
+        out_specs=[blocks[x] for x, _, _ in written],
+        scratch_shapes=scratch,
+      ),
+      out_shape=[jax.ShapeDtypeStruct(*array) for _, *array in written],
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=(
+          'parallel',
+          'parallel',
+          'arbitrary' if self.backwards else 'parallel',
+        )
+      ),
+      interpret=self.interpret,
+      name=name,
+    )(self.begun(), *arrays)
 
 
-def _tokens(x: Float[Array, 'B L C']) -> int:
-  """Tokens of a step."""
-  return PIECE * (PIECES if x.shape[1] % (PIECE * PIECES) == 0 else 1)
+class _Rows(NamedTuple):
+  """Rows of a head that are computed together.
+
+  Their inputs and gradients lie in memory that has SUBLANES rows before a
+  step's, and each register of lanes by itself, so that a load can begin at any
+  row: it moves them for nothing, where turning registers takes vector units.
+  """
+
+  start: int
+  size: int
+  lanes: slice
+
+  def of(self, ref: Any, shift: int = 0) -> Float[Array, 'R H']:
+    """Those of an array, or the ones so many rows later."""
+    top = SUBLANES + self.start + shift
+    rows = slice(top, top + self.size)
+    tiles = range(self.lanes.start // LANES, self.lanes.stop // LANES)
+    return jnp.concatenate([ref[i, rows] for i in tiles], axis=1)
+
+  def of_document(
+    self, ages: Any | None, lag: int, x: Float[Array, 'R H'], shift: int = 0
+  ) -> Float[Array, 'R H']:
+    """x, zero where a token has no inputs of its own document so far back."""
+    if ages is None or not lag:
+      return x
+    top = SUBLANES + self.start + shift
+    age = ages[top : top + self.size]
+    parts = [
+      jnp.where(age >= lag, x[:, i : i + LANES], 0)
+      for i in range(0, x.shape[1], LANES)
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
-def _grid(x: Float[Array, 'B L C'], spec: FilterSpec) -> tuple[int, int, int]:
-  return x.shape[0], x.shape[2] // _lanes(x, spec), x.shape[1] // _tokens(x)
+def _all_rows(ref: Any, spec: FilterSpec) -> list[_Rows]:
+  """The rows of a step, those of all heads together."""
+  _, tokens, lanes = ref.shape
+  return [
+    _Rows(i, ROWS, slice(j, j + spec.width))
+    for i in range(0, tokens, ROWS)
+    for j in range(0, lanes, spec.width)
+  ]
 
 
-def _blocks(
-  x: Float[Array, 'B L C'], spec: FilterSpec, backwards: bool = False
-) -> dict[str, pl.BlockSpec]:
-  """The block of each array that a step reads or writes."""
-  tokens, lanes = _tokens(x), _lanes(x, spec)
-  last = x.shape[1] // tokens - 1
-  halos = tokens // HALO
-
-  def at(t: Any) -> Any:
-    return last - t if backwards else t
-
-  return {
-    'tokens': pl.BlockSpec((1, tokens, lanes), lambda b, c, t: (b, at(t), c)),
-    'before': pl.BlockSpec(
-      (1, HALO, lanes),
-      lambda b, c, t: (b, jnp.maximum(at(t) * halos - 1, 0), c),
-    ),
-    'rows': pl.BlockSpec((1, HALO, lanes), lambda b, c, t: (b, 0, c)),
-    'weights': pl.BlockSpec((SUBLANES, lanes), lambda b, c, t: (0, c)),
-    'age': pl.BlockSpec((1, tokens, 1), lambda b, c, t: (b, at(t), 0)),
-    'sums': pl.BlockSpec((1, SUBLANES, lanes), lambda b, c, t: (b, 0, c)),
-  }
+def _store_inputs(given: Sequence[Any], wide: Any, at_start: Array) -> None:
+  """Inputs of a step and those before, in float32."""
+  x, before, history = given[:3]
+  tokens = x.shape[1]
+  for i in range(wide.shape[0]):
+    lanes = slice(i * LANES, (i + 1) * LANES)
+    top, earlier = (
+      ref[0, :, lanes].astype(jnp.float32)[HALO - SUBLANES :]
+      for ref in (before, history)
+    )
+    wide[i, :SUBLANES] = jnp.where(at_start, earlier, top)
+    wide[i, SUBLANES : SUBLANES + tokens] = x[0, :, lanes].astype(jnp.float32)
 
 
-class _Inputs(NamedTuple):
-  """Arrays of a step in VMEM that both passes read."""
-
-  x: Any
-  before: Any
-  history: Any
-  weights: Any
-  age: Any | None
-
-  def pieces(self, spec: FilterSpec) -> list[_Piece]:
-    """All pieces of a step, a piece's heads one after the other."""
-    _, tokens, lanes = self.x.shape
-    pieces = []
-    for p in range(tokens // PIECE):
-      age = None
-      if self.age is not None:
-        # Spreading a column over the lanes is slow: once for all heads.
-        column = self.age[0, p * PIECE : (p + 1) * PIECE]
-        age = jnp.broadcast_to(column, (PIECE, spec.width))
-      pieces += [
-        _Piece(p, slice(i, i + spec.width), age)
-        for i in range(0, lanes, spec.width)
-      ]
-    return pieces
-
-  def lagged(
-    self, piece: _Piece, taps: int, at_start: Array
-  ) -> list[Float[Array, 'P H']]:
-    """The inputs 0, 1, ... tokens before each; zeros are of other documents."""
-    x = self.x[0, piece.rows, piece.lanes].astype(jnp.float32)
-    if piece.number:
-      top = piece.rows.start
-      before = self.x[0, top - HALO : top, piece.lanes].astype(jnp.float32)
-    else:
-      history = self.history[0, :, piece.lanes].astype(jnp.float32)
-      before = self.before[0, :, piece.lanes].astype(jnp.float32)
-      before = jnp.where(at_start, history, before)
-    before = before[HALO - SUBLANES :]
-    row = jax.lax.broadcasted_iota(jnp.int32, before.shape, 0)
-    lags = [x]
-    for j in range(1, taps):
-      late = pltpu.roll(x, j, 0)
-      top = jnp.where(row < j, pltpu.roll(before, j, 0), late[:SUBLANES])
-      late = jnp.concatenate([top, late[SUBLANES:]], axis=0)
-      lags.append(piece.of_document(j, late))
-    return lags
-
-  def filtered(
-    self, piece: _Piece, lags: Sequence[Array]
-  ) -> Float[Array, 'P H']:
-    """z of these lags."""
-    total = lags[0] * self.weights[0:1, piece.lanes]
-    for j, x in enumerate(lags[1:], 1):
-      total += x * self.weights[j : j + 1, piece.lanes]
-    return total
+def _lags(
+  rows: _Rows, wide: Any, ages: Any | None, spec: FilterSpec
+) -> list[Float[Array, 'R H']]:
+  """The inputs 0, 1, ... tokens before each; zeros are of other documents."""
+  return [
+    rows.of_document(ages, j, rows.of(wide, -j)) for j in range(spec.taps)
+  ]
 
 
-def _forward_kernel(*arrays: Any, spec: FilterSpec, masked: bool) -> None:
+def _weighted(
+  terms: Sequence[Float[Array, 'R H']], weights: Any, rows: _Rows
+) -> Float[Array, 'R H']:
+  """The sum of terms times the filter's weights."""
+  total = terms[0] * weights[0:1, rows.lanes]
+  for j, x in enumerate(terms[1:], 1):
+    total += x * weights[j : j + 1, rows.lanes]
+  return total
+
+
+def sigmoid(z: Float[Array, 'R H']) -> Float[Array, 'R H']:
+  """The sigmoid, without the cases that a division has to look for."""
+  # From here on the sigmoid is nothing, and its reciprocal is finite.
+  power = jnp.minimum(z * -math.log2(math.e), 120.0)
+  return pl.reciprocal(1 + jnp.exp2(power), full_range=False)
+
+
+def _forward_kernel(
+  begun: Any, *arrays: Any, spec: FilterSpec, masked: bool
+) -> None:
   """Some tokens of some heads."""
-  *given, output = arrays
-  x, before, history, weights = given[:4]
-  age = given[4] if masked else None
-  inputs = _Inputs(x, before, history, weights, age)
-  at_start = pl.program_id(2) == 0
-  for piece in inputs.pieces(spec):
-    z = inputs.filtered(piece, inputs.lagged(piece, spec.taps, at_start))
-    y = z * jax.nn.sigmoid(z)
-    if spec.scale:
-      y *= spec.scale * inverse_norm(y)
-    output[0, piece.rows, piece.lanes] = y.astype(output.dtype)
+  given = arrays[: 4 + masked]
+  output, wide, *ages = arrays[4 + masked :]
+  batch, step = pl.program_id(0), pl.program_id(2)
+  weights = given[3]
+  _store_inputs(given, wide, step == 0)
+
+  def compute(ages: Any | None) -> None:
+    """The outputs of a step whose documents have these ages."""
+    for rows in _all_rows(output, spec):
+      z = _weighted(_lags(rows, wide, ages, spec), weights, rows)
+      y = z * sigmoid(z)
+      if spec.scale:
+        y *= spec.scale * inverse_norm(y)
+      at = 0, slice(rows.start, rows.start + rows.size), rows.lanes
+      output[at] = y.astype(output.dtype)
+
+  _by_documents(compute, begun[batch, step], given[4:], ages)
 
 
-def _backward_kernel(*arrays: Any, spec: FilterSpec, masked: bool) -> None:
+def _by_documents(
+  compute: Any, begun: Array, age: Sequence[Any], ages: Sequence[Any]
+) -> None:
+  """Runs a step: few are near a document's begin, and others need no masks.
+
+  Args:
+    compute: a function of the ages in memory.
+    begun: whether the step needs them.
+    age: the ages of its tokens; nothing: there are no documents.
+    ages: where they are spread over lanes, which is slow, once for all heads.
+  """
+  if not age:
+    compute(None)
+    return
+
+  @pl.when(begun == 0)
+  def _within() -> None:
+    compute(None)
+
+  @pl.when(begun != 0)
+  def _at_begin() -> None:
+    column = age[0][0]
+    shape = column.shape[0], LANES
+    spread = jnp.broadcast_to(column, shape)
+    ages[0][SUBLANES : SUBLANES + shape[0]] = spread
+    compute(ages[0])
+
+
+def _backward_kernel(
+  begun: Any, *arrays: Any, spec: FilterSpec, masked: bool
+) -> None:
   """Gradients of some tokens of some heads, and of their filters."""
-  *given, d_output, d_x, d_weights, d_history, handed_on = arrays
-  x, before, history, weights = given[:4]
-  age = given[4] if masked else None
-  inputs = _Inputs(x, before, history, weights, age)
-  step = pl.program_id(2)
+  given, written = arrays[: 5 + masked], arrays[5 + masked : 8 + masked]
+  wide, slopes, *ages = arrays[8 + masked :]
+  weights, d_output = given[3:5]
+  d_x, d_weights, d_history = written
+  batch, step = pl.program_id(0), pl.program_id(2)
+  last, tokens = pl.num_programs(2) - 1, d_x.shape[1]
+  first = slice(SUBLANES, 2 * SUBLANES)
+  below = slice(SUBLANES + tokens, 2 * SUBLANES + tokens)
 
   @pl.when(step == 0)
   def _begin() -> None:
-    handed_on[...] = jnp.zeros_like(handed_on)
+    slopes[...] = jnp.zeros_like(slopes)
     d_weights[...] = jnp.zeros_like(d_weights)
+    for ref in ages:
+      ref[...] = jnp.zeros_like(ref)
 
-  at_start = step == pl.num_programs(2) - 1
-  for piece in reversed(inputs.pieces(spec)):
-    lags = inputs.lagged(piece, spec.taps, at_start)
-    z = inputs.filtered(piece, lags)
-    slope = d_output[0, piece.rows, piece.lanes].astype(jnp.float32)
-    dz = _before_silu(z, slope, spec)
-    for j, x in enumerate(lags):
-      d_weights[0, j : j + 1, piece.lanes] += jnp.sum(
-        dz * x, axis=0, keepdims=True
-      )
-    own, before = _to_inputs(piece, dz, inputs, spec)
-    bottom = own[PIECE - SUBLANES :] + handed_on[:, piece.lanes]
-    own = jnp.concatenate([own[: PIECE - SUBLANES], bottom], axis=0)
-    d_x[0, piece.rows, piece.lanes] = own.astype(d_x.dtype)
-    handed_on[:, piece.lanes] = before
-  d_history[0] = handed_on[...]
+  # The first rows of the step before are those that follow this one's.
+  slopes[:, below] = slopes[:, first]
+  for ref in ages:
+    ref[below] = ref[first]
+    ref[first] = jnp.full_like(ref[first], spec.taps)
+  _store_inputs(given, wide, step == last)
+
+  def to_inputs(rows: _Rows, ages: Any | None) -> Array:
+    """Gradients of inputs."""
+    terms = [
+      rows.of_document(ages, j, rows.of(slopes, j), j) for j in range(spec.taps)
+    ]
+    return _weighted(terms, weights, rows)
+
+  def compute(ages: Any | None) -> None:
+    """The gradients of a step whose documents have these ages."""
+    for rows in reversed(_all_rows(d_x, spec)):
+      at = 0, slice(rows.start, rows.start + rows.size), rows.lanes
+      lags = _lags(rows, wide, ages, spec)
+      z = _weighted(lags, weights, rows)
+      dz = _before_silu(z, d_output[at].astype(jnp.float32), spec)
+      for j, x in enumerate(lags):
+        parts = (dz * x).reshape(-1, SUBLANES, spec.width)
+        d_weights[0, j, :, rows.lanes] += jnp.sum(parts, axis=0)
+      top = SUBLANES + rows.start
+      for i in range(0, spec.width, LANES):
+        tile = (rows.lanes.start + i) // LANES
+        slopes[tile, top : top + rows.size] = dz[:, i : i + LANES]
+      d_x[at] = to_inputs(rows, ages).astype(d_x.dtype)
+
+  _by_documents(compute, begun[batch, last - step], given[5:], ages)
+
+  @pl.when(step == last)
+  def _end() -> None:
+    for i in range(0, d_x.shape[2], spec.width):
+      rows = _Rows(-SUBLANES, SUBLANES, slice(i, i + spec.width))
+      history = to_inputs(rows, ages[0] if masked else None)
+      d_history[0, :, rows.lanes] = history
 
 
 def _before_silu(
-  z: Float[Array, 'P H'], slope: Float[Array, 'P H'], spec: FilterSpec
-) -> Float[Array, 'P H']:
+  z: Float[Array, 'R H'], slope: Float[Array, 'R H'], spec: FilterSpec
+) -> Float[Array, 'R H']:
   """The gradient of z from that of the output."""
-  open_share = jax.nn.sigmoid(z)
+  open_share = sigmoid(z)
+  y = z * open_share
   if spec.scale:
-    y = z * open_share
     inverse = inverse_norm(y)
     along = jnp.sum(y * slope, axis=1, keepdims=True) * (inverse * inverse)
     slope = (spec.scale * inverse) * (slope - y * along)
-  return slope * open_share * (1 + z * (1 - open_share))
-
-
-def _to_inputs(
-  piece: _Piece, dz: Float[Array, 'P H'], inputs: _Inputs, spec: FilterSpec
-) -> tuple[Float[Array, 'P H'], Float[Array, 'S H']]:
-  """Gradients of a piece's inputs, and of the last ones before it."""
-  own = dz * inputs.weights[0:1, piece.lanes]
-  top, bottom = own[: PIECE - SUBLANES], own[PIECE - SUBLANES :]
-  before = jnp.zeros_like(bottom)
-  row = jax.lax.broadcasted_iota(jnp.int32, bottom.shape, 0)
-  for j in range(1, spec.taps):
-    earlier = dz * inputs.weights[j : j + 1, piece.lanes]
-    earlier = piece.of_document(j, earlier)
-    # The first j rows come out last: they are of the piece before.
-    earlier = pltpu.roll(earlier, PIECE - j, 0)
-    top += earlier[: PIECE - SUBLANES]
-    last = earlier[PIECE - SUBLANES :]
-    inside = row < SUBLANES - j
-    bottom += jnp.where(inside, last, 0)
-    before += jnp.where(inside, 0, last)
-  return jnp.concatenate([top, bottom], axis=0), before
+  return slope * (open_share + y * (1 - open_share))

@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from gated_jax.ops.delta.pallas_tpu.filters import LANES_OF_STEP
 from gated_jax.ops.delta.pallas_tpu.filters import PIECE
+from gated_jax.ops.delta.pallas_tpu.filters import sigmoid
 from gated_jax.ops.delta.pallas_tpu.products import SUBLANES
 
 
@@ -181,7 +182,8 @@ def _inverse(y: Float[Array, 'P H'], spec: NormSpec) -> Float[Array, 'P 1']:
 
 def _gate(z: Float[Array, 'P H'], spec: NormSpec) -> tuple[Array, Array]:
   """act(z) and its derivative."""
-  share = jax.nn.sigmoid(z)
+  share = sigmoid(z)
   if spec.activation == 'sigmoid':
     return share, share * (1 - share)
-  return z * share, share * (1 + z * (1 - share))
+  gate = z * share
+  return gate, share + gate * (1 - share)
