@@ -175,6 +175,11 @@ def _sizes() -> dict[str, int]:
   return {} if mesh is None else dict(mesh.shape)
 
 
+def is_split() -> bool:
+  """Tells whether the active mesh has more than one device."""
+  return any(size > 1 for size in _sizes().values())
+
+
 def axis_size(name: str) -> int:
   """How many parts the active mesh splits a logical axis into."""
   sizes = _sizes()
@@ -311,7 +316,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
   One that does not divide (a single prompt, say) is not split.
   """
-  if not any(size > 1 for size in _sizes().values()):
+  if not is_split():
     return x
   return jax.lax.with_sharding_constraint(x, _lenient(axes, x.shape))
 
@@ -330,7 +335,7 @@ def per_device(
   Returns:
     The function over whole arrays; without a mesh, `function` itself.
   """
-  if not any(size > 1 for size in _sizes().values()):
+  if not is_split():
     return function
 
   def is_axes(x: Any) -> bool:

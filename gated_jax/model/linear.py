@@ -24,6 +24,7 @@ from gated_jax.sharding import RESIDUAL
 from gated_jax.sharding import Axes
 from gated_jax.sharding import axis_size
 from gated_jax.sharding import is_active
+from gated_jax.sharding import is_split
 from gated_jax.sharding import per_device
 
 
@@ -138,6 +139,23 @@ def _row_major_output(y: Array, axis: str | None, size: int) -> Array:
   return row_major(y, ('batch', 'length', axis if divides else None))
 
 
+@jax.custom_vjp
+def _with_flat_gradient(matrix: Float[Array, 'I O']) -> Float[Array, 'I O']:
+  """A matrix whose gradient is a matrix until it is whole, on one device.
+
+  XLA:TPU would give it its axis of heads within the product, for which it turns
+  an array of the activations' size until the sequence is innermost. Where there
+  are more devices, the gradients' sum over them stands in between.
+  """
+  return matrix
+
+
+_with_flat_gradient.defvjp(
+  lambda matrix: (matrix, None),
+  lambda _, d: (jax.lax.optimization_barrier(d),),
+)
+
+
 def project(
   x: Float[Array, '...'], matrix: Matrix, dtype: Any, name: str = ''
 ) -> Float[Array, '...']:
@@ -156,6 +174,8 @@ def project(
   dtype = jnp.dtype(dtype)
   rows, outputs = x.shape[: x.ndim - n], kernel.shape[n:]
   flat_kernel = kernel.astype(dtype).reshape(-1, math.prod(outputs))
+  if kernel.ndim > 2 and not is_split():
+    flat_kernel = _with_flat_gradient(flat_kernel)
   flat = x.astype(dtype).reshape(*rows, flat_kernel.shape[0])
   if n > 1:  # the input has heads; otherwise it is the residual stream
     flat = _row_major_output(flat, axes[0], kernel.shape[0])
