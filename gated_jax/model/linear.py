@@ -139,7 +139,7 @@ def _row_major_output(y: Array, axis: str | None, size: int) -> Array:
   return row_major(y, ('batch', 'length', axis if divides else None))
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _with_flat_gradient(matrix: Float[Array, 'I O']) -> Float[Array, 'I O']:
   """A matrix whose gradient is a matrix until it is whole, on one device.
 
@@ -150,10 +150,12 @@ def _with_flat_gradient(matrix: Float[Array, 'I O']) -> Float[Array, 'I O']:
   return matrix
 
 
-_with_flat_gradient.defvjp(
-  lambda matrix: (matrix, None),
-  lambda _, d: (jax.lax.optimization_barrier(d),),
-)
+@_with_flat_gradient.defjvp
+def _with_flat_tangent(
+  matrices: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+  # Of a tangent, because the barrier's transpose is one of the gradient.
+  return matrices[0], jax.lax.optimization_barrier(tangents[0])
 
 
 def project(
