@@ -15,6 +15,7 @@ The router's losses go over the whole batch: they stand outside the part that
 runs device by device, where a sum over a sharded axis is a global sum.
 """
 
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -48,6 +49,12 @@ ROUTING_NAME = 'routing'
 # What experts of a reduced width read, before its norm, and what they give.
 REDUCED_NAME = 'reduced'
 SUM_NAME = 'expert_sum'
+# Logical names of the axes of gate_proj, up and down.
+STORED: tuple[Axes, ...] = (
+  ('experts', 'expert_embed', 'mlp'),
+  ('experts', 'expert_embed', 'mlp'),
+  ('experts', 'mlp', 'expert_embed'),
+)
 
 
 class MoEOutput(NamedTuple):
@@ -122,8 +129,6 @@ class MoE(nn.Module):
     """All experts, and the scale of their outputs where they are normed."""
     c = self.config
     e, d, f = c.moe.experts, c.moe.reduced_width or c.width, self.width
-    axes = ('experts', 'expert_embed', 'mlp')
-    swapped = ('experts', 'mlp', 'expert_embed')
 
     def weights(name: str, shape: tuple[int, ...], axes: Axes) -> Array:
       """A stack of matrices, one for each expert."""
@@ -134,9 +139,9 @@ class MoE(nn.Module):
 
     kinds = c.norm_zero_centered, c.param_dtype
     return moe.ExpertWeights(
-      weights('gate_proj', (e, d, f), axes),
-      weights('up', (e, d, f), axes),
-      weights('down', (e, f, d), swapped),
+      weights('gate_proj', (e, d, f), STORED[0]),
+      weights('up', (e, d, f), STORED[1]),
+      weights('down', (e, f, d), STORED[2]),
       Scale(d, *kinds, name='output_norm')() if c.moe.output_norm else None,
     )
 
@@ -194,27 +199,38 @@ class MoE(nn.Module):
       tensor_axis=''.join(mesh_axes('mlp')),
     )
 
+    def join(*shards: Array) -> tuple[Array, ...]:
+      """A device's shards of all matrices, as they will be multiplied."""
+      made = moe.Matrices.of(moe.ExpertWeights(*shards), spec.implementation)
+      return (*made.into, made.down)
+
     def run(
-      x: Array, indices: Array, weights: Array, *matrices: Array
+      x: Array, indices: Array, weights: Array, scale: Any, *matrices: Array
     ) -> Array:
       """Each device's share of the work: its tokens and experts."""
-      return moe.apply_experts(
-        x, indices, weights, moe.ExpertWeights(*matrices), spec
-      )
+      *into, down = matrices
+      mine = moe.Matrices(tuple(into), down, scale)
+      return moe.apply_experts(x, indices, weights, mine, spec)
 
+    shards = moe.Matrices.axes(STORED, spec.implementation)
+    whole = tuple(tuple(_gathered(a) for a in names) for names in shards)
     tokens = ('batch', 'length', None)
-    into, out = ('experts', None, 'mlp'), ('experts', 'mlp', None)
-    scaled = (tokens, tokens, tokens, into, into, out, (None,))
-    placed = per_device(run, scaled, tokens)
+    joined = per_device(join, STORED, shards)
+    placed = per_device(run, (tokens, tokens, tokens, (None,), *whole), tokens)
     # Where these are saved, gradients can travel to the experts before the
     # router's input is there again.
     return placed(
       x,
       checkpoint_name(routing.indices, ROUTING_NAME),
       checkpoint_name(routing.weights, ROUTING_NAME),
-      *(matrix.astype(x.dtype) for matrix in experts[:3]),
       experts.scale,
+      *joined(*(matrix.astype(x.dtype) for matrix in experts[:3])),
     )
+
+
+def _gathered(axis: str | None) -> str | None:
+  """The name of a matrix's axis where a device has all of its inputs."""
+  return None if axis == 'expert_embed' else axis
 
 
 class Router(nn.Module):

@@ -5,6 +5,7 @@ from gated_jax.ops.moe.experts import PRODUCT_NAME
 from gated_jax.ops.moe.experts import ROWS_NAME
 from gated_jax.ops.moe.experts import ExpertSpec
 from gated_jax.ops.moe.experts import ExpertWeights
+from gated_jax.ops.moe.experts import Matrices
 from gated_jax.ops.moe.grouped_matmul import check_platform
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
   'ROWS_NAME',
   'ExpertSpec',
   'ExpertWeights',
+  'Matrices',
   'apply_experts',
   'check_platform',
 ]

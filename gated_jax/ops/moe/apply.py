@@ -25,7 +25,6 @@ from gated_jax.ops.moe.experts import ExpertSpec
 from gated_jax.ops.moe.experts import ExpertWeights
 from gated_jax.ops.moe.experts import Matrices
 from gated_jax.ops.moe.experts import swiglu
-from gated_jax.ops.moe.grouped_matmul import resolve
 from gated_jax.ops.moe.grouped_matmul import row_tile
 
 
@@ -33,7 +32,7 @@ def apply_experts(
   x: Float[Array, 'B T D'],
   indices: Int[Array, 'B T k'],
   weights: Float[Array, 'B T k'],
-  experts: ExpertWeights,
+  experts: ExpertWeights | Matrices,
   spec: ExpertSpec = ExpertSpec(),
 ) -> Float[Array, 'B T D']:
   """Each token through the experts chosen for it, summed by weight.
@@ -42,7 +41,7 @@ def apply_experts(
     x: tokens, in the dtype of the matmuls.
     indices: experts of each token, numbered over all devices.
     weights: one per choice.
-    experts: in the dtype of the matmuls.
+    experts: in the dtype of the matmuls, as they are stored or multiplied.
     spec: static options; with axis names the call stands inside shard_map.
   """
   b, t, d = x.shape
@@ -50,10 +49,12 @@ def apply_experts(
   flat = x.reshape(b * t, d)
   choices = indices.reshape(b * t, k).astype(jnp.int32)
   weights = weights.reshape(b * t, k)
-  matrices = Matrices.of(experts, resolve(spec.implementation) != 'tiles')
+  matrices = experts
+  if isinstance(matrices, ExpertWeights):
+    matrices = Matrices.of(matrices, spec.implementation)
   run = exchange if spec.expert_axis else _local
   y = run(flat, weights, choices, matrices, spec)
-  if spec.tensor_axis and experts.scale is None:  # else they are sums already
+  if spec.tensor_axis and matrices.scale is None:  # else they are sums already
     y = jax.lax.psum(y, spec.tensor_axis)
   return y.reshape(b, t, d)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import NamedTuple
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from gated_jax.ops.moe.grouped_matmul import resolve
 # Names of arrays that a remat policy may save: rows as a device received them,
 # in the order of its experts, and the product of those rows with gate_proj and
 # up.
+T = TypeVar('T')
 ROWS_NAME = 'expert_rows'
 PRODUCT_NAME = 'expert_product'
 
@@ -38,19 +40,35 @@ class Matrices(NamedTuple):
   in backward there is no sum of two gradients of the rows, which is an array k
   times as large as the tokens. To join them is a copy of all experts, which is
   dear where few tokens are multiplied.
+
+  Where devices share D they had better be made of each device's shards, and
+  gathered then: shards are small. JAX's kernel takes `down` with D before F, as
+  a TPU gathers in place along any axis but the last.
   """
 
   into: tuple[Float[Array, 'E D F'], ...]
-  down: Float[Array, 'E F D']
+  down: Float[Array, 'E F D']  # for 'gmm' [E, D, F]
   scale: Float[Array, ' D'] | None = None
 
   @classmethod
-  def of(cls, experts: ExpertWeights, joined: bool) -> 'Matrices':
-    """Those of the experts."""
+  def of(cls, experts: ExpertWeights, implementation: str) -> 'Matrices':
+    """Those of the experts, for an implementation of the grouped matmul."""
+    name = resolve(implementation)
     into: tuple[Array, ...] = (experts.gate_proj, experts.up)
-    if joined:
+    if name != 'tiles':
       into = (jnp.concatenate(into, axis=-1),)
-    return cls(into, experts.down, experts.scale)
+    down = experts.down.swapaxes(1, 2) if name == 'gmm' else experts.down
+    return cls(into, down, experts.scale)
+
+  @staticmethod
+  def axes(
+    stored: tuple[tuple[T, ...], ...], implementation: str
+  ) -> tuple[tuple[T, ...], ...]:
+    """Names of the axes of `into` and `down`, by those of the experts'."""
+    name = resolve(implementation)
+    gate_proj, up, (e, f, d) = stored
+    into = (gate_proj, up) if name == 'tiles' else (gate_proj,)
+    return (*into, (e, d, f) if name == 'gmm' else (e, f, d))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +180,8 @@ def second_product(
     product = ops.hidden(gate, up, spec.limit) * before
     hidden = _first_rows(product, used).astype(both.dtype)
   options = (spec.implementation, spec.interpret)
-  y = grouped_matmul(hidden, down, sizes, *options, start)
+  turned = resolve(spec.implementation) == 'gmm'
+  y = grouped_matmul(hidden, down, sizes, *options, start, turned)
   if scale is None:
     return y
   return (normed(y, scale, used, spec) * weights).astype(y.dtype)

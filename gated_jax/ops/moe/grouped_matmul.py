@@ -70,6 +70,7 @@ def grouped_matmul(
   implementation: str = 'auto',
   interpret: bool = False,
   start: Float[Array, 'E D F'] | None = None,
+  turned: bool = False,
 ) -> Float[Array, 'R F']:
   """The first sizes[0] rows times matrices[0], the next times matrices[1], ..
 
@@ -82,10 +83,11 @@ def grouped_matmul(
     implementation: 'auto', or one of NAMES.
     interpret: runs 'gmm' on a CPU, for tests.
     start: what the gradient of the matrices is added to, that of earlier rows.
+    turned: the matrices, and their gradient, are [E, F, D]; 'gmm' alone.
   """
   name = resolve(implementation)
   if name == 'gmm':
-    return _kernel(rows, matrices, sizes, start, interpret)
+    return _kernel(rows, matrices, sizes, start, (turned, interpret))
   if start is not None:
     matrices = _adding_to(matrices, start)
   if name == 'tiles':
@@ -114,29 +116,40 @@ def _kernel(
   matrices: Array,
   sizes: Array,
   start: Array | None,
-  interpret: bool,
+  options: tuple[bool, bool],
 ) -> Array:
   """The product by JAX's kernel. In backward the kernel adds to `start`."""
   del start
-  return gmm(rows, matrices, sizes, rows.dtype, _tiling, interpret=interpret)
+  turned, interpret = options
+  return gmm(
+    rows,
+    matrices,
+    sizes,
+    rows.dtype,
+    _tiling,
+    transpose_rhs=turned,
+    interpret=interpret,
+  )
 
 
 def _kernel_backward(
-  interpret: bool, saved: tuple, grad: Array
+  options: tuple[bool, bool], saved: tuple, grad: Array
 ) -> tuple[Array, Array, None, None]:
   rows, matrices, sizes, start = saved
+  turned, interpret = options
   d_rows = gmm(
     grad,
     matrices,
     sizes,
     rows.dtype,
     _tiling,
-    transpose_rhs=True,
+    transpose_rhs=not turned,
     interpret=interpret,
   )
+  left, right = (grad, rows) if turned else (rows, grad)
   d_matrices = tgmm(
-    rows.swapaxes(0, 1),
-    grad,
+    left.swapaxes(0, 1),
+    right,
     sizes,
     matrices.dtype,
     _tiling,
@@ -148,8 +161,8 @@ def _kernel_backward(
 
 
 _kernel.defvjp(
-  lambda rows, matrices, sizes, start, interpret: (
-    _kernel(rows, matrices, sizes, start, interpret),
+  lambda rows, matrices, sizes, start, options: (
+    _kernel(rows, matrices, sizes, start, options),
     (rows, matrices, sizes, start),
   ),
   _kernel_backward,
