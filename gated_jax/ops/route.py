@@ -195,11 +195,15 @@ def load_share(
     axes: inside shard_map, the mesh axes that split the tokens.
     dtype: of the result.
   """
-  chosen = jax.nn.one_hot(indices, experts, dtype=dtype).sum(-2)
-  keep = _weights_of(valid, indices.shape[:-1], chosen.dtype)
+  keep = _weights_of(valid, indices.shape[:-1], jnp.dtype(dtype))
   tokens = jnp.maximum(_total(jnp.ones_like(keep), keep, axes), 1)
-  choices = tokens * indices.shape[-1]
-  return jax.lax.stop_gradient(_total(chosen, keep, axes)) / choices
+  # Tokens last: a TPU would turn [*b, k, E] to add up its k.
+  choices = jnp.moveaxis(indices, -1, 0)[:, None]
+  names = jnp.arange(experts).reshape(-1, *(1,) * keep.ndim)
+  chosen = jnp.where(choices == names, keep, 0)
+  chosen = jnp.sum(chosen, axis=(0, *range(2, chosen.ndim)))
+  chosen = jax.lax.psum(chosen, axes) if axes else chosen
+  return jax.lax.stop_gradient(chosen) / (tokens * indices.shape[-1])
 
 
 def excess_load(share: Float[Array, ' E']) -> Float[Array, ' E']:
