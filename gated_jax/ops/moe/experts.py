@@ -19,9 +19,10 @@ from gated_jax.ops.moe.grouped_matmul import resolve
 # Names of arrays that a remat policy may save: rows as a device received them,
 # in the order of its experts, and the product of those rows with gate_proj and
 # up.
-T = TypeVar('T')
 ROWS_NAME = 'expert_rows'
 PRODUCT_NAME = 'expert_product'
+
+T = TypeVar('T')
 
 
 class ExpertWeights(NamedTuple):
