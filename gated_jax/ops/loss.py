@@ -222,8 +222,8 @@ def _exponentials(
 ) -> tuple[Float[Array, 'C V'], _Row]:
   """exp(logits - shift), as precise as gradients are, and what they sum up to.
 
-  Where products have an epilogue that adds up, the shift had better be known
-  before; GPUs have none, and take the largest logit as they always did.
+  A TPU's products have an epilogue that adds up, if the shift is known before.
+  Elsewhere they have none, and the largest logit comes first.
   """
   ways = {
     'zero': functools.partial(_shifted_if_need_be, spec),
@@ -231,9 +231,8 @@ def _exponentials(
   }
   if spec.shift != 'auto':
     return ways[spec.shift](x, matrix, hit)
-  gpu = ways['largest']
   return jax.lax.platform_dependent(
-    x, matrix, hit, cuda=gpu, rocm=gpu, default=ways['zero']
+    x, matrix, hit, tpu=ways['zero'], default=ways['largest']
   )
 
 
@@ -276,7 +275,7 @@ def _shifted_by_largest(
 def _shifted_if_need_be(
   spec: LossSpec, x: Array, matrix: Array, hit: Array
 ) -> tuple[Float[Array, 'C V'], _Row]:
-  """By 0; a TPU then sums while it multiplies, and never writes the logits.
+  """By 0; logits are never written then, as sums are made with the product.
 
   Only where a sum cannot be held, all is done once more, with the largest logit
   as the shift of such a token. A sum that is not a number stays what it is.

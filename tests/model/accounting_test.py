@@ -248,6 +248,9 @@ def dots(jaxpr) -> float:
       total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
     elif name == 'ragged_dot_general':
       total += 2 * math.prod(lhs) * equation.outvars[0].aval.shape[-1]
+    elif name == 'cond':  # one branch runs
+      total += max(dots(branch.jaxpr) for branch in values['branches'])
+      continue
     times = values.get('length', 1) if name == 'scan' else 1
     for value in jax.tree.leaves(
       list(values.values()), is_leaf=lambda x: hasattr(x, 'eqns')

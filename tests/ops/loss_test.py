@@ -68,11 +68,22 @@ SHIFTS = 'zero', 'largest'
 
 @pytest.mark.parametrize('vocab_first', [False, True])
 @pytest.mark.parametrize('z_loss', [0.0, 0.3])
-@pytest.mark.parametrize('chunk', [0, 1, 4, 7, 14, 100])  # of 14 tokens
+@pytest.mark.parametrize(
+  ('chunk', 'shift'),  # of 14 tokens
+  [
+    (0, 'zero'),
+    (0, 'largest'),
+    (1, 'zero'),
+    (4, 'zero'),
+    (7, 'largest'),
+    (14, 'zero'),
+    (100, 'largest'),
+  ],
+)
 def test_values_and_gradients_are_those_of_all_logits_at_once(
-  chunk, z_loss, vocab_first
+  chunk, shift, z_loss, vocab_first
 ):
-  check(LossSpec(chunk, z_loss, vocab_first=vocab_first))
+  check(LossSpec(chunk, z_loss, vocab_first=vocab_first, shift=shift))
 
 
 @pytest.mark.parametrize('chunk', [0, 4])
@@ -121,11 +132,12 @@ def test_the_value_alone_is_the_one_beside_the_gradient():
 
 
 @pytest.mark.parametrize('chunk', [0, 4])
-def test_tokens_without_weight_have_no_part_in_anything(chunk):
+@pytest.mark.parametrize('shift', SHIFTS)
+def test_tokens_without_weight_have_no_part_in_anything(shift, chunk):
   x, matrix, targets = arrays()
   other, _, others = arrays(1)
   counted = WEIGHTS > 0
-  spec = LossSpec(chunk, 0.3)
+  spec = LossSpec(chunk, 0.3, shift=shift)
   first = run(x, matrix, targets, WEIGHTS, spec)
   x = np.where(counted[..., None], x, 100 * other)
   second = run(x, matrix, np.where(counted, targets, others), WEIGHTS, spec)
@@ -196,10 +208,11 @@ def test_nor_where_only_a_part_of_the_vocabulary_has_them(shift, first, second):
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_what_is_no_number_ends_and_shows(value):
+@pytest.mark.parametrize('shift', SHIFTS)
+def test_what_is_no_number_ends_and_shows(shift, value):
   x, *rest = arrays()
   x[0, 0, 0] = value
-  sums, _ = run(x, *rest, WEIGHTS, LossSpec(chunk=4))
+  sums, _ = run(x, *rest, WEIGHTS, LossSpec(chunk=4, shift=shift))
   assert not np.isfinite(sums.total)
 
 
@@ -207,7 +220,8 @@ def test_what_is_left_of_a_certain_target_is_not_rounded_away():
   """Its share is nearly one in bfloat16, and the rest of it is the gradient."""
   x, targets = jnp.ones((1, 1, 1), jnp.bfloat16), np.zeros((1, 1), np.int32)
   matrix = np.array([[9.0, 0.0, 0.5]], np.float32)
-  _, (_, d_matrix) = run(x, matrix, targets, np.ones((1, 1)), LossSpec())
+  spec = LossSpec(shift='zero')
+  _, (_, d_matrix) = run(x, matrix, targets, np.ones((1, 1)), spec)
   share = np.exp(matrix[0].astype(np.float64))
   share /= share.sum()
   expected = share - np.eye(3)[0]
@@ -215,16 +229,16 @@ def test_what_is_left_of_a_certain_target_is_not_rounded_away():
   np.testing.assert_allclose(d_matrix[0], expected, rtol=eps)
 
 
-def test_bfloat16_is_multiplied_as_it_is_and_summed_in_float32():
+@pytest.mark.parametrize('shift', SHIFTS)
+def test_bfloat16_is_multiplied_as_it_is_and_summed_in_float32(shift):
   """Many tokens of one kind: a narrow sum would stop to grow."""
   rng = np.random.default_rng(0)
   tokens = 4096
   x = np.ones((1, tokens, 1), jnp.bfloat16)
   matrix = rng.normal(size=(1, V)).astype(np.float32)
   targets = np.zeros((1, tokens), np.int32)
-  sums, (d_x, d_matrix) = run(
-    x, matrix, targets, np.ones((1, tokens)), LossSpec(chunk=64)
-  )
+  spec = LossSpec(chunk=64, shift=shift)
+  sums, (d_x, d_matrix) = run(x, matrix, targets, np.ones((1, tokens)), spec)
   assert d_x.dtype == jnp.bfloat16
   assert d_matrix.dtype == jnp.float32
   narrow = matrix.astype(jnp.bfloat16).astype(np.float64)
