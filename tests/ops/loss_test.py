@@ -5,6 +5,7 @@ the imaginary part of the loss at a complex argument.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -66,19 +67,20 @@ def run(x, matrix, targets, weights, spec):
 SHIFTS = 'zero', 'largest'
 
 
-@pytest.mark.parametrize('vocab_first', [False, True])
-@pytest.mark.parametrize('z_loss', [0.0, 0.3])
+def cases():
+  """All together take long; a third of them has every value of every option."""
+  options = itertools.product(
+    [0, 1, 4, 7, 14, 100],  # tokens of a chunk, of 14
+    SHIFTS,
+    [0.0, 0.3],
+    [False, True],
+  )
+  for i, case in enumerate(options):
+    yield pytest.param(*case, marks=[pytest.mark.long] if i % 3 else [])
+
+
 @pytest.mark.parametrize(
-  ('chunk', 'shift'),  # of 14 tokens
-  [
-    (0, 'zero'),
-    (0, 'largest'),
-    (1, 'zero'),
-    (4, 'zero'),
-    (7, 'largest'),
-    (14, 'zero'),
-    (100, 'largest'),
-  ],
+  ('chunk', 'shift', 'z_loss', 'vocab_first'), list(cases())
 )
 def test_values_and_gradients_are_those_of_all_logits_at_once(
   chunk, shift, z_loss, vocab_first

@@ -90,6 +90,7 @@ def test_outputs_and_the_last_state_are_those_of_plain_arrays(dtype, tolerance):
     np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
 
 
+@pytest.mark.long
 @PRECISIONS
 def test_gradients_are_those_written_by_hand(dtype, tolerance):
   _, found = both_passes(*arrays(dtype), slopes())
