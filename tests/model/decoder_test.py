@@ -155,9 +155,7 @@ def test_a_row_without_document_numbers_is_one_document():
 @pytest.mark.parametrize(
   'name',
   [
-    name
-    if name in ('plain', 'pattern')
-    else pytest.param(name, marks=pytest.mark.long)
+    name if name == 'pattern' else pytest.param(name, marks=pytest.mark.long)
     for name in VARIANTS
   ],
 )

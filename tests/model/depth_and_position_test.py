@@ -65,6 +65,7 @@ def test_a_stream_scaled_by_depth_is_a_sum_of_equal_shares(scan):
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_queries_grow_with_their_positions_where_nothing_turns_them():
   alone = dataclasses.replace(
     SMALL, depth=1, lead=(), pattern=('attention:nope',)

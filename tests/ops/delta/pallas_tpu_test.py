@@ -100,6 +100,7 @@ def test_gradients_are_those_written_by_hand(dtype, tolerance):
     assert error < tolerance * np.abs(x).max(), name
 
 
+@pytest.mark.long
 def test_no_gradient_of_a_later_document_reaches_an_earlier_one():
   later = np.arange(LENGTH)[None, :, None, None] >= 37
   d_output, d_last = slopes()
