@@ -172,7 +172,8 @@ def second_product(
   used = sizes.sum()
   # A norm would take factors before it away.
   before = weights if scale is None else jnp.ones_like(weights)
-  if resolve(spec.implementation) == 'gmm' and swiglu_tpu.fits(both.shape):
+  by_kernel = resolve(spec.implementation) == 'gmm'
+  if by_kernel and swiglu_tpu.fits(both.shape):
     hidden = swiglu_tpu.hidden(both, before, used, spec.limit, spec.interpret)
   else:
     # Split before widening: in the other order XLA writes a float32 copy.
@@ -181,8 +182,7 @@ def second_product(
     product = ops.hidden(gate, up, spec.limit) * before
     hidden = _first_rows(product, used).astype(both.dtype)
   options = (spec.implementation, spec.interpret)
-  turned = resolve(spec.implementation) == 'gmm'
-  y = grouped_matmul(hidden, down, sizes, *options, start, turned)
+  y = grouped_matmul(hidden, down, sizes, *options, start, turned=by_kernel)
   if scale is None:
     return y
   return (normed(y, scale, used, spec) * weights).astype(y.dtype)
