@@ -311,6 +311,12 @@ def _lenient(axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
   return PartitionSpec(*entries)
 
 
+def parts(name: str, size: int) -> int:
+  """The parts that `per_device` splits an axis into: all, or it stays whole."""
+  count = axis_size(name)
+  return 1 if size % count else count
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Tells the partitioner where an activation lies; nothing without a mesh.
 

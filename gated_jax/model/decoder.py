@@ -31,6 +31,7 @@ from gated_jax.model.block import collect
 from gated_jax.model.block import join
 from gated_jax.model.block import with_remat
 from gated_jax.model.cache import Cache
+from gated_jax.model.layers import INLET
 from gated_jax.model.layers import Embed
 from gated_jax.model.layers import Scale
 from gated_jax.model.layers import Unembed
@@ -116,11 +117,12 @@ class Decoder(nn.Module):
       [B, T, V] float32, and with a cache the pair of that and the cache that
       holds these tokens too.
     """
-    inputs = {'tokens': tokens, 'segments': segments, 'positions': positions}
     order = self._order(tokens.shape[1], cache)
-    x, cache, _ = self._hidden(
-      _permute(inputs, order), cache, deterministic, skip_below
+    inputs: dict[str, Any] = _permute(
+      {'tokens': tokens, 'segments': segments, 'positions': positions}, order
     )
+    x = self.embed(inputs['tokens'])
+    x, cache, _ = self._hidden(x, inputs, cache, deterministic, skip_below)
     if last:
       x = x if order is None else x[:, jnp.argsort(order)]
       x, order = _last_token(x, segments), None
@@ -147,8 +149,13 @@ class Decoder(nn.Module):
     """
     c = self.config
     batch = _permute(batch, self._order(batch['tokens'].shape[1], None))
-    x, _, extras = self._hidden(batch, None, deterministic)
-    sums = self._cross_entropy(x, batch['targets'], batch['weights'])
+    tokens, inlet = batch['tokens'], None
+    if c.tie_embeddings:
+      x, inlet = self.embed.with_inlet(tokens)
+    else:
+      x = self.embed(tokens)
+    x, _, extras = self._hidden(x, batch, None, deterministic)
+    sums = self._cross_entropy(x, batch['targets'], batch['weights'], inlet)
     # The mean over layers, so that depth changes no balance.
     means = jax.tree.map(jnp.mean, extras)
     total = sum(means.get('losses', {}).values(), sums.total)
@@ -182,12 +189,21 @@ class Decoder(nn.Module):
 
   def _hidden(
     self,
+    x: Array,
     inputs: dict[str, Any],
     cache: Cache | None,
     deterministic: bool,
     skip_below: Array | None = None,
   ) -> tuple[Array, Cache | None, Extras]:
-    """Final hidden states, the cache, and the layers' numbers, by name."""
+    """Final hidden states, the cache, and the layers' numbers, by name.
+
+    Args:
+      x: rows of the embedding for `inputs['tokens']`.
+      inputs: tokens, segments and positions.
+      cache: as for the call.
+      deterministic: as for the call.
+      skip_below: as for the call.
+    """
     tokens, segments = inputs['tokens'], inputs.get('segments')
     length = None if cache is None else cache.length
     valid = None if segments is None else segments != 0
@@ -199,7 +215,6 @@ class Decoder(nn.Module):
       skip_below=skip_below,
       deterministic=deterministic,
     )
-    x = self.embed(tokens)
     if self.config.embed_scale != 1:
       x *= self.config.embed_scale
     x = sharding.constrain(x, *sharding.RESIDUAL)
@@ -273,7 +288,7 @@ class Decoder(nn.Module):
     return x, cache, join(collect(extras), repeated.extras)
 
   def _cross_entropy(
-    self, x: Array, targets: Array, weights: Array
+    self, x: Array, targets: Array, weights: Array, inlet: Array | None
   ) -> losses.LossSums:
     c = self.config
     spec = losses.LossSpec(
@@ -287,7 +302,7 @@ class Decoder(nn.Module):
     )
     place = functools.partial(_on_each_device, c.tie_embeddings)
     return losses.cross_entropy(
-      x, self._matrix(), targets, weights, spec, place
+      x, self._matrix(), targets, weights, spec, place, inlet
     )
 
 
@@ -298,8 +313,9 @@ def _on_each_device(
   rows = ('batch', 'length')
   tokens = (*rows, None)
   matrix = ('vocab', 'embed') if tied else ('embed', 'vocab')
+  d_matrix = INLET if tied else matrix
   sums: Any = ((), (), (), ())
-  outputs = (sums, (tokens, matrix)) if differentiate else sums
+  outputs = (sums, (tokens, d_matrix)) if differentiate else sums
   return sharding.per_device(function, (tokens, matrix, rows, rows), outputs)
 
 

@@ -28,6 +28,7 @@ from gated_jax.ops import swiglu
 from gated_jax.sharding import Axes
 from gated_jax.sharding import constrain
 from gated_jax.sharding import mesh_axes
+from gated_jax.sharding import parts
 from gated_jax.sharding import per_device
 
 # Remat policies know the mean square of a norm's input by this name.
@@ -71,8 +72,19 @@ def rms_norm(
   From Root Mean Square Layer Normalization (arXiv 1910.07467).
   """
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return divide_by_root(x, jnp.mean(wide * wide, axis=-1), scale, eps)
+
+
+def divide_by_root(
+  x: Float[Array, '*b D'],
+  mean: Float[Array, '*b'],
+  scale: Float[Array, ' D'],
+  eps: float,
+) -> Float[Array, '*b D']:
+  """`rms_norm` of x, whose squares have this mean."""
+  wide = x.astype(mean.dtype)
   # One number a token is cheap to save, and recomputing it reads all of x.
-  mean = checkpoint_name(jnp.mean(wide * wide, axis=-1), MEAN_NAME)
+  mean = checkpoint_name(mean, MEAN_NAME)
   inverse = jax.lax.rsqrt(mean + eps)[..., None]
   return (wide * inverse * scale.astype(wide.dtype)).astype(x.dtype)
 
@@ -158,16 +170,34 @@ class Embed(nn.Module):
     )
 
   def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    spec = ops.EmbedSpec(
+    x = ops.embed(self.embedding, tokens, self._spec(), _on_each_device)
+    return self._finished(x)
+
+  def with_inlet(
+    self, tokens: Int[Array, 'B T']
+  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'b t V D']]:
+    """The rows, and the inlet for the gradient of a loss by this table."""
+    axes = zip(('batch', 'length'), tokens.shape, strict=True)
+    b, t = (parts(name, size) for name, size in axes)
+    x, inlet = ops.embed_with_inlet(
+      self.embedding, tokens, self._spec(), _on_each_device, (b, t)
+    )
+    return self._finished(x), inlet
+
+  def _spec(self) -> ops.EmbedSpec:
+    return ops.EmbedSpec(
       dtype=self.config.dtype,
       token_axes=mesh_axes('batch') + mesh_axes('length'),
       vocab_axis=''.join(mesh_axes('vocab')),
       width_axes=mesh_axes('embed'),
     )
-    x = ops.embed(self.embedding, tokens, spec, _on_each_device)
-    if self.config.embed_norm:
-      x = bare_norm(x, self.config.norm_eps)
-    return x
+
+  def _finished(self, x: Array) -> Array:
+    return bare_norm(x, self.config.norm_eps) if self.config.embed_norm else x
+
+
+# Logical axes of an embedding's inlet: the gradient of each device's tokens.
+INLET = ('batch', 'length', 'vocab', None)
 
 
 def _on_each_device(
@@ -177,7 +207,10 @@ def _on_each_device(
   tokens, table = ('batch', 'length'), ('vocab', 'embed')
   rows = (*tokens, None)
   if differentiate:
-    return per_device(function, (rows, tokens, table), table)
+    inputs = rows, tokens, table, INLET
+    return lambda *arrays: per_device(function, inputs[: len(arrays)], table)(
+      *arrays
+    )
   return per_device(function, (table, tokens), rows)
 
 

@@ -4,6 +4,11 @@ The table is gathered along its width in the dtype of the activations; its
 gradient is summed in float32, since a frequent token's row is the sum of
 thousands of terms, and scattered again.
 
+A loss that multiplies by the same table has a gradient of it as well, which
+each device sums over its own tokens. Through an inlet that gradient comes here
+before it is summed over devices: tokens' terms are added to it in place, and
+one sum over devices is made of both.
+
 On a mesh, the caller hands in a wrapper that runs a function on each device's
 shard: meshes are its business. The hand-written gradient stands outside of it,
 because a gradient through `shard_map` would sum the table's over devices by
@@ -59,11 +64,43 @@ def embed(
       where its second argument is true, (d_rows, tokens, table) to the table's
       gradient.
   """
-  return _embed(spec, shard, table, tokens)
+  return _embed(spec, shard, None, table, tokens)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _embed(spec: EmbedSpec, shard: Shard, table: Array, tokens: Array) -> Array:
+def embed_with_inlet(
+  table: Float[Array, 'V D'],
+  tokens: Int[Array, 'B T'],
+  spec: EmbedSpec,
+  shard: Shard,
+  parts: tuple[int, int],
+) -> tuple[Float[Array, 'B T D'], Float[Array, 'b t V D']]:
+  """As `embed`, and an inlet for another gradient of the table.
+
+  Args:
+    table: [V, D].
+    tokens: ids.
+    spec: static options.
+    shard: as for `embed`; the gradient's function takes the inlet's gradient
+      after the table.
+    parts: (b, t), the number of parts that rows and tokens are split into.
+
+  Returns:
+    The rows, and the inlet: nothing is to be read there. What is given as its
+    gradient, for each part the sum over its tokens, is added to the table's.
+  """
+  rows, inlet = _embed(spec, shard, parts, table, tokens)
+  assert inlet is not None
+  return rows, inlet
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _embed(
+  spec: EmbedSpec,
+  shard: Shard,
+  parts: tuple[int, int] | None,
+  table: Array,
+  tokens: Array,
+) -> tuple[Array, Array | None]:
   def run(table: Array, tokens: Array) -> Array:
     """Each device's share of the work: its rows of the table."""
     table = table.astype(jnp.dtype(spec.dtype))
@@ -73,7 +110,15 @@ def _embed(spec: EmbedSpec, shard: Shard, table: Array, tokens: Array) -> Array:
     rows = jnp.where(known[..., None], jnp.take(table, ids, axis=0), 0)
     return jax.lax.psum(rows, spec.vocab_axis) if spec.vocab_axis else rows
 
-  return shard(run, False)(table, tokens)
+  rows = shard(run, False)(table, tokens)
+  if parts is None:
+    return rows, None
+  return rows, jnp.zeros((*parts, *table.shape), _wide(table))
+
+
+def _wide(table: Array) -> jnp.dtype:
+  """The dtype in which the table's gradient is summed."""
+  return jnp.promote_types(table.dtype, jnp.float32)
 
 
 def _local_ids(
@@ -86,23 +131,35 @@ def _local_ids(
 
 
 def _forward(
-  spec: EmbedSpec, shard: Shard, table: Array, tokens: Array
-) -> tuple[Array, tuple[Array, Array]]:
-  return _embed(spec, shard, table, tokens), (table, tokens)
+  spec: EmbedSpec,
+  shard: Shard,
+  parts: tuple[int, int] | None,
+  table: Array,
+  tokens: Array,
+) -> tuple[tuple[Array, Array | None], tuple[Array, Array]]:
+  return _embed(spec, shard, parts, table, tokens), (table, tokens)
 
 
 def _backward(
-  spec: EmbedSpec, shard: Shard, saved: tuple[Array, Array], d_rows: Array
+  spec: EmbedSpec,
+  shard: Shard,
+  parts: tuple[int, int] | None,
+  saved: tuple[Array, Array],
+  gradients: tuple[Array, Array | None],
 ) -> tuple[Array, None]:
   table, tokens = saved
+  d_rows, d_inlet = gradients
 
-  def run(d_rows: Array, tokens: Array, table: Array) -> Array:
+  def run(d_rows: Array, tokens: Array, table: Array, *d_inlet: Array) -> Array:
     """The gradient of a device's rows of the table."""
-    wide = jnp.promote_types(table.dtype, jnp.float32)
+    wide = _wide(table)
     ids, known = _local_ids(tokens, table.shape[0], spec)
     terms = jnp.where(known[..., None], d_rows.astype(wide), 0)
-    zeros = jnp.zeros((table.shape[0], terms.shape[-1]), wide)
-    gradient = zeros.at[ids].add(terms)
+    if d_inlet:
+      start = d_inlet[0][0, 0]
+    else:
+      start = jnp.zeros((table.shape[0], terms.shape[-1]), wide)
+    gradient = start.at[ids].add(terms)
     if spec.width_axes:
       gradient = jax.lax.psum_scatter(
         gradient, spec.width_axes, scatter_dimension=1, tiled=True
@@ -112,7 +169,8 @@ def _backward(
       gradient = jax.lax.psum(gradient, rest)
     return gradient.astype(table.dtype)
 
-  return shard(run, True)(d_rows, tokens, table), None
+  arrays = [d_rows, tokens, table] + ([] if parts is None else [d_inlet])
+  return shard(run, True)(*arrays), None
 
 
 _embed.defvjp(_forward, _backward)

@@ -91,6 +91,7 @@ def local_loss(
   weights: Float[Array, 'B T'],
   spec: LossSpec,
   differentiate: bool,
+  reduce: bool = True,
 ) -> tuple[LossSums, Gradients | None]:
   """The loss on one device's shard, and the gradients of `total`.
 
@@ -101,6 +102,8 @@ def local_loss(
     weights: each token's in the mean; 0: it does not count.
     spec: static options.
     differentiate: whether gradients are wanted.
+    reduce: False: the matrix's gradient is that of this device's tokens, of the
+      whole width and not rounded.
   """
   b, t, d = x.shape
   width_axis = 1 if spec.vocab_first else 0
@@ -123,11 +126,13 @@ def local_loss(
   one = functools.partial(_one_chunk, whole, spec, differentiate)
   wide = jnp.promote_types(x.dtype, jnp.float32)
   zero = jnp.zeros((), wide)
-  start = (zero, zero, jnp.zeros(whole.shape, wide) if differentiate else zero)
+  # The first chunk reads nothing of it, so that nothing is cleared before.
+  empty = jax.lax.empty(whole.shape, wide) if differentiate else zero
+  start = (jnp.int32(0), zero, zero, empty)
   if chunks == 1:
-    (nll, z, d_matrix), d_x = one(start, rows)
+    (_, nll, z, d_matrix), d_x = one(start, rows)
   else:
-    (nll, z, d_matrix), d_x = jax.lax.scan(
+    (_, nll, z, d_matrix), d_x = jax.lax.scan(
       one, start, tuple(r.reshape(chunks, chunk, *r.shape[1:]) for r in rows)
     )
   nll, z = (_sum(value, spec.token_axes) for value in (nll, z))
@@ -137,6 +142,8 @@ def local_loss(
   d_x = d_x.reshape(chunks * chunk, d)[:tokens].reshape(b, t, d)
   if spec.vocab_axis:
     d_x = jax.lax.psum(d_x, spec.vocab_axis)
+  if not reduce:
+    return sums, Gradients(d_x, d_matrix)
   if spec.width_axes:
     d_matrix = jax.lax.psum_scatter(
       d_matrix, spec.width_axes, scatter_dimension=width_axis, tiled=True
@@ -166,16 +173,23 @@ def _one_chunk(
   matrix: Array,
   spec: LossSpec,
   differentiate: bool,
-  carry: tuple[Array, Array, Array],
+  carry: tuple[Array, Array, Array, Array],
   rows: tuple[Array, ...],
-) -> tuple[tuple[Array, Array, Array], Any]:
+) -> tuple[tuple[Array, Array, Array, Array], Any]:
   """Adds one chunk's losses and the matrix's gradient to the carry.
+
+  Args:
+    matrix: whole along its width.
+    spec: static options.
+    differentiate: whether gradients are wanted.
+    carry: the chunk's number, and the sums of those before.
+    rows: x, targets and weights of the chunk.
 
   Returns:
     The carry, and the gradient of the chunk's x where it is wanted.
   """
   x, targets, weights = rows
-  nll_sum, z_sum, d_matrix = carry
+  number, nll_sum, z_sum, d_matrix = carry
   wide = jnp.promote_types(x.dtype, jnp.float32)
   vocab = 0 if spec.vocab_first else 1
   first = jnp.int32(0)
@@ -192,7 +206,7 @@ def _one_chunk(
   nll_sum += jnp.sum((lse - target) * weights)
   z_sum += jnp.sum(lse**2 * weights)
   if not differentiate:
-    return (nll_sum, z_sum, d_matrix), None
+    return (number + 1, nll_sum, z_sum, d_matrix), None
   # d total / d logits = w (softmax (1 + 2 z_loss lse) - one_hot)
   scale = weights * (1 + 2 * spec.z_loss * lse)
   d_logits = terms * (scale * jnp.exp(row.shift - lse))[:, None]
@@ -208,10 +222,10 @@ def _one_chunk(
     d_logits, matrix, (((1,), (vocab,)), ((), ())), preferred_element_type=wide
   )
   pair = (d_logits, x) if spec.vocab_first else (x, d_logits)
-  d_matrix += jax.lax.dot_general(
+  d_matrix = jnp.where(number, d_matrix, 0) + jax.lax.dot_general(
     *pair, (((0,), (0,)), ((), ())), preferred_element_type=wide
   )
-  return (nll_sum, z_sum, d_matrix), d_x.astype(x.dtype)
+  return (number + 1, nll_sum, z_sum, d_matrix), d_x.astype(x.dtype)
 
 
 def _exponentials(
@@ -308,6 +322,7 @@ def cross_entropy(
   weights: Float[Array, 'B T'],
   spec: LossSpec = LossSpec(),
   shard: Shard = unsharded,
+  inlet: Float[Array, 'b t V D'] | None = None,
 ) -> LossSums:
   """Loss of a batch; only `total` has a gradient, with respect to x, matrix.
 
@@ -319,8 +334,10 @@ def cross_entropy(
     spec: static options.
     shard: runs a function of (x, matrix, targets, weights) on each device's
       shard; its second argument says whether it returns gradients too.
+    inlet: of the matrix where it is an embedding's (`embed.py`), which then
+      gets the matrix's gradient, as [1, 1, V, D] of each device.
   """
-  return _cross_entropy(spec, shard, x, matrix, targets, weights)
+  return _cross_entropy(spec, shard, x, matrix, targets, weights, inlet)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -331,7 +348,10 @@ def _cross_entropy(
   matrix: Array,
   targets: Array,
   weights: Array,
+  inlet: Array | None,
 ) -> LossSums:
+  del inlet
+
   def run(
     x: Array, matrix: Array, targets: Array, weights: Array
   ) -> tuple[Array, ...]:
@@ -348,27 +368,39 @@ def _forward(
   matrix: Array,
   targets: Array,
   weights: Array,
-) -> tuple[LossSums, Gradients]:
+  inlet: Array | None,
+) -> tuple[LossSums, tuple[Array, Array | None, Array | None]]:
   def run(
     x: Array, matrix: Array, targets: Array, weights: Array
   ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Each device's share of the sums, and their gradients."""
-    sums, gradients = local_loss(x, matrix, targets, weights, spec, True)
+    sums, gradients = local_loss(
+      x, matrix, targets, weights, spec, True, inlet is None
+    )
     assert gradients is not None
-    return tuple(sums), tuple(gradients)
+    d_x, d_matrix = gradients
+    if inlet is not None:
+      d_matrix = d_matrix[None, None].astype(inlet.dtype)
+    return tuple(sums), (d_x, d_matrix)
 
   sums, gradients = shard(run, True)(x, matrix, targets, weights)
-  return LossSums(*sums), Gradients(*gradients)
+  d_x, d_matrix = gradients
+  if inlet is None:
+    return LossSums(*sums), (d_x, d_matrix, None)
+  return LossSums(*sums), (d_x, None, d_matrix)
 
 
 def _backward(
-  spec: LossSpec, shard: Shard, gradients: Gradients, incoming: LossSums
-) -> tuple[Array, Array, None, None]:
+  spec: LossSpec,
+  shard: Shard,
+  gradients: tuple[Array, Array | None, Array | None],
+  incoming: LossSums,
+) -> tuple[Array, Array | None, None, None, Array | None]:
   del spec, shard
-  scaled = jax.tree.map(
+  d_x, d_matrix, d_inlet = jax.tree.map(
     lambda g: (g * incoming.total).astype(g.dtype), gradients
   )
-  return scaled.x, scaled.matrix, None, None
+  return d_x, d_matrix, None, None, d_inlet
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -7,6 +7,10 @@ import pytest
 
 from gated_jax.ops.embed import EmbedSpec
 from gated_jax.ops.embed import embed
+from gated_jax.ops.embed import embed_with_inlet
+from gated_jax.ops.embed import unsharded
+from gated_jax.ops.loss import LossSpec
+from gated_jax.ops.loss import cross_entropy
 
 V, D = 6, 4
 TABLE = np.random.default_rng(0).normal(size=(V, D)).astype(np.float32)
@@ -53,3 +57,42 @@ def test_many_small_terms_are_summed_in_float32():
   found = gradient(TABLE, tokens, incoming, EmbedSpec('bfloat16'))
   assert found.dtype == np.float32
   np.testing.assert_array_equal(found[0], 4096)
+
+
+def test_an_inlet_takes_the_gradient_of_another_use():
+  parts = (1, 1)
+  rng = np.random.default_rng(2)
+  tokens = jnp.asarray(rng.integers(0, V, (2, 9)))
+  incoming = rng.normal(size=(2, 9, D)).astype(np.float32)
+  other = rng.normal(size=(*parts, V, D)).astype(np.float32)
+
+  def rows(table):
+    return embed_with_inlet(table, tokens, EmbedSpec(), unsharded, parts)
+
+  (found, inlet), pull = jax.vjp(rows, jnp.asarray(TABLE))
+  np.testing.assert_array_equal(found, TABLE[np.asarray(tokens)])
+  assert inlet.shape == other.shape
+  total = pull((jnp.asarray(incoming), jnp.asarray(other)))[0]
+  expected = gradient(TABLE, tokens, incoming) + other[0, 0]
+  np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_loss_adds_its_gradient_through_the_inlet():
+  rng = np.random.default_rng(3)
+  tokens, targets = (jnp.asarray(rng.integers(0, V, (2, 9))) for _ in range(2))
+  weights = jnp.asarray(rng.uniform(size=(2, 9)), jnp.float32)
+  spec = LossSpec(chunk=4, vocab_first=True)
+
+  def loss(table, tied):
+    if tied:
+      x, inlet = embed_with_inlet(table, tokens, EmbedSpec(), unsharded, (1, 1))
+    else:
+      x, inlet = embed(table, tokens), None
+    arrays = jnp.sin(x), table, targets, weights
+    return cross_entropy(*arrays, spec, inlet=inlet).total
+
+  found, expected = (
+    jax.value_and_grad(loss)(jnp.asarray(TABLE), tied) for tied in (True, False)
+  )
+  assert found[0] == expected[0]
+  np.testing.assert_allclose(found[1], expected[1], rtol=1e-6, atol=1e-7)
