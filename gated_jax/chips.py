@@ -21,6 +21,10 @@ TILES = 'xla_tpu_scoped_vmem_limit_kib'
 # Weights come by all-gathers, beside computing, where the compiler would make
 # one all-reduce of zero-padded shards of a layer, which nothing overlaps.
 ASYNC_GATHERS = 'xla_tpu_prefer_async_allgather_to_allreduce'
+# 'false': arrays of 16 bits lie in tiles of 8 rows for kernels too. By default
+# tpu7x gives kernels tiles of 16 and all else tiles of 8, so that what lies
+# between is copied, a layer's part of a stack with the whole stack.
+TILES_OF_16_ROWS = 'xla_tpu_control_large_2nd_minor_layout_for_x16'
 # Lets the rows of experts travel beside computing. On tpu7x they do so anyway.
 ASYNC_EXCHANGE = 'xla_tpu_enable_async_all_to_all'
 
@@ -205,7 +209,11 @@ _TPUS = (
     network=6.25e9,
     cores=1,
     core=_core_with_units_of_256(64),
-    compiler_options={TILES: '49152', ASYNC_GATHERS: 'true'},
+    compiler_options={
+      TILES: '49152',
+      ASYNC_GATHERS: 'true',
+      TILES_OF_16_ROWS: 'false',
+    },
     attention_blocks={'back_strip': 128},
   ),
 )

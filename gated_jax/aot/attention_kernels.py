@@ -154,7 +154,9 @@ def compile_kernels(kind: str, make: Make, case: Case) -> None:
   """Compiles the program of a case for a TPU."""
   run, shapes = make(case)
   place = jax.sharding.SingleDeviceSharding(device_of(kind))
-  jax.jit(run).lower(*_abstract(shapes, place)).compile()
+  # Whole steps have these, and some of them are about kernels.
+  options: dict[str, Any] = dict(TPUS[kind].compiler_options)
+  jax.jit(run).lower(*_abstract(shapes, place)).compile(options)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from flax.core import meta
 from jaxtyping import Array
 from jaxtyping import Float
 
+from gated_jax import stacks
 from gated_jax.config import OptimizerConfig
 from gated_jax.training.optimizer import Schedule
 from gated_jax.training.parts import Part
@@ -147,7 +148,7 @@ def _gradients(
     metrics = {'loss': value.nll, 'total_loss': value.total, **value.metrics}
     return value.total, (value.weight, metrics)
 
-  gradient = jax.grad(evaluate, has_aux=True)
+  gradient = stacks.in_place(jax.grad(evaluate, has_aux=True))
   if accumulate == 1:
     grads, (weight, metrics) = gradient(params, batch, key)
     return grads, {**metrics, 'tokens': weight}

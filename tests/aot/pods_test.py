@@ -182,6 +182,20 @@ def gathered_beside_computing(report):
   )
 
 
+def copied_stacks(program, layers):
+  """Copies of arrays of all layers that are made for each of them."""
+  return [
+    v.instruction.name
+    for _, v in program.costliest(500)
+    if v.times > 1
+    and v.instruction.op == 'copy'
+    and any(
+      shape[:1] == (layers,) and hlo.array_bytes(kind, shape) > SMALL
+      for kind, shape in hlo.arrays(v.instruction.type)
+    )
+  ]
+
+
 def check(pod, scheduled=False):
   config = config_of(pod)
   devices = open_topology(pod.topology)
@@ -197,6 +211,9 @@ def check(pod, scheduled=False):
     assert any(kernel in name for name in names), (kernel, names)
   assert unexpected(report) == []
   assert replicated(report.compiled.state, least=SMALL) == []
+  model = report.compiled.config.model
+  layers = (model.depth - len(model.lead)) // len(model.pattern)
+  assert copied_stacks(report.program, layers) == []
   fsdp = dict(report.compiled.mesh.shape)['fsdp']
   if pod.train and pod.topology == V5E and fsdp == len(devices):
     # In forward and backward, but for what begins a layer and has nothing to run
