@@ -5,7 +5,7 @@
 The kernels are compiled by themselves, in a process apart: the compiler writes
 schedules only if it was told so when it was loaded, and takes an hour to write
 those of a whole step. `schedule.py` reads them.
-Waiting for memory is not in them.
+Waiting for memory is not in them, except where it is said.
 """
 
 import argparse
@@ -33,12 +33,14 @@ from gated_jax.aot.dumps import run_with_dumps
 from gated_jax.aot.program import Kernel
 from gated_jax.chips import LANES
 from gated_jax.config import RunConfig
+from gated_jax.ops import norm_tpu
 from gated_jax.ops import rope
 from gated_jax.ops import rope_tpu
 
 # Which pass a kernel's price belongs to.
 ATTENTION = {'gated_attention_forward': 0, 'gated_attention_backward': 1}
 ROTATION = {'rotate_forward': 0, 'rotate_backward': 1}
+MEAN, STREAM = 'norm_mean_square', 'norm_backward'
 
 Price = Callable[[Kernel], float | None]
 
@@ -64,6 +66,7 @@ def prices(kind: str, config: RunConfig, tensor: int) -> Price:
       f'--length={config.data.length}',
       f'--gate={_gate(config)}',
       f'--heads={heads},{kv_heads}',
+      f'--width={model.width}',
       f'--delta={",".join(map(str, delta or ()))}',
     ],
     stdout=subprocess.PIPE,
@@ -90,8 +93,8 @@ def price(
   Args:
     kernel: of a compiled program.
     known: cycles of one head in `attention`, of a token and so many heads in
-      `rotation`, each forward and backward, and what `delta_kernels.estimate`
-      gave in `delta`.
+      `rotation`, of a token in `stream`, each forward and backward, and what
+      `delta_kernels.estimate` gave in `delta`.
     whole: length of a sequence that is split over devices; 0: it is not.
   """
   if kernel.name in ATTENTION:
@@ -106,14 +109,18 @@ def price(
     cycles = delta_kernels.price(kernel, known['delta'])
     if cycles is not None:
       return cycles
-  if kernel.name in ROTATION:
-    sizes = re.search(r'\[(\d+),(\d+),(\d+)\]', kernel.operands[0])
-    each = known['rotation'].get(
-      str(int(sizes.group(3)) // LANES) if sizes else ''
-    )
-    if sizes and each:
-      tokens = int(sizes.group(1)) * int(sizes.group(2))
-      return tokens * each[ROTATION[kernel.name]]
+  # The last axes, as it may be one layer of a stack that is written.
+  sizes = re.search(r'(\d+),(\d+),(\d+)\]', kernel.output)
+  if not sizes:
+    return None
+  b, t, width = map(int, sizes.groups())
+  if kernel.name == MEAN and 'stream' in known:
+    return b * width * known['stream'][0]  # [B, 1, T]
+  if kernel.name == STREAM and 'stream' in known:
+    return b * t * known['stream'][1]
+  each = known['rotation'].get(str(width // LANES))
+  if kernel.name in ROTATION and each:
+    return b * t * each[ROTATION[kernel.name]]
   return None
 
 
@@ -124,7 +131,8 @@ def _share(kernel: Kernel, queries: int, whole: int) -> float:
   are chunks before it: of a device's two chunks, together all but one
   (`gated_jax/ops/attention/context.py`).
   """
-  keys = re.findall(r'bf16\[\d+,(\d+),\d+\]', ' '.join(kernel.operands))
+  operands = ' '.join(kernel.operands)  # some of them stacks of layers
+  keys = re.findall(r'bf16\[(?:\d+,)?\d+,(\d+),\d+\]', operands)
   chunks = whole / queries
   alone = all(int(length) <= queries for length in keys)
   return (1 if alone else chunks - 1) / chunks**2
@@ -159,8 +167,9 @@ def rotation(
     for shape, dtype in shapes
   ]
   before = set(folder.iterdir())
-  jax.jit(run).lower(*arguments).compile()
   chip = chips.TPUS[kind]
+  options: dict[str, Any] = dict(chip.compiler_options)
+  jax.jit(run).lower(*arguments).compile(options)
   cycles = []
   for kernel in counts.kernels(run, *arguments):
     (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
@@ -170,6 +179,40 @@ def rotation(
     total = sum(s.cycles for s in each) * steps
     cycles.append(total / length / chip.cores)
   return cycles
+
+
+def stream(
+  kind: str, length: int, width: int, folder: pathlib.Path
+) -> list[float]:
+  """Cycles of one token of this width in a block's norm, both passes.
+
+  As long as memory takes for their arrays, where that is longer: one in
+  forward, four in backward.
+  """
+  shape = (1, length, width)
+  place = jax.sharding.SingleDeviceSharding(device_of(kind))
+  rows = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+  scale = jax.ShapeDtypeStruct((width,), jnp.float32, sharding=place)
+  arguments = rows, rows, rows, scale
+
+  def run(x: Any, d_h: Any, d_stream: Any, scale: Any) -> Any:
+    """Both kernels."""
+    gradients = norm_tpu.backward(x, d_h, d_stream, scale, 1e-6)
+    return norm_tpu.mean_square(x), gradients
+
+  chip = chips.TPUS[kind]
+  options: dict[str, Any] = dict(chip.compiler_options)
+  before = set(folder.iterdir())
+  jax.jit(run).lower(*arguments).compile(options)
+  each = {}
+  for kernel in counts.kernels(run, *arguments):
+    (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
+    stretches = schedule.read(path, chip.core)
+    computing = schedule.estimate(stretches, kernel, chip.core).cycles
+    arrays = {MEAN: 1, STREAM: 4}[kernel.name]
+    traffic = arrays * width * 2 / (chip.bandwidth / chip.clock)
+    each[kernel.name] = max(computing / length / chip.cores, traffic)
+  return [each[MEAN], each[STREAM]]
 
 
 def _write(flags: argparse.Namespace) -> None:
@@ -185,6 +228,8 @@ def _write(flags: argparse.Namespace) -> None:
     'attention': [cycles / cores for cycles in line.cycles],
     'rotation': rotations,
   }
+  if norm_tpu.fits((1, length, flags.width), jnp.bfloat16):
+    known['stream'] = stream(kind, length, flags.width, folder)
   if flags.delta:
     known['delta'] = delta_kernels.estimate(kind, flags.delta, length, folder)
   print(json.dumps(known))
@@ -221,6 +266,13 @@ def run(arguments: list[str]) -> int:
   parser.add_argument('--length', type=cli.count, default=4096)
   parser.add_argument('--gate', default='none', choices=GATES)
   parser.add_argument('--heads', default='16,8')
+  parser.add_argument(
+    '--width',
+    type=cli.count,
+    default=2048,
+    help="channels of the residual stream: cycles of a token in a norm's "
+    'backward, with waiting for memory',
+  )
   parser.add_argument(
     '--delta',
     default='',

@@ -155,6 +155,7 @@ class Prices:
   ours: dict[str, tuple[float, float]]
   splash: tuple[float, float]
   rotation: dict[str, tuple[float, float]]  # one token's, by heads
+  stream: tuple[float, float]  # one token's
 
   def of(self, program: Program, backend: str, gate: str, heads: int) -> float:
     """Cycles of all kernels that a program calls."""
@@ -162,8 +163,9 @@ class Prices:
     each = ROWS * heads / chips.TPUS[self.kind].cores
     total = 0.0
     for kernel in program.kernels():
-      if kernel.name in kernels.ROTATION:
-        one = kernels.price(kernel, {'rotation': self.rotation})
+      if kernel.name in (*kernels.ROTATION, kernels.MEAN, kernels.STREAM):
+        known = {'rotation': self.rotation, 'stream': self.stream}
+        one = kernels.price(kernel, known)
         total += kernel.calls * (one or 0.0)
         continue
       backward = 'backward' in kernel.name or 'dkv' in kernel.name
@@ -181,7 +183,12 @@ def _write_prices(kind: str, folder: pathlib.Path) -> None:
     heads: kernels.rotation(kind, LENGTH, heads, folder)
     for heads in (ModelConfig.heads, ModelConfig.kv_heads)
   }
-  prices = {'ours': ours, 'splash': peer.cycles, 'rotation': rotations}
+  prices = {
+    'ours': ours,
+    'splash': peer.cycles,
+    'rotation': rotations,
+    'stream': kernels.stream(kind, LENGTH, ModelConfig.width, folder),
+  }
   print(json.dumps(prices))
 
 

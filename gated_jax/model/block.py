@@ -37,10 +37,11 @@ from jaxtyping import Int
 from gated_jax import sharding
 from gated_jax.config import LayerSpec
 from gated_jax.config import ModelConfig
+from gated_jax.model import stream
 from gated_jax.model.gate import LOGITS_NAME
 from gated_jax.model.layers import MEAN_NAME
 from gated_jax.model.layers import MLP
-from gated_jax.model.layers import norm
+from gated_jax.model.layers import Scale
 from gated_jax.model.layers import post_norm
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixer import State
@@ -129,11 +130,11 @@ class Block(nn.Module):
     # The submodule has the mixer's word for its name.
     mixer: Any = mixer_named(layer.mixer)
     mixer = mixer(c, layer, name=layer.mixer)
-    h = self._normed(f'{layer.mixer}_norm', x)
+    x, h = self._read(f'{layer.mixer}_norm', x)
     y, state = mixer(h, ctx, state)
     x = self._add((x, y), layer.mixer, ctx, terms[0])
     x = checkpoint_name(x, 'attention_result')
-    h = self._normed('mlp_norm', x)
+    x, h = self._read('mlp_norm', x)
     extras: Extras = {}
     if layer.ffn == 'moe':
       limits = layer.limit, layer.shared_limit
@@ -150,11 +151,14 @@ class Block(nn.Module):
       self.sow('probes', 'residual_max', probes.largest_activation(x, valid))
     return x, Output(state, extras)
 
-  def _normed(self, name: str, x: Float[Array, 'B T D']) -> Array:
-    """What a block reads of the residual stream."""
-    if (self.layer.norm or self.config.norm) == 'post':
-      return x
-    return norm(self.config, name, x)
+  def _read(self, name: str, x: Array) -> tuple[Array, Array]:
+    """The residual stream, and what a block reads of it."""
+    c = self.config
+    if (self.layer.norm or c.norm) == 'post':
+      return x, x
+    kinds = c.norm_zero_centered, c.param_dtype
+    scale = Scale(x.shape[-1], *kinds, name=name)()
+    return stream.read(x, scale, c.norm_eps, c.attention)
 
   def _add(
     self,

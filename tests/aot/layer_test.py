@@ -28,7 +28,7 @@ def test_with_the_gate_inside_only_its_logits_are_kept():
 
 
 def test_kernels_cost_what_their_calls_and_heads_say():
-  prices = layer.Prices('v5p', {'none': (10.0, 30.0)}, (20.0, 50.0), {})
+  prices = layer.Prices('v5p', {'none': (10.0, 30.0)}, (20.0, 50.0), {}, ())
   names = ('gated_attention_forward', 'gated_attention_backward')
   kernels = [
     types.SimpleNamespace(name=name, calls=calls)
