@@ -1,8 +1,11 @@
 """Kernels that use the stacks of a scan in place, against those that do not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
@@ -10,8 +13,14 @@ from jax.extend import core
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec
 
+from gated_jax import sharding
 from gated_jax import stacks
+from gated_jax.config import MeshConfig
+from gated_jax.config import ModelConfig
+from gated_jax.config import OptimizerConfig
+from gated_jax.model.decoder import Decoder
 from gated_jax.ops.moe.grouped_matmul import grouped_matmul
+from gated_jax.training import step
 
 LAYERS, BATCH, LENGTH, WIDTH, HEADS = 3, 4, 16, 8, 2
 DEVICES = 4
@@ -102,7 +111,8 @@ def stacks_of(function, *args):
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
 
   def stacked(variables):
-    return [i for i, v in enumerate(variables) if v.aval.ndim == 4]
+    shapes = [v.aval.shape for v in variables]
+    return [i for i, s in enumerate(shapes) if len(s) == 4 and s[0] == LAYERS]
 
   return [
     (stacked(eqn.invars), stacked(eqn.outvars))
@@ -198,3 +208,58 @@ def test_kernels_with_tables_and_grids_that_depend_on_them(saved, uses):
     if whole in [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
   ]
   assert len(used) == uses
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+  ('mesh', 'remat'),
+  [
+    (MeshConfig(fsdp=4), 'minimal'),
+    (MeshConfig(fsdp=2, tensor=2), 'attention'),
+  ],
+)
+def test_the_step_of_a_model_with_its_kernels(mesh, remat, monkeypatch):
+  """Attention, norms and rotation, interpreted: the same but for rounding."""
+  call = pl.pallas_call
+
+  def interpreted(*args, **settings):
+    return call(*args, **settings | {'interpret': True})
+
+  monkeypatch.setattr(pl, 'pallas_call', interpreted)
+  length = 128
+  model = Decoder(
+    ModelConfig(
+      depth=LAYERS,
+      width=256,
+      heads=2,
+      kv_heads=1,
+      head_dim=128,
+      mlp_width=256,
+      vocab=64,
+      length=length,
+      remat=remat,
+      attention='pallas_tpu',
+    )
+  )
+  tokens = np.random.default_rng(0).integers(0, 64, (4, length + 1))
+  batch = {
+    'tokens': jnp.asarray(tokens[:, :-1]),
+    'targets': jnp.asarray(tokens[:, 1:]),
+    'weights': jnp.ones((4, length)),
+  }
+  optimizer = optax.sgd(1.0)
+
+  def updated():
+    state = jax.jit(step.make_init(model, optimizer, length))(jax.random.key(0))
+    run = step.make_step(model, optimizer, None, OptimizerConfig())
+    used = [bool(r or w) for r, w in stacks_of(run, state, batch)]
+    return jax.jit(run)(state, batch)[0].params, any(used)
+
+  with sharding.activate(sharding.make_mesh(mesh, jax.devices()[:4])):
+    found, in_place = updated()
+    monkeypatch.setattr(step.stacks, 'in_place', lambda function: function)
+    expected, plain = updated()
+  assert in_place
+  assert not plain
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, found, expected)
