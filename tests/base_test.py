@@ -196,6 +196,7 @@ def test_a_run_can_be_made_whole_and_old_runs_stay_so(made, tmp_path):
   manager.close()
 
 
+@pytest.mark.long
 def test_run_and_base_may_lie_in_a_bucket(bucket):
   place = paths.expand(f'{bucket}/things')
   start = put(place / 'base')

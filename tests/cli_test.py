@@ -170,7 +170,10 @@ sys.exit(cli.run(program))
 """
 
 
-@pytest.mark.parametrize('code', ['| head -1', '>/dev/full', '>&-'])
+@pytest.mark.parametrize(
+  'code',
+  ['| head -1', '>/dev/full', pytest.param('>&-', marks=pytest.mark.long)],
+)
 def test_an_output_that_ends_is_no_traceback(code):
   done = subprocess.run(
     f'{sys.executable} -c "$PROGRAM" {code}',

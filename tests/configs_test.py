@@ -237,6 +237,7 @@ def test_a_chip_changes_how_the_dense_model_runs_and_not_what_it_is():
   )
 
 
+@pytest.mark.long
 def test_arms_of_the_evidence_are_of_one_size():
   base = count(load('evidence:sinks,baseline,0').model)
   for words in evidence.runs('sinks') + evidence.runs('variants'):

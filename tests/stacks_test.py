@@ -179,8 +179,8 @@ def test_a_program_without_kernels_is_what_it_was():
   [
     # Nothing; rows are read by forward, by forward once more, and by backward;
     # by forward, which writes the product, and by backward.
-    ((), 0),
-    (('rows',), 3),
+    pytest.param((), 0, marks=pytest.mark.long),
+    pytest.param(('rows',), 3, marks=pytest.mark.long),
     (('rows', 'product'), 2),
   ],
 )

@@ -261,7 +261,7 @@ def _sources(tmp_path):
 @pytest.mark.parametrize(
   'source',
   [
-    'stdlib',
+    pytest.param('stdlib', marks=pytest.mark.long),
     'text',
     'jsonl',
     'tokens',

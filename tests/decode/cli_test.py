@@ -74,6 +74,7 @@ def test_lines_from_a_pipe_are_turns_of_a_talk(run, capsys, monkeypatch):
   assert "--system='b' does nothing without --chat" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_paths_may_begin_at_home(run, capsys, monkeypatch):
   monkeypatch.setenv('HOME', str(run.parent))
   flags = [f'--checkpoint=~/{run.name}', '--prompt=a', '--max_tokens=1']

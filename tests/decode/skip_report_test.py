@@ -50,6 +50,7 @@ def test_what_a_threshold_saves_and_costs_is_measured(make_params):
   assert nothing.loss != pytest.approx(exact.loss, rel=1e-3)
 
 
+@pytest.mark.long
 def test_joined_rows_count_every_key(make_params):
   config, params = for_decoding(CONFIG, make_params(CONFIG))
   batch = {

@@ -123,7 +123,11 @@ NOTHING = diagnostics.Report(
   maps={},
 )
 
-LAYOUTS = ['loop', 'scan', 'pattern']
+LAYOUTS = [
+  pytest.param('loop', marks=pytest.mark.long),
+  'scan',
+  pytest.param('pattern', marks=pytest.mark.long),
+]
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)

@@ -102,6 +102,7 @@ def test_only_the_tokens_of_an_answer_count_where_answers_differ_in_length():
   assert found.accuracy == 1
 
 
+@pytest.mark.long
 def test_a_decoder_of_zeros_finds_every_token_equally_likely():
   config = ModelConfig(
     vocab=128,

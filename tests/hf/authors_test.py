@@ -206,7 +206,13 @@ def write_resorted(folder, tensors):
   write(folder, resorted(tensors), **NEXT, **absent)
 
 
-@pytest.mark.parametrize('biases', [False, True], ids=['', 'biases'])
+@pytest.mark.parametrize(
+  'biases',
+  [
+    pytest.param(False, id=''),
+    pytest.param(True, id='biases', marks=pytest.mark.long),
+  ],
+)
 @pytest.mark.parametrize('gate', GATES)
 def test_logits_are_those_of_the_description(gate, biases, tmp_path):
   tensors = make_tensors(gate, biases)

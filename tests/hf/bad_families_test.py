@@ -226,6 +226,7 @@ def test_both_spellings_of_step_are_the_same_model(cases):
   assert read_config(published, kind) == config
 
 
+@pytest.mark.long
 def test_a_refused_folder_leaves_nothing(cases, make_params, tmp_path, capsys):
   family, config = cases['step']
   convert.save(tmp_path / 'theirs', make_params(config), config, family)

@@ -14,6 +14,7 @@ from gated_jax.config import MeshConfig
 from gated_jax.config import word_of
 from gated_jax.hf import convert
 from gated_jax.hf import files
+from tests.hf.conftest import CASES
 
 
 def bits(tree):
@@ -34,12 +35,42 @@ def ours_alone(config):
   )
 
 
+# These take most of the time that all of them take.
+SLOW = (
+  'afmoe',
+  'beam',
+  'laguna',
+  'lfm3',
+  'muse_spark',
+  'qwen3_5_hybrid',
+  'qwen3_moe_mixed',
+  'qwen3_moe_window',
+  'qwen3_next_hybrid',
+  'qwen3_next_moe',
+  'step',
+  'trinity',
+)
+
+
+@pytest.mark.parametrize(
+  'case',
+  [
+    pytest.param(name, marks=[pytest.mark.long] if name in SLOW else [])
+    for name in CASES
+  ],
+  indirect=True,
+)
 def test_a_round_trip_is_exact_to_the_bit(case, make_params, tmp_path):
   _check_round_trip(*case, make_params, tmp_path)
 
 
 @pytest.mark.parametrize(
-  'name', ['gated_headwise', 'qwen3_moe', 'qwen3_5_hybrid']
+  'name',
+  [
+    'gated_headwise',
+    'qwen3_moe',
+    pytest.param('qwen3_5_hybrid', marks=pytest.mark.long),
+  ],
 )
 def test_and_so_it_is_in_bfloat16(name, cases, make_params, tmp_path):
   family, config = cases[name]

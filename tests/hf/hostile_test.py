@@ -202,6 +202,7 @@ def test_a_header_without_numbers_is_believed_in_nothing(folder, capsys):
   refuse(folder, capsys, 'has no tensor')
 
 
+@pytest.mark.long
 def test_the_links_of_a_hugging_face_cache_are_followed(folder, capsys):
   cache = folder.parent / 'models--a--b'
   snapshot = cache / 'snapshots/0123'
