@@ -74,6 +74,8 @@ def test_elsewhere_every_logged_step_is_a_line(capsys):
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_a_signal_asks_once_and_a_second_interrupt_insists(name):
+  # These tests may themselves run under nohup, which has it ignored.
+  hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
   before = signal.getsignal(signal.SIGINT)
   with contextlib.suppress(KeyboardInterrupt), console.stop_on_signal() as stop:
     assert not stop
@@ -82,6 +84,7 @@ def test_a_signal_asks_once_and_a_second_interrupt_insists(name):
     signal.raise_signal(signal.SIGINT)
     pytest.fail('a second one had no effect')
   assert signal.getsignal(signal.SIGINT) is before
+  signal.signal(signal.SIGHUP, hangup)
 
 
 def test_nohup_keeps_its_word():
