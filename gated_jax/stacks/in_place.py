@@ -8,8 +8,8 @@ copied out before a kernel reads it.
 `in_place` takes the program of a gradient, in which forward and backward are
 two scans, and gives kernels the stack itself and the number of the layer. What
 is saved is made in its stack, and read there by all that follows. The numbers
-that are computed are the same, but that XLA rounds to bfloat16 where its fusions
-end, and these are others.
+that are computed are the same, but that XLA rounds to bfloat16 where its
+fusions end, and these are others.
 
     programs.py   which arrays those are
     plan.py       the same of a whole scan
