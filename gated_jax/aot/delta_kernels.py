@@ -166,15 +166,14 @@ def price(kernel: Kernel, known: dict[str, float]) -> float | None:
   """
   if kernel.name not in known:
     return None
-  # The last axes, as some arrays may be stacks of all layers.
-  text = ' '.join(kernel.operands)
   if kernel.name in RULE:
     # Numbers of each token in rows, which both passes have.
-    sizes = re.search(r'(\d+),(\d+),8,(\d+)\]', text)
+    sizes = re.search(r'f32\[(\d+),(\d+),8,(\d+)\]', ' '.join(kernel.operands))
     share = 1.0
   else:
     # Filters are given a table of steps first.
-    sizes = re.search(r'(\d+),(\d+),(\d+)\]', text)
+    text = ' '.join(kernel.operands)
+    sizes = re.search(r'\[(\d+),(\d+),(\d+)\]', text)
     share = 1 / LANES
   if not sizes:
     return None

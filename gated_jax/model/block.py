@@ -41,8 +41,8 @@ from gated_jax.model import stream
 from gated_jax.model.gate import LOGITS_NAME
 from gated_jax.model.layers import MEAN_NAME
 from gated_jax.model.layers import MLP
-from gated_jax.model.layers import Scale
 from gated_jax.model.layers import post_norm
+from gated_jax.model.layers import scale_of
 from gated_jax.model.mixer import Context
 from gated_jax.model.mixer import State
 from gated_jax.model.mixers import mixer_named
@@ -156,8 +156,7 @@ class Block(nn.Module):
     c = self.config
     if (self.layer.norm or c.norm) == 'post':
       return x, x
-    kinds = c.norm_zero_centered, c.param_dtype
-    scale = Scale(x.shape[-1], *kinds, name=name)()
+    scale = scale_of(c, name, x.shape[-1])
     return stream.read(x, scale, c.norm_eps, c.attention)
 
   def _add(

@@ -100,9 +100,14 @@ def norm(
     x: input.
     eps: 0: the config's norm_eps.
   """
-  size, centered = x.shape[-1], config.norm_zero_centered
-  scale = Scale(size, centered, config.param_dtype, name=name)
-  return rms_norm(x, scale(), eps or config.norm_eps)
+  scale = scale_of(config, name, x.shape[-1])
+  return rms_norm(x, scale, eps or config.norm_eps)
+
+
+def scale_of(config: ModelConfig, name: str, size: int) -> Float[Array, ' D']:
+  """A norm's scale, which the calling module owns under this name."""
+  kinds = config.norm_zero_centered, config.param_dtype
+  return Scale(size, *kinds, name=name)()
 
 
 def post_norm(
@@ -120,8 +125,7 @@ def post_norm(
     return norm(config, name, x, config.output_eps)
   if place == 'none':
     return bare_norm(x, config.output_eps)
-  kinds = config.norm_zero_centered, config.param_dtype
-  scale = Scale(x.shape[-1], *kinds, name=name)()
+  scale = scale_of(config, name, x.shape[-1])
   # Wide until the norm divides it: a scale of the output rounds nothing twice.
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   wide = bare_norm(wide * scale.astype(wide.dtype), config.output_eps)

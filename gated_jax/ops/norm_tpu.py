@@ -25,10 +25,11 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from gated_jax.chips import LANES
+from gated_jax.ops.tpu_rows import SMALLEST
+from gated_jax.ops.tpu_rows import rows_of_block
 
 # Elements of one array that one step of the grid takes.
 ELEMENTS = 1 << 19
-STRIP = 16  # rows of bfloat16 that lie in one tile
 
 
 class Gradients(NamedTuple):
@@ -50,12 +51,6 @@ def fits(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
   return whole and dtype in (jnp.bfloat16, jnp.float32)
 
 
-def _rows(length: int, width: int) -> int:
-  """A power of two that divides the length."""
-  most = 1 << max(ELEMENTS // width, STRIP).bit_length() - 1
-  return min(length & -length, most)
-
-
 def mean_square(
   x: Float[Array, 'B T D'], interpret: bool = False
 ) -> Float[Array, 'B T']:
@@ -66,7 +61,7 @@ def mean_square(
     interpret: run without a TPU, slowly.
   """
   b, t, width = x.shape
-  rows = max(_rows(t, width), LANES)
+  rows = max(rows_of_block(t, ELEMENTS // width), LANES)
   with jax.enable_x64(False):  # a kernel's integers have 32 bits
     means = pl.pallas_call(
       _mean_kernel,
@@ -119,7 +114,7 @@ def backward(
     interpret: run without a TPU, slowly.
   """
   b, t, width = x.shape
-  rows = _rows(t, width)
+  rows = rows_of_block(t, ELEMENTS // width)
   block = pl.BlockSpec((1, rows, width), lambda b, i: (b, i, 0))
   row = pl.BlockSpec((1, width), lambda b, i: (0, 0))
   part = pl.BlockSpec((1, 1, 1, width), lambda b, i: (b, i, 0, 0))
@@ -134,7 +129,7 @@ def backward(
         jax.ShapeDtypeStruct(x.shape, x.dtype),
         jax.ShapeDtypeStruct((b, steps, 1, width), jnp.float32),
       ],
-      scratch_shapes=[pltpu.VMEM((STRIP, width), jnp.float32)],
+      scratch_shapes=[pltpu.VMEM((SMALLEST, width), jnp.float32)],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=('parallel', 'parallel')
       ),
@@ -162,8 +157,8 @@ def _kernel(
 
   def strip(i: Array, nothing: None) -> None:
     """So few rows that all that is kept of them lies in registers."""
-    at = pl.ds(pl.multiple_of(i * STRIP, STRIP), STRIP)
-    squares = along = jnp.zeros((STRIP, LANES), jnp.float32)
+    at = pl.ds(pl.multiple_of(i * SMALLEST, SMALLEST), SMALLEST)
+    squares = along = jnp.zeros((SMALLEST, LANES), jnp.float32)
     for c in columns:
       n = x[0, at, c].astype(jnp.float32)
       squares += n * n
@@ -181,5 +176,5 @@ def _kernel(
       dx[0, at, c] = (total - n * along).astype(dx.dtype)
     return nothing
 
-  jax.lax.fori_loop(0, rows // STRIP, strip, None)
+  jax.lax.fori_loop(0, rows // SMALLEST, strip, None)
   d_scale[0, 0] = jnp.sum(sums[...], axis=0, keepdims=True)

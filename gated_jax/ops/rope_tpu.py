@@ -30,11 +30,12 @@ from jaxtyping import Float
 
 from gated_jax.chips import LANES
 from gated_jax.ops.rope import Rotation
+from gated_jax.ops.tpu_rows import SMALLEST
+from gated_jax.ops.tpu_rows import rows_of_block
 
 # Rows of all heads together that one step of the grid takes: its program is
 # unrolled over the heads.
 ROWS = 2048
-SMALLEST = 16  # rows of bfloat16 that lie in one tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +68,8 @@ def fits(shape: tuple[int, ...], dtype: jnp.dtype, channels: int) -> bool:
 
 
 def _rows(length: int, heads: int) -> int:
-  """A power of two that divides the length."""
-  most = 1 << max(ROWS // heads, SMALLEST).bit_length() - 1
-  return min(length & -length, most)
+  """Rows of a block, all heads of a row together."""
+  return rows_of_block(length, ROWS // heads)
 
 
 def normalize_and_rotate(

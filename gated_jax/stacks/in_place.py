@@ -130,13 +130,9 @@ class _Program:
     """The outputs of one equation."""
     name = eqn.primitive.name
     if self.layer is None:
-      if name == 'scan' and programs.contains(
-        programs.inner_of(eqn)[0], kernels.NAME
-      ):
+      if name == 'scan' and programs.has(eqn, kernels.NAME):
         return self._scan(eqn, operands)
-      if programs.is_call(eqn) and programs.contains(
-        programs.inner_of(eqn)[0], 'scan', kernels.NAME
-      ):
+      if programs.is_call(eqn) and programs.has(eqn, 'scan', kernels.NAME):
         return self._call(eqn, operands, stacks)
     if stacks or any(isinstance(x, Slice) for x in operands):
       same = programs.unchanged(eqn)

@@ -24,10 +24,15 @@ def contains(jaxpr: Any, *names: str) -> bool:
   """Whether there is an equation of each name, each within the one before."""
   for eqn in jaxpr.eqns:
     rest = names[1:] if eqn.primitive.name == names[0] else names
-    inside = core.jaxprs_in_params(eqn.params)
-    if not rest or any(contains(inner, *rest) for inner in inside):
+    if not rest or has(eqn, *rest):
       return True
   return False
+
+
+def has(eqn: Any, *names: str) -> bool:
+  """Whether the programs of an equation contain these."""
+  inside = core.jaxprs_in_params(eqn.params)
+  return any(contains(inner, *names) for inner in inside)
 
 
 def inner_of(eqn: Any) -> tuple[Any, Sequence[Any]]:

@@ -24,11 +24,12 @@ from jaxtyping import Int
 
 from gated_jax.chips import LANES
 from gated_jax.ops import swiglu
+from gated_jax.ops.tpu_rows import SMALLEST
+from gated_jax.ops.tpu_rows import rows_of_block
 
 # Elements of gate and up together that one step of the grid takes; in float32,
 # with both gradients, these are a few MiB.
 ELEMENTS = 1 << 19
-SMALLEST = 16  # rows of bfloat16 that lie in one tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,8 @@ def fits(shape: tuple[int, ...]) -> bool:
 
 
 def _block(rows: int, width: int) -> int:
-  """A power of two that divides the rows."""
-  most = 1 << max(ELEMENTS // width, SMALLEST).bit_length() - 1
-  return min(rows & -rows, most)
+  """Rows of a block, all columns of a row together."""
+  return rows_of_block(rows, ELEMENTS // width)
 
 
 def hidden(
