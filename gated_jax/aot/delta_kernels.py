@@ -18,9 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gated_jax import chips
-from gated_jax.aot import counts
-from gated_jax.aot import schedule
-from gated_jax.aot.attention_kernels import compiling_for
+from gated_jax.aot import kernel_cycles
 from gated_jax.aot.attention_kernels import device_of
 from gated_jax.aot.program import Kernel
 from gated_jax.chips import LANES
@@ -82,31 +80,21 @@ def estimate(
   """
   chip, device = chips.TPUS[kind], device_of(kind)
   arguments = _arguments(sizes, length, device)
-  before = set(folder.iterdir())
-  with compiling_for(device):
-    # Many heads need the memory that a whole step lets a kernel have.
-    options: dict[str, Any] = dict(chip.compiler_options)
-    jax.jit(_both_passes).lower(*arguments).compile(options)
+  totals = kernel_cycles.of_each(kind, _both_passes, arguments, folder)
   cycles = {}
-  for kernel in counts.kernels(_both_passes, *arguments):
-    (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
-    stretches = schedule.read(path, chip.core)
-    if kernel.body.inside:
-      total = schedule.estimate(stretches, kernel, chip.core).cycles
-    else:  # no branches: it runs once for each step of the grid
-      total = sum(s.cycles for s in stretches) * kernel.body.runs
-    total /= length * chip.cores
-    if kernel.name in RULE:
-      cycles[kernel.name] = total / sizes.value_heads
+  for name, total in totals.items():
+    total /= length
+    if name in RULE:
+      cycles[name] = total / sizes.value_heads
       continue
     heads, channels = (
       (sizes.key_heads, sizes.width)
-      if 'unit' in kernel.name
+      if 'unit' in name
       else (sizes.value_heads, sizes.channels)
     )
     registers = heads * channels / LANES
-    traffic = AROUND[kernel.name] * LANES * 2 / (chip.bandwidth / chip.clock)
-    cycles[kernel.name] = max(total / registers, traffic)
+    traffic = AROUND[name] * LANES * 2 / (chip.bandwidth / chip.clock)
+    cycles[name] = max(total / registers, traffic)
   return cycles
 
 

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 
 from gated_jax import chips
 from gated_jax import cli
-from gated_jax.aot import counts
 from gated_jax.aot import delta_kernels
-from gated_jax.aot import schedule
+from gated_jax.aot import kernel_cycles
 from gated_jax.aot.attention_kernels import GATES
 from gated_jax.aot.attention_kernels import TARGETS
 from gated_jax.aot.attention_kernels import device_of
@@ -166,19 +165,8 @@ def rotation(
     jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     for shape, dtype in shapes
   ]
-  before = set(folder.iterdir())
-  chip = chips.TPUS[kind]
-  options: dict[str, Any] = dict(chip.compiler_options)
-  jax.jit(run).lower(*arguments).compile(options)
-  cycles = []
-  for kernel in counts.kernels(run, *arguments):
-    (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
-    each = schedule.read(path, chip.core)
-    # The program has no branches and runs once for each step of the grid.
-    steps = kernel.body.runs
-    total = sum(s.cycles for s in each) * steps
-    cycles.append(total / length / chip.cores)
-  return cycles
+  cycles = kernel_cycles.of_each(kind, run, arguments, folder)
+  return [cycles[name] / length for name in ROTATION]
 
 
 def stream(
@@ -201,18 +189,14 @@ def stream(
     return norm_tpu.mean_square(x), gradients
 
   chip = chips.TPUS[kind]
-  options: dict[str, Any] = dict(chip.compiler_options)
-  before = set(folder.iterdir())
-  jax.jit(run).lower(*arguments).compile(options)
-  each = {}
-  for kernel in counts.kernels(run, *arguments):
-    (path,) = (p for p in schedule.find(folder, kernel.name) if p not in before)
-    stretches = schedule.read(path, chip.core)
-    computing = schedule.estimate(stretches, kernel, chip.core).cycles
-    arrays = {MEAN: 1, STREAM: 4}[kernel.name]
+  cycles = kernel_cycles.of_each(kind, run, arguments, folder)
+
+  def each(name: str, arrays: int) -> float:
+    """Of one token: computing, or what memory takes for so many arrays."""
     traffic = arrays * width * 2 / (chip.bandwidth / chip.clock)
-    each[kernel.name] = max(computing / length / chip.cores, traffic)
-  return [each[MEAN], each[STREAM]]
+    return max(cycles[name] / length, traffic)
+
+  return [each(MEAN, 1), each(STREAM, 4)]
 
 
 def _write(flags: argparse.Namespace) -> None:
