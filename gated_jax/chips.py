@@ -27,6 +27,25 @@ ASYNC_GATHERS = 'xla_tpu_prefer_async_allgather_to_allreduce'
 TILES_OF_16_ROWS = 'xla_tpu_control_large_2nd_minor_layout_for_x16'
 # Lets the rows of experts travel beside computing. On tpu7x they do so anyway.
 ASYNC_EXCHANGE = 'xla_tpu_enable_async_all_to_all'
+# Weights are gathered and gradients summed by a TPU's sparse cores while the
+# others compute, as on tpu7x by default. MaxText sets these for its runs on v5p
+# and v6e (docs/tpu.md).
+SPARSE_CORES = {
+  ASYNC_GATHERS: 'true',
+  'xla_tpu_use_tc_device_shape_on_sc': 'true',
+  'xla_sc_disable_megacore_partitioning': 'true',
+  'xla_tpu_enable_sparse_core_reduce_scatter_v2': 'true',
+  **{
+    f'xla_tpu_enable_sparse_core_collective_offload_{collective}': 'true'
+    for collective in (
+      'all_gather',
+      '2d_all_gather',
+      '3d_all_gather',
+      'all_reduce',
+      'reduce_scatter',
+    )
+  },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +194,11 @@ _TPUS = (
     network=6.25e9,
     cores=2,
     core=_core_with_units_of_128(64),
-    compiler_options={TILES: '32768', ASYNC_EXCHANGE: 'true'},
+    compiler_options={
+      TILES: '32768',
+      ASYNC_EXCHANGE: 'true',
+      **SPARSE_CORES,
+    },
     attention_blocks={},
   ),
   Tpu(
@@ -192,7 +215,11 @@ _TPUS = (
     network=12.5e9,
     cores=1,
     core=_core_with_units_of_256(128),
-    compiler_options={TILES: '57344', ASYNC_EXCHANGE: 'true'},
+    compiler_options={
+      TILES: '65536',
+      ASYNC_EXCHANGE: 'true',
+      **SPARSE_CORES,
+    },
     attention_blocks={'dq_mib': 32.0},
   ),
   Tpu(

@@ -2,10 +2,11 @@
 
 For ordering what `search.py` compiles, and for leaving out what cannot fit. The
 time is that of the model's products and of what is computed again, at a share
-of the matrix units' rate, and of the bytes that each layer sends. Weights are
-gathered for each part of a batch, in forward and in backward, and gradients are
-summed once for each. Memory is what a step has to hold at the least: its state,
-the head's gradient, and the arrays that backward reads.
+of the matrix units' rate, of the bytes that each layer sends, and of packing rows
+for experts of other devices. Weights are gathered for each part of a batch, in
+forward and in backward, and gradients are summed once for each. Memory is what
+a step has to hold at the least: its state, the head's gradient, and the arrays
+that backward reads.
 """
 
 import dataclasses
@@ -28,14 +29,17 @@ from gated_jax.ops.moe import ROWS_NAME
 from gated_jax.training.parts import step_flops
 
 # The share of the matrix units' rate that whole steps reach where nothing is
-# waited for, and the share of the experts' exchange that nothing hides. Both
-# are about what docs/tpu.md has for several chips.
+# waited for, and the share of weights, gradients and experts' rows under way
+# that nothing hides. Both are about what docs/tpu.md has for several chips.
 RATE = 0.65
-EXPOSED = 0.5
+EXPOSED = 0.4
 STATE = 3  # arrays of AdamW's that are as large as the parameters, those too
 # How often the rows of experts travel: there and back, in backward there again
 # where they were not saved, and their gradients there and back.
 TRIPS = 5
+# Passes of memory for rows that are packed here and unpacked there, and for
+# arrays that no product makes and that are saved nevertheless.
+PASSES = 4
 SAVES_ROWS = ('none', *(p for p, names in SAVED.items() if ROWS_NAME in names))
 # What of forward runs again in backward, for each policy.
 AGAIN = {
@@ -98,7 +102,12 @@ class Guesser:
       where = part if part in ('logits', 'mlp', 'experts') else 'attention'
       total += size + (where in again) * self.forward[part]
     tokens = _tokens(config, mesh) / mesh.shape['tensor']
-    return total * tokens / (RATE * chip_of(self.devices).matrix_rate)
+    chip = chip_of(self.devices)
+    model = dataclasses.replace(config.model, remat='minimal')
+    minimal = dataclasses.replace(config, model=model)
+    copied = max(0, _saved(config) - _saved(minimal))
+    seconds = total / (RATE * chip.matrix_rate)
+    return tokens * (seconds + PASSES * copied / chip.bandwidth)
 
   def _sending(self, config: RunConfig, mesh: Mesh) -> float:
     model, sizes = config.model, dict(mesh.shape)
@@ -113,7 +122,7 @@ class Guesser:
     ):
       each = 2 * _seconds('all-gather', axes, size * width, mesh)
       each += _seconds('all-reduce', axes, size * width, mesh)
-      total += config.optimizer.accumulate * each
+      total += EXPOSED * config.optimizer.accumulate * each
     residual = _tokens(config, mesh) * model.width * width
     # It is gathered before both parts of a layer and summed behind them, in
     # each pass.
@@ -122,7 +131,10 @@ class Guesser:
     total += len(model.layers) * each
     trips = TRIPS - (model.remat in SAVES_ROWS)
     rows = residual * model.moe.top_k * model.moe.slack
-    each = EXPOSED * trips * _seconds('all-to-all', ('expert',), rows, mesh)
+    each = EXPOSED * _seconds('all-to-all', ('expert',), rows, mesh)
+    if sizes['expert'] > 1:
+      each += PASSES * rows / chip_of(self.devices).bandwidth
+    each *= trips
     return total + sum(layer.ffn == 'moe' for layer in model.layers) * each
 
   def _memory(self, config: RunConfig, mesh: Mesh) -> float:
@@ -132,9 +144,7 @@ class Guesser:
     # The loss sums the head's gradient over its chunks in float32.
     head = 4 * model.vocab * model.width / tensor
     tokens = _tokens(config, mesh) / config.optimizer.accumulate
-    width = jnp.dtype(model.dtype).itemsize
-    saved = sum(_saved(config, layer) for layer in model.layers)
-    return state + head + tokens / tensor * width * saved
+    return state + head + tokens / tensor * _saved(config)
 
 
 def _tokens(config: RunConfig, mesh: Mesh) -> float:
@@ -163,7 +173,14 @@ def _seconds(
   return collective_seconds(collective, devices, chip_of(devices))
 
 
-def _saved(config: RunConfig, layer: LayerSpec) -> float:
+def _saved(config: RunConfig) -> float:
+  """Bytes that all layers leave to backward for each token, at the least."""
+  model = config.model
+  numbers = sum(_saved_by(layer, config) for layer in model.layers)
+  return jnp.dtype(model.dtype).itemsize * numbers
+
+
+def _saved_by(layer: LayerSpec, config: RunConfig) -> float:
   """Numbers that a layer leaves to backward for each token, at the least."""
   model, remat = config.model, config.model.remat
   numbers: float = model.width  # the layer's input
