@@ -25,7 +25,8 @@ ASYNC_GATHERS = 'xla_tpu_prefer_async_allgather_to_allreduce'
 # tpu7x gives kernels tiles of 16 and all else tiles of 8, so that what lies
 # between is copied, a layer's part of a stack with the whole stack.
 TILES_OF_16_ROWS = 'xla_tpu_control_large_2nd_minor_layout_for_x16'
-# Lets the rows of experts travel beside computing. On tpu7x they do so anyway.
+# Lets the rows of experts travel beside computing. On tpu7x they do so anyway;
+# for v5e the compiler refuses to build a program that would.
 ASYNC_EXCHANGE = 'xla_tpu_enable_async_all_to_all'
 # Weights are gathered and gradients summed by a TPU's sparse cores while the
 # others compute, as on tpu7x by default. MaxText sets these for its runs on v5p
@@ -95,6 +96,8 @@ class Tpu(Chip):
   network: float  # bytes per second to another slice
   cores: int  # tensor cores of one device
   core: TensorCore
+  # Whether sparse cores gather weights and sum gradients beside computing.
+  sparse_cores: bool = False
   # Options for the compiler when it compiles a model's programs.
   compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
   # Block sizes in which this device differs from the defaults of
@@ -176,7 +179,6 @@ _TPUS = (
     compiler_options={
       TILES: '40960',
       ASYNC_GATHERS: 'true',
-      ASYNC_EXCHANGE: 'true',
     },
     attention_blocks={'strip': 128, 'dq_mib': 32.0},
   ),
@@ -194,6 +196,7 @@ _TPUS = (
     network=6.25e9,
     cores=2,
     core=_core_with_units_of_128(64),
+    sparse_cores=True,
     compiler_options={
       TILES: '32768',
       ASYNC_EXCHANGE: 'true',
@@ -215,6 +218,7 @@ _TPUS = (
     network=12.5e9,
     cores=1,
     core=_core_with_units_of_256(128),
+    sparse_cores=True,
     compiler_options={
       TILES: '65536',
       ASYNC_EXCHANGE: 'true',
@@ -236,6 +240,7 @@ _TPUS = (
     network=6.25e9,
     cores=1,
     core=_core_with_units_of_256(64),
+    sparse_cores=True,
     compiler_options={
       TILES: '49152',
       ASYNC_GATHERS: 'true',

@@ -1,5 +1,6 @@
 """One row for each device, under every name that JAX has for it."""
 
+import functools
 import importlib.util
 
 import jax
@@ -88,10 +89,22 @@ def test_the_compiler_takes_its_options(name):
   if importlib.util.find_spec('libtpu') is None:
     pytest.skip('libtpu is not installed')
   tpu = chips.TPUS[name]
-  device = open_topology(tpu.topology)[0]
-  assert chips.find(device.device_kind) is tpu
-  options = chips.compiler_options(device.device_kind)
-  place = jax.sharding.SingleDeviceSharding(device)
-  x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=place)
-  square = jax.jit(lambda x: x @ x, compiler_options=options)
-  assert square.lower(x).compile().as_text()
+  devices = open_topology(tpu.topology)
+  kind = devices[0].device_kind
+  assert chips.find(kind) is tpu
+  mesh = jax.sharding.Mesh(devices, 'd')
+  rows = jax.sharding.PartitionSpec('d')
+
+  @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows)
+  def exchanged(x):
+    """Every collective that a step has."""
+    sent = jax.lax.all_to_all(x @ x.T, 'd', 0, 1, tiled=True)
+    whole = jax.lax.all_gather(sent, 'd', tiled=True)
+    return jax.lax.psum_scatter(whole @ whole.T, 'd', tiled=True)
+
+  n = 128 * len(devices)
+  place = jax.sharding.NamedSharding(mesh, rows)
+  x = jax.ShapeDtypeStruct((n * len(devices), n), jnp.float32, sharding=place)
+  options = chips.compiler_options(kind)
+  run = jax.jit(exchanged, compiler_options=options)
+  assert 'all-to-all' in run.lower(x).compile().as_text()

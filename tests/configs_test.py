@@ -35,7 +35,7 @@ WORDS = {
     *(f'28,{chip}' for chip in dense_1b7.CHIPS),
     '28,3t5,v5e',
   ],
-  'moe_15b_a2b': ['', 'v5p', 'v6e', 'tpu7x'],
+  'moe_15b_a2b': ['', 'v5e', 'v5p', 'v6e', 'tpu7x'],
   'released': ['', *released.MODELS],
   'evidence': [
     'sinks,headwise,0',

@@ -29,10 +29,11 @@ from gated_jax.ops.moe import ROWS_NAME
 from gated_jax.training.parts import step_flops
 
 # The share of the matrix units' rate that whole steps reach where nothing is
-# waited for, and the share of weights, gradients and experts' rows under way
-# that nothing hides. Both are about what docs/tpu.md has for several chips.
+# waited for; and the share of weights, gradients and experts' rows under way
+# that nothing hides, with sparse cores that carry them and without. These are
+# about what docs/tpu.md has for several chips.
 RATE = 0.65
-EXPOSED = 0.4
+EXPOSED = {True: 0.4, False: 0.8}
 STATE = 3  # arrays of AdamW's that are as large as the parameters, those too
 # How often the rows of experts travel: there and back, in backward there again
 # where they were not saved, and their gradients there and back.
@@ -115,6 +116,8 @@ class Guesser:
     experts = self.counts.get('experts', 0)
     others = self.counts['total'] - experts
     tensor = sizes['tensor']
+    chip = chip_of(self.devices)
+    exposed = EXPOSED[chip.sparse_cores]
     total = 0.0
     for size, axes in (
       (others / tensor, ('data', 'fsdp', 'expert', 'context')),
@@ -122,7 +125,7 @@ class Guesser:
     ):
       each = 2 * _seconds('all-gather', axes, size * width, mesh)
       each += _seconds('all-reduce', axes, size * width, mesh)
-      total += EXPOSED * config.optimizer.accumulate * each
+      total += exposed * config.optimizer.accumulate * each
     residual = _tokens(config, mesh) * model.width * width
     # It is gathered before both parts of a layer and summed behind them, in
     # each pass.
@@ -131,9 +134,9 @@ class Guesser:
     total += len(model.layers) * each
     trips = TRIPS - (model.remat in SAVES_ROWS)
     rows = residual * model.moe.top_k * model.moe.slack
-    each = EXPOSED * _seconds('all-to-all', ('expert',), rows, mesh)
+    each = exposed * _seconds('all-to-all', ('expert',), rows, mesh)
     if sizes['expert'] > 1:
-      each += PASSES * rows / chip_of(self.devices).bandwidth
+      each += PASSES * rows / chip.bandwidth
     each *= trips
     return total + sum(layer.ffn == 'moe' for layer in model.layers) * each
 

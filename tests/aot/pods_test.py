@@ -65,6 +65,7 @@ PODS = {
   'dense48_v5e': Pod('dense_1b7:48', V5E, {}),
   'dense48_v6e': Pod('dense_1b7:48', V6E, {}),
   'dense48_v5p': Pod('dense_1b7:48', V5P, {}),
+  'moe_v5e': Pod('moe_15b_a2b:v5e', V5E, {}, EXPERTS),
   'moe_v6e': Pod('moe_15b_a2b:v6e', V6E, {}, EXPERTS),
   'moe_v5p': Pod('moe_15b_a2b:v5p', V5P, {}, EXPERTS),
   'moe_tpu7x': Pod('moe_15b_a2b:tpu7x', TPU7X, {}, EXPERTS),
