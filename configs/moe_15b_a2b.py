@@ -12,23 +12,22 @@ are in `gate_sweep.py`.
 
 Hardware: a TPU pod, sized beforehand by `python -m gated_jax.aot`
 (docs/tpu_vm.md). The word after the colon names its chip: experts are spread
-over as many devices, backward recomputes as much, and a batch is worked through
-in as many parts, as was best there of what was compiled for 256 (docs/tpu.md).
-Without it every device gathers all experts, and all is recomputed.
+over as many devices, and backward recomputes as much, as was best there of what
+was compiled for 256 (docs/tpu.md). Without it every device gathers all experts,
+and all is recomputed.
 
     v5e  v5p  v6e  tpu7x
 """
 
 from configs import base
 
-# Devices of a group of experts, what is recomputed, and parts of a batch, by
-# the chip.
+# Devices of a group of experts and what is recomputed, by the chip.
 CHIPS = {
-  '': (1, 'full', 1),
-  'v5e': (1, 'minimal', 2),
-  'v5p': (1, 'minimal', 1),
-  'v6e': (1, 'minimal', 1),
-  'tpu7x': (2, 'minimal', 1),
+  '': (1, 'full'),
+  'v5e': (1, 'full'),
+  'v5p': (1, 'minimal'),
+  'v6e': (1, 'minimal'),
+  'tpu7x': (2, 'minimal'),
 }
 
 
@@ -36,8 +35,7 @@ def get_config(chip: str = ''):
   if chip not in CHIPS:
     raise ValueError(f'{chip=} must be one of: {" ".join(filter(None, CHIPS))}')
   config = base.get_config()
-  config.mesh.expert, config.model.remat, parts = CHIPS[chip]
-  config.optimizer.accumulate = parts
+  config.mesh.expert, config.model.remat = CHIPS[chip]
   model, data, optimizer = config.model, config.data, config.optimizer
 
   model.depth = 24

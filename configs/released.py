@@ -1,7 +1,7 @@
 """Released gated models at their sizes, to be trained or sized for a pod.
 
-    python -m gated_jax.aot --config=configs/released.py:qwen3_5_35b_a3b \
-      --topology=v5p:4x8x8 --config.mesh.expert=8
+    python -m gated_jax.aot --config=configs/released.py:trinity_mini \
+      --topology=v5p:4x8x8
 
 The word after the colon names the model:
 

@@ -2,11 +2,11 @@
 
 For ordering what `search.py` compiles, and for leaving out what cannot fit. The
 time is that of the model's products and of what is computed again, at a share
-of the matrix units' rate, of the bytes that each layer sends, and of packing rows
-for experts of other devices. Weights are gathered for each part of a batch, in
-forward and in backward, and gradients are summed once for each. Memory is what
-a step has to hold at the least: its state, the head's gradient, and the arrays
-that backward reads.
+of the matrix units' rate, of the bytes that each layer sends, and of packing
+rows for experts of other devices. Weights are gathered for each part of a
+batch, in forward and in backward, and gradients are summed once for each.
+Memory is what a step has to hold at the least: its state, the head's gradient,
+and the arrays that backward reads.
 """
 
 import dataclasses

@@ -69,6 +69,8 @@ PODS = {
   'moe_v6e': Pod('moe_15b_a2b:v6e', V6E, {}, EXPERTS),
   'moe_v5p': Pod('moe_15b_a2b:v5p', V5P, {}, EXPERTS),
   'moe_tpu7x': Pod('moe_15b_a2b:tpu7x', TPU7X, {}, EXPERTS),
+  'spread_v5e': Pod('moe_15b_a2b', V5E, {'mesh.expert': 4}, EXPERTS),
+  'spread_v5p': Pod('moe_15b_a2b:v5p', V5P, {'mesh.expert': 16}, EXPERTS),
   '32k_v5p': Pod('long_context:base32k', V5P, {'mesh.context': 4}),
   '128k_v5p': Pod(
     'long_context:yarn128k', V5P, {'mesh.context': 16}, (FORWARD,), False
@@ -86,7 +88,7 @@ for word, called, topology, parts, tiles in (
   ('qwen3_5_35b_a3b', (*EXPERTS, *DELTA), V5P, 8, False),
   ('qwen3_5_35b_a3b', (*EXPERTS, *DELTA), V6E, 4, True),
   ('qwen3_5_35b_a3b', (*EXPERTS, *DELTA), TPU7X, 2, False),
-  ('trinity_mini', EXPERTS, V5P, 8, True),
+  ('trinity_mini', EXPERTS, V5P, 1, True),
   ('trinity_mini', EXPERTS, V6E, 4, True),
   ('trinity_mini', EXPERTS, TPU7X, 2, True),
 ):
