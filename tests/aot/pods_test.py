@@ -89,7 +89,7 @@ for word, called, topology, parts, tiles in (
   ('qwen3_5_35b_a3b', (*EXPERTS, *DELTA), V6E, 4, True),
   ('qwen3_5_35b_a3b', (*EXPERTS, *DELTA), TPU7X, 2, False),
   ('trinity_mini', EXPERTS, V5P, 1, True),
-  ('trinity_mini', EXPERTS, V6E, 4, True),
+  ('trinity_mini', EXPERTS, V6E, 1, True),
   ('trinity_mini', EXPERTS, TPU7X, 2, True),
 ):
   PODS[f'{word}_{topology.partition(":")[0]}'] = Pod(
@@ -124,6 +124,9 @@ def allowed(report):
   # Keys and a headwise gate share a product of backward.
   joined = model.width * (model.kv_heads * model.head_dim + model.heads)
   weights = {joined} if model.gate.granularity == 'headwise' else set()
+  # So do the gates and up projections of a device's experts.
+  experts = model.moe.experts // sizes['expert']
+  weights.add(experts * model.width * 2 * model.moe.width)
   for path, x in _leaves(compiled.state.params):
     whole = elements(x.shape[1:] if 'layers' in path else x.shape)
     # Split by meaning (heads, experts), it stays split.
