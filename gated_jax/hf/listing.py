@@ -75,8 +75,8 @@ PREDICTED: dict[str, tuple[str, tuple[Step, ...]]] = {
   'afmoe': (
     'Trinity Mini',
     (
-      Step('v5p', 1.83, 2_293_000),
-      Step('v6e', 1.98, 2_123_000),
+      Step('v5p', 1.42, 2_959_000),
+      Step('v6e', 1.64, 2_564_000),
       Step('tpu7x', 1.16, 3_606_000),
     ),
   ),

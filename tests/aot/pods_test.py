@@ -124,7 +124,7 @@ def allowed(report):
   # Keys and a headwise gate share a product of backward.
   joined = model.width * (model.kv_heads * model.head_dim + model.heads)
   weights = {joined} if model.gate.granularity == 'headwise' else set()
-  # So do the gates and up projections of a device's experts.
+  # The gate and up projections of a device's experts lie side by side.
   experts = model.moe.experts // sizes['expert']
   weights.add(experts * model.width * 2 * model.moe.width)
   for path, x in _leaves(compiled.state.params):
