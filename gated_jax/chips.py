@@ -96,7 +96,7 @@ class Tpu(Chip):
   network: float  # bytes per second to another slice
   cores: int  # tensor cores of one device
   core: TensorCore
-  # Whether sparse cores gather weights and sum gradients beside computing.
+  # True: sparse cores gather weights and sum gradients beside computing.
   sparse_cores: bool = False
   # Options for the compiler when it compiles a model's programs.
   compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -109,6 +109,11 @@ class Tpu(Chip):
   def matrix_rate(self) -> float:
     """FLOPs per second by the clock; published peaks are rounded."""
     return self.clock * self.flops_per_cycle
+
+  @property
+  def bytes_per_cycle(self) -> float:
+    """Bytes that its memory reads or writes in a cycle."""
+    return self.bandwidth / self.clock
 
   def with_cores(self, cores: int) -> 'Tpu':
     """This device where JAX presents only so many of its cores as one."""

@@ -93,7 +93,7 @@ def estimate(
       else (sizes.value_heads, sizes.channels)
     )
     registers = heads * channels / LANES
-    traffic = AROUND[name] * LANES * 2 / (chip.bandwidth / chip.clock)
+    traffic = AROUND[name] * LANES * 2 / chip.bytes_per_cycle
     cycles[name] = max(total / registers, traffic)
   return cycles
 

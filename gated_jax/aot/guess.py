@@ -104,9 +104,8 @@ class Guesser:
       total += size + (where in again) * self.forward[part]
     tokens = _tokens(config, mesh) / mesh.shape['tensor']
     chip = chip_of(self.devices)
-    model = dataclasses.replace(config.model, remat='minimal')
-    minimal = dataclasses.replace(config, model=model)
-    copied = max(0, _saved(config) - _saved(minimal))
+    saved, made = (_saved(config, p) for p in (config.model.remat, 'minimal'))
+    copied = max(0, saved - made)
     seconds = total / (RATE * chip.matrix_rate)
     return tokens * (seconds + PASSES * copied / chip.bandwidth)
 
@@ -147,7 +146,7 @@ class Guesser:
     # The loss sums the head's gradient over its chunks in float32.
     head = 4 * model.vocab * model.width / tensor
     tokens = _tokens(config, mesh) / config.optimizer.accumulate
-    return state + head + tokens / tensor * _saved(config)
+    return state + head + tokens / tensor * _saved(config, model.remat)
 
 
 def _tokens(config: RunConfig, mesh: Mesh) -> float:
@@ -176,16 +175,16 @@ def _seconds(
   return collective_seconds(collective, devices, chip_of(devices))
 
 
-def _saved(config: RunConfig) -> float:
+def _saved(config: RunConfig, remat: str) -> float:
   """Bytes that all layers leave to backward for each token, at the least."""
   model = config.model
-  numbers = sum(_saved_by(layer, config) for layer in model.layers)
+  numbers = sum(_saved_by(layer, config, remat) for layer in model.layers)
   return jnp.dtype(model.dtype).itemsize * numbers
 
 
-def _saved_by(layer: LayerSpec, config: RunConfig) -> float:
+def _saved_by(layer: LayerSpec, config: RunConfig, remat: str) -> float:
   """Numbers that a layer leaves to backward for each token, at the least."""
-  model, remat = config.model, config.model.remat
+  model = config.model
   numbers: float = model.width  # the layer's input
   if layer.mixer == 'attention':
     heads, kv = (

@@ -193,7 +193,7 @@ def stream(
 
   def each(name: str, arrays: int) -> float:
     """Of one token: computing, or what memory takes for so many arrays."""
-    traffic = arrays * width * 2 / (chip.bandwidth / chip.clock)
+    traffic = arrays * width * 2 / chip.bytes_per_cycle
     return max(cycles[name] / length, traffic)
 
   return [each(MEAN, 1), each(STREAM, 4)]
