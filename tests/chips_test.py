@@ -84,6 +84,7 @@ def test_half_a_chip_has_half_of_everything():
   assert half.matrix_rate == whole.matrix_rate / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', chips.TPUS)
 def test_the_compiler_takes_its_options(name):
   if importlib.util.find_spec('libtpu') is None:

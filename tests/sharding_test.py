@@ -339,6 +339,7 @@ def test_scanned_layers_with_recomputation_and_qk_norm():
   assert_same(measure(config, mesh), one_device(config))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'mesh', ['tensor_wider_than_kv_heads', 'data_fsdp_tensor']
 )

@@ -174,13 +174,14 @@ def test_a_program_without_kernels_is_what_it_was():
   assert_same(jax.jit(stacks.in_place(function))(*arrays()), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('saved', 'uses'),
   [
     # Nothing; rows are read by forward, by forward once more, and by backward;
     # by forward, which writes the product, and by backward.
-    pytest.param((), 0, marks=pytest.mark.long),
-    pytest.param(('rows',), 3, marks=pytest.mark.long),
+    ((), 0),
+    (('rows',), 3),
     (('rows', 'product'), 2),
   ],
 )

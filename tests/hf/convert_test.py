@@ -43,6 +43,7 @@ SLOW = (
   'lfm3',
   'muse_spark',
   'qwen3_5_hybrid',
+  'qwen3_5_moe',
   'qwen3_moe_mixed',
   'qwen3_moe_window',
   'qwen3_next_hybrid',

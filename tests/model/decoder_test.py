@@ -152,13 +152,8 @@ def test_a_row_without_document_numbers_is_one_document():
   )
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    name if name == 'pattern' else pytest.param(name, marks=pytest.mark.long)
-    for name in VARIANTS
-  ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize('name', VARIANTS)
 def test_a_token_sees_its_own_document_up_to_itself(name):
   config = config_of(name)
   model, params = make(config)
@@ -267,13 +262,8 @@ def test_scanned_layers_are_the_unscanned_ones(name):
   assert found.metrics.keys() == loss.metrics.keys()
 
 
-@pytest.mark.parametrize(
-  'policy',
-  [
-    p if p == 'minimal' else pytest.param(p, marks=pytest.mark.long)
-    for p in SAVED
-  ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize('policy', SAVED)
 def test_remat_changes_nothing_but_memory(policy):
   config = config_of('plain')
   _, params = make(config)
@@ -364,6 +354,7 @@ def test_no_array_of_a_large_vocabulary_holds_the_batch():
   assert '1024,151936' not in text
 
 
+@pytest.mark.long
 def test_the_first_step_is_the_one_it_always_was():
   """Guards against silent changes of initialisation or arithmetic."""
   model = Decoder(config_of('plain'))

@@ -172,7 +172,7 @@ CHECKS = (
   check_packed_equals_apart,
   check_steps_equal_the_whole,
   check_padding_leaves_the_state_alone,
-  check_sharded_equals_whole,
+  pytest.param(check_sharded_equals_whole, marks=pytest.mark.long),
   check_flops_grow_with_the_layer,
 )
 

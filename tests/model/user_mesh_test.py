@@ -24,7 +24,11 @@ ROWS = (8, 6)  # eight rows divide over four devices, six do not
 MODULE = GatedAttention(
   num_heads=4, num_kv_heads=2, gate='headwise', causal=True
 )
-NAMES = [('data', 'tensor'), ('fsdp', 'model'), ('dp', 'tp')]
+NAMES = [
+  ('data', 'tensor'),
+  pytest.param(('fsdp', 'model'), marks=pytest.mark.long),
+  pytest.param(('dp', 'tp'), marks=pytest.mark.long),
+]
 
 
 @functools.cache

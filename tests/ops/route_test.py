@@ -131,6 +131,7 @@ def test_the_bias_gets_the_excess_load_whatever_the_loss_is():
   np.testing.assert_allclose(twice[1], 2 * once[1], rtol=1e-5)
 
 
+@pytest.mark.long
 def test_descent_on_the_bias_evens_the_load():
   spec = RouteSpec(2, 'sigmoid')
   x, kernel, _ = float32(*make())

@@ -131,6 +131,7 @@ def lose(output, close):
     return file.read()
 
 
+@pytest.mark.long
 def test_a_run_outlives_a_pipe_that_nobody_reads():
   reader, writer = os.pipe()
 
@@ -142,6 +143,7 @@ def test_a_run_outlives_a_pipe_that_nobody_reads():
   assert lose(writer, close) == 'done'
 
 
+@pytest.mark.long
 def test_a_run_outlives_its_terminal():
   terminal, inside = pty.openpty()
 

@@ -184,6 +184,7 @@ def test_there_may_be_any_number_of_batch_axes(batch, masked):
     np.testing.assert_array_equal(a.reshape(b.shape), b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('channels', [1, 3])
 def test_plain_attention_has_forward_mode_and_second_derivatives(channels):
   query, key, value = numbers(2, 2, 2), numbers(2, 1, 2), numbers(2, 1, 3)

@@ -43,8 +43,8 @@ def run(attend, case):
   ('name', 'skips'),
   [
     ('wide values', False),
-    ('narrow values', True),
-    ('no gate', True),
+    pytest.param('narrow values', True, marks=pytest.mark.long),
+    pytest.param('no gate', True, marks=pytest.mark.long),
     ('window', False),
   ],
 )

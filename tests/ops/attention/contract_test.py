@@ -55,32 +55,34 @@ SAME_FOR_SPLASH = (
   *(n for n in SMALL if '_times_' in n or '_plus_' in n),
 )
 
-# What every run asks of the own TPU kernels; the rest is nightly, for the same
-# seconds. `pallas_tpu_test.py` has the long sequences.
+# What every run asks of the own TPU kernels, and what `-m long` adds; the rest
+# is nightly, for the same seconds. `pallas_tpu_test.py` has the long sequences.
 OFTEN_FOR_PALLAS_TPU = (
   'window_of_one',
   'packed_window',
   'blind',
-  'blind_full',
   'odd_length',
-  'one_token',
   'cross',
-  'cross_longer_queries',
-  'cross_window',
   'one_kv_head',
-  'head_dim_256',
   'head_dim_odd',
   'narrow_values',
-  'wide_values',
   'bf16_headwise',
   'bf16_rounded',
-  'bf16_rounded_headwise',
   'elementwise_times_silu',
+  'headwise_plus_softplus',
+)
+LONG_FOR_PALLAS_TPU = (
+  'blind_full',
+  'one_token',
+  'cross_longer_queries',
+  'cross_window',
+  'head_dim_256',
+  'wide_values',
+  'bf16_rounded_headwise',
   'elementwise_times_softplus',
   'elementwise_plus_silu',
   'headwise_times_ns_sigmoid',
   'headwise_times_identity',
-  'headwise_plus_softplus',
 )
 
 
@@ -282,7 +284,8 @@ def pairs():
     for case_name in SMALL:
       marks = []
       if name == 'pallas_tpu' and case_name not in OFTEN_FOR_PALLAS_TPU:
-        marks = [pytest.mark.nightly]
+        rarer = 'long' if case_name in LONG_FOR_PALLAS_TPU else 'nightly'
+        marks = [getattr(pytest.mark, rarer)]
       elif name == 'splash' and case_name not in ('plain', 'packed', 'window'):
         marks = [pytest.mark.long]
       yield pytest.param(name, case_name, marks=marks)
@@ -344,6 +347,7 @@ def test_the_same_call_twice_gives_the_same_bits(name):
   jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', NAMES)
 def test_64_bits_by_default_change_nothing(name):
   case = narrowed(name, dataclasses.replace(SMALL['packed_window'], B=1, T=64))
