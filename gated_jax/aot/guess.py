@@ -6,7 +6,7 @@ of the matrix units' rate, of the bytes that each layer sends, and of packing
 rows for experts of other devices. Weights are gathered for each part of a
 batch, in forward and in backward, and gradients are summed once for each.
 Memory is what a step has to hold at the least: its state, the head's gradient,
-and the arrays that backward reads.
+the arrays that backward reads, and what it makes of them in one layer.
 """
 
 import dataclasses
@@ -145,8 +145,15 @@ class Guesser:
     state *= self.counts['total'] / mesh.devices.size
     # The loss sums the head's gradient over its chunks in float32.
     head = 4 * model.vocab * model.width / tensor
-    tokens = _tokens(config, mesh) / config.optimizer.accumulate
-    return state + head + tokens / tensor * _saved(config, model.remat)
+    width = jnp.dtype(model.dtype).itemsize
+    gathered = 0.0  # the experts of one layer
+    if experts := self.counts.get('experts', 0):
+      layers = sum(layer.ffn == 'moe' for layer in model.layers)
+      gathered = width * experts / layers / tensor / mesh.shape['expert']
+    made = width * max(_made_by(layer, config) for layer in model.layers)
+    tokens = _tokens(config, mesh) / config.optimizer.accumulate / tensor
+    held = tokens * (_saved(config, model.remat) + made)
+    return state + head + gathered + held
 
 
 def _tokens(config: RunConfig, mesh: Mesh) -> float:
@@ -205,6 +212,24 @@ def _saved_by(layer: LayerSpec, config: RunConfig, remat: str) -> float:
     numbers += rows * 2 * layer.ffn_width
   if split and remat in SAVES_ROWS:
     numbers += rows * model.width
-  if remat == 'none':  # what `down` multiplies, and the norm's output
-    numbers += rows * layer.ffn_width + model.width
+  if remat == 'none':
+    # The norm's output, what `down` multiplies, and what the activation's rule
+    # keeps; and rows as they are packed and as they leave the experts.
+    numbers += model.width + 2 * rows * layer.ffn_width
+    if layer.ffn == 'moe' and not split:
+      numbers += 2 * rows * model.width
   return numbers
+
+
+def _made_by(layer: LayerSpec, config: RunConfig) -> float:
+  """Numbers for each token that backward of a layer holds, at the least.
+
+  The gradient of the MLP's first product, and that of packed rows; where the
+  policy does not save them, the product and the rows as well.
+  """
+  model = config.model
+  experts = layer.ffn == 'moe'
+  rows = model.moe.top_k if experts else 1
+  numbers = rows * (2 * layer.ffn_width + experts * model.width)
+  part = 'experts' if experts else 'mlp'
+  return numbers * (2 if part in AGAIN[model.remat] else 1)
