@@ -15,9 +15,13 @@ from jax.sharding import PartitionSpec
 
 from gated_jax import sharding
 from gated_jax import stacks
+from gated_jax.aot.compile import compile_step
+from gated_jax.aot.topology import open_topology
+from gated_jax.config import DataConfig
 from gated_jax.config import MeshConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import OptimizerConfig
+from gated_jax.config import RunConfig
 from gated_jax.model.decoder import Decoder
 from gated_jax.ops.moe.grouped_matmul import grouped_matmul
 from gated_jax.training import step
@@ -268,3 +272,28 @@ def test_the_step_of_a_model_with_its_kernels(mesh, remat, monkeypatch):
   assert not plain
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, found, expected)
+
+
+@pytest.mark.long
+def test_stacks_are_split_as_what_is_written_into_them():
+  pytest.importorskip('libtpu')
+  length = 512
+  config = RunConfig(
+    model=ModelConfig(
+      depth=2,
+      width=512,
+      heads=4,
+      kv_heads=2,
+      head_dim=128,
+      mlp_width=1536,
+      vocab=512,
+      length=length,
+      remat='minimal',
+    ),
+    data=DataConfig(batch=4, length=length),
+    mesh=MeshConfig(fsdp=2, tensor=2),
+  )
+  text = compile_step(config, open_topology('v5e:2x2')).text
+  assert 'bf16[2,2,512,768]' in text  # of both layers
+  assert 'bf16[2,2,256,1536]' not in text
+  assert 'all-to-all' not in text

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -78,6 +79,10 @@ class _Program:
     """Outside of a scan there is no layer."""
     self.layer = layer
     self.saved: list[Array] = []  # stacks that earlier scans have written
+    # How variables are split that are written into stacks. Where the program
+    # says so only of what is read from a stack, XLA's partitioner would choose
+    # another way for the stack, and send each layer's part twice.
+    self.places: dict[Any, NamedSharding] = {}
 
   def read(self, value: Value) -> Array:
     """An array, wherever it lies."""
@@ -110,6 +115,11 @@ class _Program:
       programs.origin(makers, jaxpr.outvars[i]): stack
       for i, stack in (stacks or {}).items()
     }
+
+    for variable in wanted:
+      place = programs.place(jaxpr, variable)
+      if place is not None:
+        self.places[variable] = place
 
     def value(variable: Any) -> Value:
       """Of a variable or a literal."""
@@ -150,6 +160,9 @@ class _Program:
           return [seen]
     results = programs.alone(eqn, [self.read(x) for x in operands])
     for i, stack in stacks.items():
+      place = self.places.get(eqn.outvars[i])
+      if place is not None:
+        results[i] = jax.lax.with_sharding_constraint(results[i], place)
       results[i] = Slice.of(_written(stack, results[i], self.layer))
     return results
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from gated_jax.stacks import kernels
@@ -172,6 +173,29 @@ def read_by_kernel(jaxpr: Any, variable: Any) -> bool:
         if passed_on(inner, v, shape=False) in places:
           same.add(out)
   return False
+
+
+def place(jaxpr: Any, variable: Any) -> NamedSharding | None:
+  """How an array is split where the program says so first; None: nowhere."""
+  same = {variable}
+  for eqn in jaxpr.eqns:
+    operands = [isinstance(v, core.Var) and v in same for v in eqn.invars]
+    if not any(operands):
+      continue
+    at, name = operands.index(True), eqn.primitive.name
+    found = None
+    if name == 'sharding_constraint':
+      found = eqn.params['sharding']
+    elif name == 'shard_map':
+      found = NamedSharding(eqn.params['mesh'], eqn.params['in_specs'][at])
+    elif is_call(eqn):
+      inner = inner_of(eqn)[0]
+      found = place(inner, inner.invars[at])
+    if found is not None:
+      return found
+    if unchanged(eqn) == at:
+      same.add(eqn.outvars[0])
+  return None
 
 
 def made_here(makers: dict[Any, tuple[Any, int]], variable: Any) -> bool:
