@@ -59,11 +59,6 @@ PODS = {
     V5E,
     {'data.batch': 1024, 'mesh.tensor': 4, 'model.remat': 'attention'},
   ),
-  'tensor_minimal_v5e': Pod(
-    'dense_1b7:28',
-    V5E,
-    {'data.batch': 512, 'mesh.tensor': 2, 'model.remat': 'minimal'},
-  ),
   'dense28_v6e': Pod('dense_1b7:28', V6E, {}),
   'dense28_v5p': Pod('dense_1b7:28', V5P, {}),
   'dense28_tpu7x': Pod('dense_1b7:28,tpu7x', TPU7X, {}),
