@@ -82,7 +82,7 @@ class _Program:
     # How variables are split that are written into stacks. Where the program
     # says so only of what is read from a stack, XLA's partitioner would choose
     # another way for the stack, and send each layer's part twice.
-    self.places: dict[Any, NamedSharding] = {}
+    self.places: dict[Any, NamedSharding | None] = {}
 
   def read(self, value: Value) -> Array:
     """An array, wherever it lies."""
@@ -115,11 +115,7 @@ class _Program:
       programs.origin(makers, jaxpr.outvars[i]): stack
       for i, stack in (stacks or {}).items()
     }
-
-    for variable in wanted:
-      place = programs.place(jaxpr, variable)
-      if place is not None:
-        self.places[variable] = place
+    self.places |= {v: programs.place(jaxpr, v) for v in wanted}
 
     def value(variable: Any) -> Value:
       """Of a variable or a literal."""
