@@ -1,6 +1,7 @@
 """Kernels that use the stacks of a scan in place, against those that do not."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -275,12 +276,12 @@ def test_the_step_of_a_model_with_its_kernels(mesh, remat, monkeypatch):
 
 
 @pytest.mark.long
-def test_stacks_are_split_as_what_is_written_into_them():
+def test_stacks_lie_on_a_tpu_as_kernels_write_and_read_them():
   pytest.importorskip('libtpu')
   length = 512
   config = RunConfig(
     model=ModelConfig(
-      depth=2,
+      depth=3,
       width=512,
       heads=4,
       kv_heads=2,
@@ -294,6 +295,10 @@ def test_stacks_are_split_as_what_is_written_into_them():
     mesh=MeshConfig(fsdp=2, tensor=2),
   )
   text = compile_step(config, open_topology('v5e:2x2')).text
-  assert 'bf16[2,2,512,768]' in text  # of both layers
-  assert 'bf16[2,2,256,1536]' not in text
+  # Of all layers, split as what is written into them.
+  assert 'bf16[3,2,512,768]' in text
+  assert 'bf16[3,2,256,1536]' not in text
   assert 'all-to-all' not in text
+  # The stream, which a product reads as well, is not turned for it.
+  assert 'bf16[4,2,256,512]' in text  # one more than there are layers
+  assert not re.search(r'bf16\[[34],2,256,512\]\S* copy\(', text)

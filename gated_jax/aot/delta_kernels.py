@@ -154,14 +154,14 @@ def price(kernel: Kernel, known: dict[str, float]) -> float | None:
   """
   if kernel.name not in known:
     return None
+  # The last axes, as an array may be a stack of layers.
   if kernel.name in RULE:
     # Numbers of each token in rows, which both passes have.
-    sizes = re.search(r'f32\[(\d+),(\d+),8,(\d+)\]', ' '.join(kernel.operands))
+    text = ' '.join(kernel.operands)
+    sizes = re.search(r'f32\[(?:\d+,)?(\d+),(\d+),8,(\d+)\]', text)
     share = 1.0
   else:
-    # Filters are given a table of steps first.
-    text = ' '.join(kernel.operands)
-    sizes = re.search(r'\[(\d+),(\d+),(\d+)\]', text)
+    sizes = re.search(r'(\d+),(\d+),(\d+)\]', kernel.output)
     share = 1 / LANES
   if not sizes:
     return None

@@ -261,6 +261,7 @@ class _Program:
         and programs.read_by_kernel(body, v)
       )
     }
+    places = {i: programs.place(body, plan.slices[i]) for i in read}
     moving = {i: x for i, x in enumerate(xs) if i not in read}
     for i in plan.carried:
       more = (params['length'] + 1, *carry[i].shape)
@@ -275,7 +276,8 @@ class _Program:
         Slice.of(x) if i in plan.carried else x for i, x in enumerate(carry)
       ]
       slices = [
-        Slice.of(read[i]) if i in read else moving[i] for i in range(len(xs))
+        Slice.of(read[i], place=places[i]) if i in read else moving[i]
+        for i in range(len(xs))
       ]
       args = [*fixed, *before, *slices]
       results = program.run(body, consts, args, plan.into(stacks))

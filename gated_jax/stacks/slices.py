@@ -5,6 +5,9 @@ import functools
 from collections.abc import Callable
 
 import jax
+from jax.experimental.layout import Layout
+from jax.experimental.layout import with_layout_constraint
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 
@@ -21,12 +24,19 @@ class Slice:
   order: tuple[int, ...]
   # What makes of the array as it lies the array as it is seen.
   steps: tuple[Callable[[Array], Array], ...] = ()
+  # How the array as it lies is split, where that is known.
+  place: NamedSharding | None = None
 
   @classmethod
-  def of(cls, stack: Array, shape: tuple[int, ...] | None = None) -> 'Slice':
+  def of(
+    cls,
+    stack: Array,
+    shape: tuple[int, ...] | None = None,
+    place: NamedSharding | None = None,
+  ) -> 'Slice':
     """A layer as it lies, or in another shape."""
     lying = stack.shape[1:]
-    plain = cls(stack, lying, tuple(range(len(lying))))
+    plain = cls(stack, lying, tuple(range(len(lying))), place=place)
     return plain if shape in (None, lying) else plain.reshaped(shape)
 
   @property
@@ -42,6 +52,8 @@ class Slice:
   def read(self, layer: Array) -> Array:
     """The array."""
     x = jax.lax.dynamic_index_in_dim(self.stack, layer, keepdims=False)
+    if self.place is not None:
+      x = _row_major(x, self.place)
     return functools.reduce(lambda x, step: step(x), self.steps, x)
 
   def then(self, step: Callable[[Array], Array]) -> 'Slice':
@@ -76,3 +88,28 @@ class Slice:
       return (None, *axes)
     heads = self.shape[:-2] == lying[:-1] and len(self.shape) > 1
     return (None, *axes[:-1]) if heads and axes[-1] is None else None
+
+
+def _row_major(x: Array, place: NamedSharding) -> Array:
+  """An array in memory row by row on each device, where that is a TPU.
+
+  XLA:TPU may want what is made of it with another axis innermost, as products
+  do that sum over positions. It would copy the whole stack in each layer, as
+  kernels want the stack row by row.
+  """
+
+  def pin(x: Array) -> Array:
+    """On one device; XLA's partitioner would gather what lies so."""
+    return jax.lax.platform_dependent(
+      x,
+      tpu=lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))),
+      default=lambda x: x,
+    )
+
+  return jax.shard_map(
+    pin,
+    mesh=place.mesh,
+    in_specs=place.spec,
+    out_specs=place.spec,
+    check_vma=False,
+  )(x)

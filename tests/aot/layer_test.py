@@ -44,7 +44,8 @@ def test_kernels_cost_what_their_calls_and_heads_say():
   assert found == pytest.approx(heads * (2 * 20 + 50))
 
 
-def test_the_delta_rule_costs_its_tokens_and_value_heads():
+@pytest.mark.parametrize('stack', ['', '24,'])  # alone, or of all layers
+def test_the_delta_rule_costs_its_tokens_and_value_heads(stack):
   rows, heads, tokens = 2, 32, 512
   delta = {'gated_delta_forward': 5.0, 'gated_delta_backward': 7.0}
   known = {'attention': (0.0, 0.0), 'rotation': {}, 'delta': delta}
@@ -52,8 +53,8 @@ def test_the_delta_rule_costs_its_tokens_and_value_heads():
     kernel = types.SimpleNamespace(
       name=f'gated_delta_{name}',
       operands=(
-        f'bf16[{rows},{tokens},2048]',
-        f'f32[{rows},{heads},8,{tokens}]{{3,2,1,0:T(8,128)}}',
+        f'bf16[{stack}{rows},{tokens},2048]',
+        f'f32[{stack}{rows},{heads},8,{tokens}]{{3,2,1,0:T(8,128)}}',
         f'f32[{rows},{heads},128,128]',
       ),
       output='',
@@ -65,17 +66,20 @@ def test_the_delta_rule_costs_its_tokens_and_value_heads():
     )
 
 
+@pytest.mark.parametrize('stack', ['', '24,'])
 @pytest.mark.parametrize(
   ('name', 'table'),
   [('delta_norm_forward', []), ('delta_filter_forward', ['s32[2,2]'])],
 )
 def test_kernels_around_the_delta_rule_cost_their_tokens_and_channels(
-  name, table
+  name, table, stack
 ):
   known = {'rotation': {}, 'delta': {name: 1.5}}
-  tokens = 'bf16[2,512,4096]{2,1,0:T(8,128)(2,1)}'
   kernel = types.SimpleNamespace(
-    name=name, operands=[*table, tokens, tokens, 'f32[8,128]'], output=''
+    name=name,
+    # A filter reads the rows before its own as well.
+    operands=[*table, f'bf16[{stack}2,512,4096]', 'bf16[2,16,4096]'],
+    output='(bf16[2,512,4096], f32[2,8,4096])',
   )
   assert kernels.price(kernel, known) == 1.5 * 2 * 512 * 32
 
