@@ -19,6 +19,7 @@ from gated_jax import stacks
 from gated_jax.aot.compile import compile_step
 from gated_jax.aot.topology import open_topology
 from gated_jax.config import DataConfig
+from gated_jax.config import DeltaConfig
 from gated_jax.config import MeshConfig
 from gated_jax.config import ModelConfig
 from gated_jax.config import OptimizerConfig
@@ -218,14 +219,15 @@ def test_kernels_with_tables_and_grids_that_depend_on_them(saved, uses):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-  ('mesh', 'remat'),
+  ('mesh', 'remat', 'mixer'),
   [
-    (MeshConfig(fsdp=4), 'minimal'),
-    (MeshConfig(fsdp=2, tensor=2), 'attention'),
+    (MeshConfig(fsdp=4), 'minimal', 'attention'),
+    (MeshConfig(fsdp=2, tensor=2), 'attention', 'attention'),
+    (MeshConfig(fsdp=1, tensor=2), 'minimal', 'gated_deltanet'),
   ],
 )
-def test_the_step_of_a_model_with_its_kernels(mesh, remat, monkeypatch):
-  """Attention, norms and rotation, interpreted: the same but for rounding.
+def test_the_step_of_a_model_with_its_kernels(mesh, remat, mixer, monkeypatch):
+  """Mixers, norms and rotation, interpreted: the same but for rounding.
 
   Of bfloat16 it is so with --xla_allow_excess_precision=false.
   """
@@ -235,10 +237,11 @@ def test_the_step_of_a_model_with_its_kernels(mesh, remat, monkeypatch):
     return call(*args, **settings | {'interpret': True})
 
   monkeypatch.setattr(pl, 'pallas_call', interpreted)
-  length = 128
+  length, devices = 128, mesh.fsdp * mesh.tensor
   model = Decoder(
     ModelConfig(
       depth=LAYERS,
+      pattern=(mixer,),
       width=256,
       heads=2,
       kv_heads=1,
@@ -248,6 +251,7 @@ def test_the_step_of_a_model_with_its_kernels(mesh, remat, monkeypatch):
       length=length,
       remat=remat,
       attention='pallas_tpu',
+      delta=DeltaConfig(2, 2, implementation='pallas_tpu'),
       dtype='float32',  # XLA rounds to bfloat16 where its fusions end
     )
   )
@@ -265,7 +269,7 @@ def test_the_step_of_a_model_with_its_kernels(mesh, remat, monkeypatch):
     used = [bool(r or w) for r, w in stacks_of(run, state, batch)]
     return jax.jit(run)(state, batch)[0].params, any(used)
 
-  with sharding.activate(sharding.make_mesh(mesh, jax.devices()[:4])):
+  with sharding.activate(sharding.make_mesh(mesh, jax.devices()[:devices])):
     found, in_place = updated()
     monkeypatch.setattr(step.stacks, 'in_place', lambda function: function)
     expected, plain = updated()

@@ -135,7 +135,6 @@ def _gradients(
   batch: Batch,
   key: jax.Array,
   accumulate: int,
-  in_place: bool,
 ) -> tuple[Tree, Metrics]:
   """Gradient and metrics of the mean over every token of the batch.
 
@@ -149,9 +148,7 @@ def _gradients(
     metrics = {'loss': value.nll, 'total_loss': value.total, **value.metrics}
     return value.total, (value.weight, metrics)
 
-  gradient = jax.grad(evaluate, has_aux=True)
-  if in_place:
-    gradient = stacks.in_place(gradient)
+  gradient = stacks.in_place(jax.grad(evaluate, has_aux=True))
   if accumulate == 1:
     grads, (weight, metrics) = gradient(params, batch, key)
     return grads, {**metrics, 'tokens': weight}
@@ -201,16 +198,6 @@ def model_loss(model: Any, params: Tree, batch: Batch, key: jax.Array) -> Any:
   )
 
 
-def _only_attends(model: Any) -> bool:
-  """Whether kernels may use the stacks of this model's layers in place.
-
-  Some of what Gated DeltaNet's kernels read is read by products as well, with
-  positions innermost: for these XLA would copy a whole stack in each layer.
-  """
-  layers = model.config.distinct_layers if hasattr(model, 'config') else ()
-  return all(layer.mixer == 'attention' for layer in layers)
-
-
 def _of_part(
   own: LossFunction, model: Any, part: Part, params: Tree
 ) -> Callable[..., Any]:
@@ -247,9 +234,7 @@ def make_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     loss = _of_part(own_loss, model, part, state.params)
     old = part.of(state.params)
-    gradient, metrics = _gradients(
-      loss, old, batch, key, config.accumulate, _only_attends(model)
-    )
+    gradient, metrics = _gradients(loss, old, batch, key, config.accumulate)
     norm: Float[Array, ''] = optax.tree.norm(gradient)
     finite = jnp.isfinite(metrics['total_loss']) & jnp.isfinite(norm)
     good = finite & (metrics['tokens'] > 0)
