@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout
-from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array
 from jaxtyping import Float
 
@@ -20,6 +18,7 @@ from gated_jax.model.parameters import Kind
 from gated_jax.model.parameters import normal
 from gated_jax.model.parameters import parameter
 from gated_jax.model.parameters import with_adapter
+from gated_jax.ops.layout import pin_row_major
 from gated_jax.sharding import RESIDUAL
 from gated_jax.sharding import Axes
 from gated_jax.sharding import axis_size
@@ -104,17 +103,7 @@ def row_major(x: Float[Array, '...'], axes: Axes) -> Float[Array, '...']:
     x: [B, T, M].
     axes: logical names of these axes.
   """
-
-  def pin(x: Array) -> Array:
-    """Rows innermost on a TPU; elsewhere nothing."""
-    return jax.lax.platform_dependent(
-      x,
-      tpu=lambda x: with_layout_constraint(x, Layout((0, 1, 2))),
-      default=lambda x: x,
-    )
-
-  # XLA's partitioner would gather an array under a layout constraint.
-  return per_device(pin, (axes,), axes)(x)
+  return per_device(pin_row_major, (axes,), axes)(x)
 
 
 row_major.defvjp(

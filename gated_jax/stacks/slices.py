@@ -5,10 +5,10 @@ import functools
 from collections.abc import Callable
 
 import jax
-from jax.experimental.layout import Layout
-from jax.experimental.layout import with_layout_constraint
 from jax.sharding import NamedSharding
 from jaxtyping import Array
+
+from gated_jax.ops.layout import pin_row_major
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,25 +91,17 @@ class Slice:
 
 
 def _row_major(x: Array, place: NamedSharding) -> Array:
-  """An array in memory row by row on each device, where that is a TPU.
+  """An array that lies row by row on each device.
 
   XLA:TPU may want what is made of it with another axis innermost, as products
-  do that sum over positions. It would copy the whole stack in each layer, as
+  do that sum over positions. It would turn the whole stack in each layer, since
   kernels want the stack row by row.
   """
-
-  def pin(x: Array) -> Array:
-    """On one device; XLA's partitioner would gather what lies so."""
-    return jax.lax.platform_dependent(
-      x,
-      tpu=lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))),
-      default=lambda x: x,
-    )
-
+  spec = place.spec
   return jax.shard_map(
-    pin,
+    pin_row_major,
     mesh=place.mesh,
-    in_specs=place.spec,
-    out_specs=place.spec,
+    in_specs=spec,
+    out_specs=spec,
     check_vma=False,
   )(x)
