@@ -68,7 +68,7 @@ PREDICTED: dict[str, tuple[str, tuple[Step, ...]]] = {
     '35B-A3B',
     (
       Step('v5p', 2.02, 2_076_000),
-      Step('v6e', 2.30, 1_824_000),
+      Step('v6e', 1.94, 2_163_000),
       Step('tpu7x', 1.35, 3_104_000),
     ),
   ),

@@ -97,7 +97,7 @@ def _check_round_trip(family, config, make_params, tmp_path):
   ('name', 'words'),
   [
     ('qwen3_5_hybrid', {'A_log', 'dt_bias', 'norm.weight'}),
-    (
+    pytest.param(
       'muse_spark',
       {
         'post_attention_residual_gate.gate',
@@ -105,6 +105,7 @@ def _check_round_trip(family, config, make_params, tmp_path):
         'mlp.gate.weight',
         'mlp.gate.e_score_correction_bias',
       },
+      marks=pytest.mark.long,
     ),
   ],
 )

@@ -225,6 +225,7 @@ def check_against_loops(gate):
         np.testing.assert_allclose(total, slope, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.long
 def test_a_zero_two_sigmoid_gate_leaves_a_trained_layer_as_it_was():
   x = jax.random.normal(jax.random.key(0), (1, 6, 16))
   plain = GatedAttention(num_heads=4, gate=GateConfig(position='none'))

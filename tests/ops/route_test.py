@@ -154,6 +154,7 @@ def test_descent_on_the_bias_evens_the_load():
   assert worst(bias) < 1.6 < before
 
 
+@pytest.mark.long
 def test_microbatches_average_the_load_of_the_bias():
   spec, (x, kernel, bias) = RouteSpec(2), float32(*make())
 

@@ -72,6 +72,12 @@ OFTEN_FOR_PALLAS_TPU = (
   'headwise_plus_softplus',
 )
 LONG_FOR_PALLAS_TPU = (
+  'blind',
+  'window_of_one',
+  'packed_window',
+  'bf16_headwise',
+  'headwise_plus_softplus',
+  'elementwise_times_silu',
   'blind_full',
   'one_token',
   'cross_longer_queries',

@@ -162,6 +162,7 @@ def inverse(coupling):
   )(coupling)
 
 
+@pytest.mark.long
 def test_the_inverse_of_the_stiffest_chunk_is_exact():
   ones = np.tril(np.ones((products.CHUNK, products.CHUNK)), -1)
   expected = np.eye(products.CHUNK) - np.eye(products.CHUNK, k=-1)
