@@ -252,16 +252,12 @@ class _Program:
     params, (body, consts) = eqn.params, programs.inner_of(eqn)
     plan = Plan(eqn)
     fixed, carry, xs = plan.parts(operands)
-    read = {
-      i: x.stack if isinstance(x, Longer) else x
-      for i, (x, v) in enumerate(zip(xs, plan.slices, strict=True))
-      if isinstance(x, Longer)
-      or (
-        any(x is stack for stack in self.saved)
-        and programs.read_by_kernel(body, v)
-      )
-    }
-    places = {i: programs.place(body, plan.slices[i]) for i in read}
+    read = {}
+    for i, (x, v) in enumerate(zip(xs, plan.slices, strict=True)):
+      saved = any(x is stack for stack in self.saved)
+      if isinstance(x, Longer) or (saved and programs.read_by_kernel(body, v)):
+        stack = x.stack if isinstance(x, Longer) else x
+        read[i] = Slice.of(stack, place=programs.place(body, v))
     moving = {i: x for i, x in enumerate(xs) if i not in read}
     for i in plan.carried:
       more = (params['length'] + 1, *carry[i].shape)
@@ -275,10 +271,7 @@ class _Program:
       before = [
         Slice.of(x) if i in plan.carried else x for i, x in enumerate(carry)
       ]
-      slices = [
-        Slice.of(read[i], place=places[i]) if i in read else moving[i]
-        for i in range(len(xs))
-      ]
+      slices = [read[i] if i in read else moving[i] for i in range(len(xs))]
       args = [*fixed, *before, *slices]
       results = program.run(body, consts, args, plan.into(stacks))
       after, ys = plan.outputs(results)

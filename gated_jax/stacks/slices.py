@@ -16,7 +16,7 @@ class Slice:
   """`stack[layer]`, seen in another shape, then with its axes in an order.
 
   Kept as such, a kernel can read it where it lies. Anything else reads it by
-  `read`, as the scan itself would have done.
+  `read`, as the scan itself would have done, but row by row.
   """
 
   stack: Array  # [L, ...]
