@@ -68,6 +68,7 @@ def test_plain_functions_under_grad_vmap_and_shard_map():
   np.testing.assert_allclose(split, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_without_a_gate_a_sink_grows_and_with_one_it_hardly_does():
   example = load('backcopy')
   sinks = [

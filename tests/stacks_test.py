@@ -222,7 +222,12 @@ def test_kernels_with_tables_and_grids_that_depend_on_them(saved, uses):
   ('mesh', 'remat', 'mixer'),
   [
     (MeshConfig(fsdp=4), 'minimal', 'attention'),
-    (MeshConfig(fsdp=2, tensor=2), 'attention', 'attention'),
+    pytest.param(
+      MeshConfig(fsdp=2, tensor=2),
+      'attention',
+      'attention',
+      marks=pytest.mark.nightly,
+    ),
     (MeshConfig(fsdp=1, tensor=2), 'minimal', 'gated_deltanet'),
   ],
 )

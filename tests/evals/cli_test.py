@@ -69,6 +69,7 @@ def measure(capsys, *flags):
   return dict(re.findall(r'^(\w[^|\n]*?)  +(\S.*)$', text, re.MULTILINE)), text
 
 
+@pytest.mark.nightly
 def test_other_text_is_measured_whole(run, params, tmp_path, capsys):
   text = 'one text, as long as three rows and a bit. ' * 2
   (tmp_path / 'other.txt').write_text(text)

@@ -140,21 +140,17 @@ def one_device():
   return params, batch, loss_and_gradients(params, batch)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.parametrize(
   'axes',
   [
     # One key head, for two devices; experts travel, parameters are gathered.
-    pytest.param(
-      {'fsdp': 2, 'expert': 2, 'tensor': 2}, marks=pytest.mark.nightly
-    ),
+    {'fsdp': 2, 'expert': 2, 'tensor': 2},
     # States, and inputs of the filters, pass from device to device.
     {'context': 4, 'tensor': 2},
-    pytest.param(
-      {'data': 2, 'fsdp': 2, 'context': 2}, marks=pytest.mark.nightly
-    ),
-    pytest.param({'data': 2, 'tensor': 4}, marks=pytest.mark.nightly),
-    pytest.param({'context': 4, 'expert': 2}, marks=pytest.mark.nightly),
+    {'data': 2, 'fsdp': 2, 'context': 2},
+    {'data': 2, 'tensor': 4},
+    {'context': 4, 'expert': 2},
   ],
   ids=str,
 )

@@ -112,7 +112,7 @@ def clear(program, words, folder):
 @pytest.mark.parametrize('page', [
   # Their programs have tests of their own.
   pytest.param(page, marks=pytest.mark.nightly)
-  if page in ('data.md', 'train.md', 'tune.md')
+  if page in ('data.md', 'hugging_face.md', 'train.md', 'tune.md')
   else page
   for page in RUN_PAGES
 ])  # fmt: skip

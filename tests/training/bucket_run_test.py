@@ -125,7 +125,7 @@ def test_a_bucket_that_cannot_be_written_to_is_refused(bucket, storage):
     check_workdir(paths.expand(f'{bucket}/x'))
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(
   program, train, reference, bucket, storage
 ):

@@ -102,10 +102,8 @@ def test_a_run_takes_what_it_is_given(whole):
   assert not any('learning_rate' in line for line in lines)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-  'data', [pytest.param(endless, marks=pytest.mark.nightly), grains]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize('data', [endless, grains])
 def test_a_callback_ends_a_run_that_then_goes_on_to_the_bit(
   whole, tmp_path, data
 ):

@@ -140,6 +140,7 @@ def test_data_that_hardly_keeps_up_is_reported_once(reading, lines):
   assert all('150 tokens/s' in line and '100' in line for line in said)
 
 
+@pytest.mark.nightly
 def test_what_it_says_to_type_can_be_typed(reference, tmp_path):
   workdir, out, _ = reference
   mine = tmp_path / 'mine'

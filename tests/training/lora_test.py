@@ -76,7 +76,7 @@ def train(folder, start, steps):
   return loop.run(config, folder, callbacks=[note]), states
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_adapters_train_resume_and_merge(base, tmp_path, capsys):
   start, params = base
   result, states = train(tmp_path / 'whole', start, 4)

@@ -145,12 +145,12 @@ def test_parts_of_unequal_targets_add_up_to_the_whole_batch(alone, accumulate):
   close(step_once(MeshConfig(fsdp=1), accumulate, batches=(0, 1)), alone)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.parametrize(
   'mesh',
   [
-    pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.nightly),
-    pytest.param(MeshConfig(fsdp=4, tensor=2), marks=pytest.mark.nightly),
+    MeshConfig(fsdp=8),
+    MeshConfig(fsdp=4, tensor=2),
     MeshConfig(fsdp=2, tensor=2, context=2),
   ],
   ids=['fsdp', 'tensor', 'context'],

@@ -85,7 +85,7 @@ def run(folder, steps, **settings):
   return states
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_the_rest_does_not_move_and_a_run_resumes_to_the_bit(tmp_path, capsys):
   schedule = dataclasses.replace(CONFIG.optimizer, schedule='constant')
   states = run(tmp_path / 'whole', 4, optimizer=schedule)

@@ -159,6 +159,7 @@ def test_a_shape_cannot_change(made, saved):
     load_start(config, abstract_parameters(model, mesh), mesh)
 
 
+@pytest.mark.nightly
 def test_a_gate_that_may_be_added_begins_open(made, tmp_path):
   mesh, _ = made
   plain = dataclasses.replace(

@@ -232,7 +232,7 @@ def test_on_a_mesh_only_projections_and_shared_heads_need_the_others():
     'v5e:2x2',
     # The units of v5e, and more of them.
     pytest.param('v5p:2x2x1', marks=pytest.mark.nightly),
-    'v6e:2x2',
+    pytest.param('v6e:2x2', marks=pytest.mark.nightly),
   ),
 )
 def test_both_passes_compile_for_every_shape_of_call(topology):
