@@ -91,6 +91,7 @@ def test_every_example_is_tested():
   assert {path.stem for path in FOLDER.glob('*.py')} == tested
 
 
+@pytest.mark.nightly
 def test_a_trainer_with_parts_of_ones_own_reaches_its_goal_and_ends(tmp_path):
   losses = load('own_trainer').train(tmp_path)
   assert min(losses.values()) < 0.5

@@ -221,7 +221,9 @@ def test_kernels_with_tables_and_grids_that_depend_on_them(saved, uses):
 @pytest.mark.parametrize(
   ('mesh', 'remat', 'mixer'),
   [
-    (MeshConfig(fsdp=4), 'minimal', 'attention'),
+    pytest.param(
+      MeshConfig(fsdp=4), 'minimal', 'attention', marks=pytest.mark.nightly
+    ),
     pytest.param(
       MeshConfig(fsdp=2, tensor=2),
       'attention',

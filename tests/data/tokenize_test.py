@@ -189,7 +189,7 @@ def test_text_that_spells_the_end_of_a_document_ends_none(text, tmp_path):
     assert len(_documents(out)) == count
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_processes_make_the_same_and_survive_kills(tmp_path):
   """The real command, killed again and again, ends with the same folder."""
   for i in range(24):

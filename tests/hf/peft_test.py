@@ -30,13 +30,13 @@ NAMES = (
   'gated_headwise',
   *(
     pytest.param(name, marks=pytest.mark.long)
-    for name in ('qwen3_next_moe', 'laguna', 'step')
+    for name in ('laguna', 'step')
   ),
   *(
     pytest.param(name, marks=pytest.mark.nightly)
     for name in (
       'qwen3', 'gated_elementwise', 'qwen3_5_moe', 'trinity',
-      'olmo_hybrid', 'muse_spark',
+      'olmo_hybrid', 'muse_spark', 'qwen3_next_moe',
     )
   ),
 )  # fmt: skip

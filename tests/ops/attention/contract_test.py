@@ -58,18 +58,12 @@ SAME_FOR_SPLASH = (
 # What every run asks of the own TPU kernels, and what `-m long` adds; the rest
 # is nightly, for the same seconds. `pallas_tpu_test.py` has the long sequences.
 OFTEN_FOR_PALLAS_TPU = (
-  'window_of_one',
-  'packed_window',
-  'blind',
   'odd_length',
   'cross',
   'one_kv_head',
   'head_dim_odd',
   'narrow_values',
-  'bf16_headwise',
   'bf16_rounded',
-  'elementwise_times_silu',
-  'headwise_plus_softplus',
 )
 LONG_FOR_PALLAS_TPU = (
   'blind',
